@@ -1,0 +1,37 @@
+"""The only file that spells an AnnData key."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+DEFAULT_KEY = "ldvae"
+
+
+@dataclass(frozen=True)
+class ExportKeys:
+    """Where one export lies in an AnnData."""
+
+    latent: str
+    """``obsm``: posterior means, cells x factors."""
+    variance: str
+    """``obsm``: posterior variances, cells x factors."""
+    loadings: str
+    """``varm``: canonical loadings, genes x factors."""
+    genes: str
+    """``var``: True for the genes that the model knows."""
+    info: str
+    """``uns``: names, order, signs, statistics, decoder, versions."""
+
+
+def export_keys(key_added: str | None = None) -> ExportKeys:
+    """Keys of one export; ``key_added`` renames all of them together."""
+    key = DEFAULT_KEY if key_added is None else key_added
+    if not isinstance(key, str) or not key or "/" in key:
+        msg = f"`key_added` must be a non-empty string without '/', which AnnData refuses in keys; got {key_added!r}."
+        raise ValueError(msg)
+    return ExportKeys(latent=f"X_{key}", variance=f"X_{key}_var", loadings=f"{key}_loadings", genes=key, info=key)
+
+
+PCA_LATENT, PCA_LOADINGS, PCA_INFO = "X_pca", "PCs", "pca"
+ABLATION_INFO = "ldvae_ablation"
+SIMULATED_LATENT = "z_true"

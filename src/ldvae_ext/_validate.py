@@ -1,0 +1,72 @@
+"""Argument checks: each says the name, what is allowed and what was given."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_PACKAGE = str(Path(__file__).parent)
+
+
+def warn(message: str) -> None:
+    """A UserWarning that points to the caller's line, not into this package."""
+    warnings.warn(message, UserWarning, skip_file_prefixes=(_PACKAGE,))
+
+
+def listed(values: Iterable[Any], limit: int = 10) -> str:
+    """Values for an error message, the first few of them quoted."""
+    values = [v.item() if isinstance(v, np.generic) else v for v in values]
+    shown = ", ".join(repr(v) for v in values[:limit])
+    return f"{shown}, ... ({len(values)} in all)" if len(values) > limit else shown
+
+
+def check_one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
+    """Raise unless ``value`` is one of ``allowed``."""
+    if value not in allowed:
+        msg = f"`{name}` must be one of {listed(allowed)}; got {value!r}."
+        raise ValueError(msg)
+
+
+def check_positive_int(name: str, value: Any) -> None:
+    """Raise unless ``value`` is an integer of at least 1."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)) or value < 1:
+        msg = f"`{name}` must be an integer of at least 1; got {value!r}."
+        raise ValueError(msg)
+
+
+def check_column(columns: Iterable[Any], name: str, key: str) -> None:
+    """Raise unless the columns of obs have the one that argument ``name`` asks for."""
+    if key not in columns:
+        msg = f"`{name}`: {key!r} is not a column of `adata.obs`, which has {listed(columns, 20)}."
+        raise KeyError(msg)
+
+
+def factor_indices(factors: Any, names: Sequence[str], *, argument: str = "latents") -> np.ndarray:
+    """Positions of factors given by name, by 0-based position, or as None for all of them.
+
+    Returns
+    -------
+    Unique positions in ascending order, int64.
+    """
+    if factors is None:
+        return np.arange(len(names))
+    if isinstance(factors, (str, int, np.integer)):
+        factors = [factors]
+    positions = {name: i for i, name in enumerate(names)}
+    chosen = []
+    for factor in factors:
+        if isinstance(factor, (int, np.integer)) and not isinstance(factor, bool) and 0 <= factor < len(names):
+            chosen.append(int(factor))
+        elif isinstance(factor, str) and factor in positions:
+            chosen.append(positions[factor])
+        else:
+            msg = f"`{argument}`: {factor!r} is no latent of this model; allowed are {listed(names, 50)} or 0 to {len(names) - 1}."
+            raise ValueError(msg)
+    if not chosen:
+        msg = f"`{argument}` must name at least one latent; got {factors!r}."
+        raise ValueError(msg)
+    return np.unique(chosen)

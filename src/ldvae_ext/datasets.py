@@ -1,0 +1,136 @@
+"""Data to try things on: real counts that come with scanpy, and simulated ones with a known decoder."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from scipy import sparse
+
+from ldvae_ext._keys import SIMULATED_LATENT
+from ldvae_ext._validate import check_one_of, check_positive_int
+from ldvae_ext.core import LinearDecoder
+from ldvae_ext.core.decoder import LIKELIHOODS
+
+# The log-counts were rounded to three decimals.
+_ROUNDING = 0.5e-3
+
+
+def pbmc68k() -> AnnData:
+    """Raw counts of 700 peripheral blood cells, recovered from scanpy's ``pbmc68k_reduced``.
+
+    The data set that scanpy ships (Zheng et al. 2017, 10.1038/ncomms14049) holds log1p of counts per 10,000, rounded to
+    three decimals. With the cell's total ``n_counts``, ``expm1(x) * n_counts / 1e4`` is an integer up to that rounding,
+    so the counts come back exactly; both are checked.
+
+    Returns
+    -------
+    700 cells x 765 genes. ``X``: counts, CSR float32. ``obs``: as in scanpy, with the labels ``bulk_labels``.
+
+    Raises
+    ------
+    RuntimeError
+        If a value is farther from an integer than rounding explains, as in another version of the data set.
+    """
+    import scanpy as sc
+
+    with warnings.catch_warnings():
+        # The file is old and says so.
+        warnings.simplefilter("ignore")
+        reduced = sc.datasets.pbmc68k_reduced()
+    raw = reduced.raw.to_adata()
+    log_counts = sparse.csr_matrix(raw.X).astype(np.float64)
+    per_count = np.repeat(raw.obs["n_counts"].to_numpy(dtype=np.float64) / 1e4, np.diff(log_counts.indptr))
+    exact = np.expm1(log_counts.data) * per_count
+    counts = np.rint(exact)
+    tolerance = np.exp(log_counts.data) * per_count * _ROUNDING * 1.05
+    if (np.abs(exact - counts) > tolerance).any() or (tolerance >= 0.5).any() or (counts < 1).any():
+        msg = "The counts of scanpy's pbmc68k_reduced cannot be recovered: some values are not rounded log-counts."
+        raise RuntimeError(msg)
+    recovered = sparse.csr_matrix(
+        (counts.astype(np.float32), log_counts.indices, log_counts.indptr), shape=log_counts.shape
+    )
+    return AnnData(X=recovered, obs=raw.obs.copy(), var=pd.DataFrame(index=raw.var_names.copy()))
+
+
+def simulate(
+    n_cells: int = 1000,
+    n_genes: int = 300,
+    n_latent: int = 5,
+    *,
+    n_batches: int = 1,
+    likelihood: str = "nb",
+    median_library: float = 500.0,
+    theta: float = 5.0,
+    dropout: float = 0.2,
+    seed: int = 0,
+) -> tuple[AnnData, LinearDecoder]:
+    """Counts from a known linear decoder.
+
+    Each factor is a sparse program: a tenth of the genes have loadings, most of them positive. Latents are standard
+    normal, libraries log-normal, genes differ in abundance, and batches in small offsets of all genes.
+
+    Parameters
+    ----------
+    n_cells, n_genes, n_latent, n_batches
+        Sizes.
+    likelihood
+        ``"nb"``, ``"zinb"`` or ``"poisson"``.
+    median_library
+        Median counts of a cell.
+    theta
+        Inverse dispersion of all genes, in counts.
+    dropout
+        Probability of an additional zero, under ``"zinb"``.
+    seed
+        Seed of the generator; the same call gives the same data.
+
+    Returns
+    -------
+    The AnnData (``X``: CSR float32 counts; ``obs["batch"]``; ``obsm["z_true"]``) and the decoder that made it, which gives
+    its expected expression as ``decoder.scale(adata.obsm["z_true"], adata.obs["batch"])``.
+    """
+    for name, value in (("n_cells", n_cells), ("n_genes", n_genes), ("n_latent", n_latent), ("n_batches", n_batches)):
+        check_positive_int(name, value)
+    check_one_of("likelihood", likelihood, LIKELIHOODS)
+    rng = np.random.default_rng(seed)
+    n_program = max(1, n_genes // 10)
+    weight_gk = np.zeros((n_genes, n_latent))
+    for k in range(n_latent):
+        genes = rng.choice(n_genes, n_program, replace=False)
+        weight_gk[genes, k] = rng.gamma(4.0, 0.25, n_program) * np.where(rng.random(n_program) < 0.8, 1, -1)
+    intercept_bg = rng.normal(0, 1.5, n_genes) + rng.normal(0, 0.2 * (n_batches > 1), (n_batches, n_genes))
+    names = [f"batch_{b}" for b in range(n_batches)]
+    decoder = LinearDecoder(
+        weight_gk=weight_gk,
+        intercept_bg=intercept_bg,
+        genes=np.array([f"gene_{g}" for g in range(n_genes)]),
+        batches=np.array(names),
+        factors=np.array([f"Z_{k}" for k in range(n_latent)]),
+        likelihood=likelihood,
+        theta_bg=None if likelihood == "poisson" else np.full((1, n_genes), theta),
+        dropout_weight_gk=np.zeros_like(weight_gk) if likelihood == "zinb" else None,
+        dropout_intercept_bg=np.full_like(intercept_bg, np.log(dropout / (1 - dropout)))
+        if likelihood == "zinb"
+        else None,
+    )
+    z_nk = rng.normal(size=(n_cells, n_latent))
+    batch_n = np.arange(n_cells) % n_batches
+    rate_ng = decoder.rate(z_nk, batch_n, library=median_library * np.exp(rng.normal(0, 0.3, n_cells)))
+    if likelihood != "poisson":
+        rate_ng = rng.gamma(theta, rate_ng / theta)
+    counts = rng.poisson(rate_ng).astype(np.float32)
+    if likelihood == "zinb":
+        counts[rng.random(counts.shape) < dropout] = 0
+    adata = AnnData(
+        X=sparse.csr_matrix(counts),
+        obs=pd.DataFrame(
+            {"batch": pd.Categorical.from_codes(batch_n.tolist(), categories=pd.Index(names))},
+            index=[f"cell_{n}" for n in range(n_cells)],
+        ),
+        var=pd.DataFrame(index=decoder.genes.astype(object)),
+    )
+    adata.obsm[SIMULATED_LATENT] = z_nk
+    return adata, decoder

@@ -1,0 +1,75 @@
+"""The decoder, the loadings and the factor table of an export."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+
+from ldvae_ext._keys import DEFAULT_KEY, ExportKeys, export_keys
+from ldvae_ext._validate import listed
+from ldvae_ext.core import LinearDecoder
+
+
+def export_of(adata: AnnData, key: str = DEFAULT_KEY) -> tuple[ExportKeys, Any]:
+    """Keys and ``uns`` entry of an export, or an error that says how to make one."""
+    keys = export_keys(key)
+    if keys.info not in adata.uns or "decoder" not in adata.uns[keys.info]:
+        msg = f"No export {key!r} in `adata.uns`, which has {listed(adata.uns)}; `LDVAE.export_to_anndata` writes one."
+        raise KeyError(msg)
+    return keys, adata.uns[keys.info]
+
+
+def decoder(adata: AnnData, *, key: str = DEFAULT_KEY) -> LinearDecoder:
+    """The decoder that belongs to the exported latents: their order, signs and names, in the canonical gauge.
+
+    ``decoder(adata).scale(adata.obsm["X_ldvae"], batch)`` is the decoded expression of the cells, for the genes of the
+    model.
+
+    Parameters
+    ----------
+    adata
+        AnnData that :meth:`ldvae_ext.model.LDVAE.export_to_anndata` wrote to.
+    key
+        ``key_added`` of the export.
+    """
+    _, info = export_of(adata, key)
+    return LinearDecoder.from_arrays(info["decoder"]).reordered(info["order"], info["signs"]).centered()
+
+
+def loadings(adata: AnnData, *, key: str = DEFAULT_KEY) -> pd.DataFrame:
+    """Canonical loadings, genes of the model x factors in the exported order, in log-rate per unit of latent.
+
+    Parameters
+    ----------
+    adata, key
+        See :func:`decoder`.
+    """
+    keys, info = export_of(adata, key)
+    known = np.asarray(adata.var[keys.genes], dtype=bool)
+    return pd.DataFrame(
+        np.asarray(adata.varm[keys.loadings])[known],
+        index=adata.var_names[known],
+        columns=np.asarray(info["names"]).astype(str),
+    )
+
+
+def factors(adata: AnnData, *, key: str = DEFAULT_KEY) -> pd.DataFrame:
+    """The factor table, one row for each factor in the exported order.
+
+    Parameters
+    ----------
+    adata, key
+        See :func:`decoder`.
+
+    Returns
+    -------
+    Index: names. Columns: ``dimension`` (0-based, of the network), ``sign`` (+1 or -1, applied to loadings and latents),
+    and the statistics of the export: ``kl`` (nats, mean over cells), ``kl_share``, ``active_unit``.
+    """
+    _, info = export_of(adata, key)
+    table = {"dimension": np.asarray(info["order"]), "sign": np.asarray(info["signs"])}
+    table.update({name: np.asarray(value) for name, value in info["statistics"].items()})
+    return pd.DataFrame(table, index=pd.Index(np.asarray(info["names"]).astype(str), name="factor"))

@@ -1,0 +1,134 @@
+"""Which cells a method works on: the model's own, or others that its encoder can read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from scvi import REGISTRY_KEYS
+from scvi.data._utils import _get_adata_minify_type, _validate_adata_dataloader_input
+
+from ldvae_ext._validate import listed
+from ldvae_ext.model._bridge import EncodedCells, encode
+from ldvae_ext.model._counts import check_categories, check_counts, counts_of
+
+if TYPE_CHECKING:
+    from ldvae_ext.model._base import LDVAEBase
+
+
+def cell_positions(indices: Any, n_cells: int) -> np.ndarray:
+    """Cells as positions: all of them for None, where a mask is True, or as given."""
+    if indices is None:
+        return np.arange(n_cells)
+    indices = np.asarray(indices)
+    if indices.dtype == bool:
+        if indices.shape != (n_cells,):
+            msg = f"`indices` as a mask must have one value for each of {n_cells} cells; got shape {indices.shape}."
+            raise ValueError(msg)
+        return np.flatnonzero(indices)
+    return indices.ravel().astype(np.int64)
+
+
+class CellStream(NamedTuple):
+    """Cells on their way through the encoder."""
+
+    obs: pd.DataFrame | None
+    """Their obs; None if they come from a data loader."""
+    chunks: Iterable[EncodedCells]
+    """Their posteriors and counts, minibatch by minibatch; to be read once."""
+    n_chunks: int | None
+    """Number of minibatches, if known."""
+
+
+@contextmanager
+def stream_cells(
+    model: LDVAEBase,
+    adata: AnnData | None = None,
+    indices: Any = None,
+    batch_size: int | None = None,
+    dataloader: Any = None,
+    data_loader_kwargs: dict | None = None,
+) -> Iterator[CellStream]:
+    """Posteriors and counts of cells, from an AnnData or from a data loader, read once."""
+    _validate_adata_dataloader_input(model, adata, dataloader)
+    if dataloader is not None:
+        if indices is not None:
+            msg = "`indices` choose cells of an AnnData; with `dataloader` it decides which cells come."
+            raise ValueError(msg)
+        length = len(dataloader) if hasattr(dataloader, "__len__") else None
+        yield CellStream(None, encode(model.module, dataloader), length)
+        return
+    with readable_cells(model, adata) as cells:
+        positions = cell_positions(indices, cells.n_obs)
+        loader = model._make_data_loader(cells, indices=positions, batch_size=batch_size, **(data_loader_kwargs or {}))
+        # The obs as the user knows it: scvi-tools adds columns to what it registers.
+        obs = cast("pd.DataFrame", (cells if adata is None else adata).obs)
+        yield CellStream(obs.iloc[positions], encode(model.module, loader), len(loader))
+
+
+@contextmanager
+def readable_cells(model: LDVAEBase, adata: AnnData | None) -> Iterator[AnnData]:
+    """An AnnData that the model's encoder can read, registered with the model while the context lasts.
+
+    An AnnData other than the model's own is not written to: its counts of the model's genes, in the model's order, and
+    its obs are put into a light one. Raises if it lacks a gene, a layer or a column, or has a batch that the model
+    has not seen.
+    """
+    if adata is None and model.adata is None:
+        msg = "This model was loaded without data: give `adata`."
+        raise ValueError(msg)
+    if adata is None or adata is model.adata or model.adata is None or _get_adata_minify_type(adata) is not None:
+        yield model._validate_anndata(adata)
+        return
+    light = light_cells(model, adata)
+    manager = model.adata_manager.transfer_fields(light)
+    model._register_manager_for_instance(manager)
+    try:
+        yield light
+    finally:
+        # scvi-tools keeps every registered AnnData alive with the model.
+        del model._per_instance_manager_store[model.id][manager.adata_uuid]
+
+
+def missing_genes(model: LDVAEBase, adata: AnnData) -> list[str]:
+    """Genes of the model that ``adata`` does not have."""
+    genes = pd.Index(np.asarray(model.get_var_names()).astype(str))
+    return genes[~genes.isin(adata.var_names.astype(str))].tolist()
+
+
+def model_counts(model: LDVAEBase, adata: AnnData) -> Any:
+    """Counts of the model's genes, in the model's order."""
+    genes = np.asarray(model.get_var_names()).astype(str)
+    missing = missing_genes(model, adata)
+    if missing:
+        msg = f"`adata` lacks {len(missing)} of the {len(genes)} genes of the model: {listed(missing)}."
+        raise ValueError(msg)
+    names = pd.Index(adata.var_names.astype(str))
+    if not names.is_unique:
+        msg = f"`adata.var_names` must be unique; {names[names.duplicated()][0]!r} occurs more than once."
+        raise ValueError(msg)
+    counts = counts_of(adata, model.get_setup_arg("layer"))
+    position = names.get_indexer(genes)
+    if np.array_equal(position, np.arange(adata.n_vars)):
+        return counts
+    return counts.iloc[:, position] if isinstance(counts, pd.DataFrame) else counts[:, position]
+
+
+def light_cells(model: LDVAEBase, adata: AnnData) -> AnnData:
+    """The counts of the model's genes and the obs of ``adata``, checked, in an AnnData of their own."""
+    layer = model.get_setup_arg("layer")
+    counts = model_counts(model, adata)
+    light = AnnData(
+        X=counts if layer is None else None,
+        obs=cast("pd.DataFrame", adata.obs).copy(),
+        var=pd.DataFrame(index=np.asarray(model.get_var_names()).astype(str)),
+        layers=None if layer is None else {layer: counts},
+    )
+    check_counts(light, layer)
+    for name, field in (("batch_key", REGISTRY_KEYS.BATCH_KEY), ("labels_key", REGISTRY_KEYS.LABELS_KEY)):
+        check_categories(light, name, model.get_setup_arg(name), model.get_state_registry(field).categorical_mapping)
+    return light

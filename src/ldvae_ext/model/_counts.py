@@ -1,0 +1,138 @@
+"""Reading all counts once before anything is done with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from scipy import sparse
+
+from ldvae_ext._validate import check_column, listed, warn
+
+_CHUNK_VALUES = 2**24
+
+
+def counts_of(adata: AnnData, layer: str | None) -> Any:
+    """The count matrix, or an error that says which layers there are."""
+    if layer is None:
+        if adata.X is None:
+            msg = f"`adata.X` is empty and no `layer` was named; layers are {listed(adata.layers.keys())}."
+            raise ValueError(msg)
+        return adata.X
+    if layer not in adata.layers:
+        msg = f"`layer`: {layer!r} is not in `adata.layers`, which has {listed(adata.layers.keys())}."
+        raise KeyError(msg)
+    return adata.layers[layer]
+
+
+def _row_chunks(counts: Any) -> Iterator[tuple[int, Any]]:
+    step = max(1, _CHUNK_VALUES // max(1, counts.shape[1]))
+    # Columns of a CSC matrix lie together, rows do not: cutting rows would scan it once for each chunk.
+    if sparse.issparse(counts) and counts.format != "csr":
+        counts = counts.tocsr()
+    for start in range(0, counts.shape[0], step):
+        chunk = counts[start : start + step]
+        yield start, chunk.to_numpy() if isinstance(chunk, pd.DataFrame) else chunk
+
+
+def check_counts(adata: AnnData, layer: str | None) -> None:
+    """Raise on negative, NaN or infinite counts, warn on fractions and on cells without counts.
+
+    Every stored value is read once, in chunks of rows.
+    """
+    counts = counts_of(adata, layer)
+    where = "adata.X" if layer is None else f"adata.layers[{layer!r}]"
+    fraction: float | None = None
+    empty: list[int] = []
+    for start, chunk in _row_chunks(counts):
+        values = chunk.data if sparse.issparse(chunk) else np.asarray(chunk)
+        for problem, is_bad in (("NaN or infinite", ~np.isfinite(values)), ("negative", values < 0)):
+            if is_bad.any():
+                msg = f"`{where}` must hold counts, but holds {problem} values, such as {values[is_bad].flat[0]!s}."
+                raise ValueError(msg)
+        if fraction is None:
+            is_fraction = values % 1 != 0
+            if is_fraction.any():
+                fraction = float(values[is_fraction].flat[0])
+        totals = np.asarray(chunk.sum(axis=1)).ravel()
+        empty += (start + np.flatnonzero(totals == 0)).tolist()
+    if fraction is not None:
+        warn(f"`{where}` holds values that are not integers, such as {fraction:g}; LDVAE models raw counts.")
+    if empty:
+        warn(
+            f"{len(empty)} of {adata.n_obs} cells have no counts in `{where}`; the first is "
+            f"{adata.obs_names[empty[0]]!r}. They are left out of the library prior."
+        )
+
+
+def are_counts(counts: Any) -> bool:
+    """Whether all values are finite, non-negative integers."""
+    for _, chunk in _row_chunks(counts):
+        values = chunk.data if sparse.issparse(chunk) else np.asarray(chunk)
+        if not np.isfinite(values).all() or (values < 0).any() or (values % 1 != 0).any():
+            return False
+    return True
+
+
+def same_counts(counts: Any, rows: np.ndarray, other: Any) -> bool:
+    """Whether the given rows of one matrix equal another matrix."""
+    for start, chunk in _row_chunks(other):
+        own = counts[rows[start : start + chunk.shape[0]]]
+        differ = own != chunk
+        if (differ.nnz if sparse.issparse(differ) else np.asarray(differ).sum()) > 0:
+            return False
+    return True
+
+
+def check_categories(adata: AnnData, name: str, key: str | None, known: np.ndarray | None = None) -> None:
+    """Raise unless a categorical column exists, has no NaN and, where ``known`` is given, no other value."""
+    if key is None:
+        return
+    check_column(adata.obs.columns, name, key)
+    values = adata.obs[key]
+    if values.isna().any():
+        msg = f"`{name}`: `adata.obs[{key!r}]` is NaN for {int(values.isna().sum())} of {adata.n_obs} cells; name a value for each."
+        raise ValueError(msg)
+    if known is not None:
+        unseen = sorted(set(values.astype(str)) - {str(v) for v in known})
+        if unseen:
+            msg = (
+                f"`{name}`: the model has not seen {listed(unseen)} in `adata.obs[{key!r}]`; it knows {listed(known)}."
+            )
+            raise ValueError(msg)
+
+
+def library_prior(counts: Any, batch_n: np.ndarray | None, n_batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance of the log library of each batch, of the cells that have counts.
+
+    Equal to LinearSCVI's where every cell has counts; there, one empty cell counts as a library of one and can
+    multiply the variance.
+
+    Parameters
+    ----------
+    counts
+        Cells x genes, or None where there are none, as for a model restored from its registry.
+    batch_n
+        Batch codes, shape (cells,).
+    n_batch
+        Number of batches.
+
+    Returns
+    -------
+    Two arrays of shape (1, batches), in log counts; mean 0 and variance 1 for a batch without cells.
+    """
+    means, variances = np.zeros((1, n_batch)), np.ones((1, n_batch))
+    if counts is None or batch_n is None:
+        return means, variances
+    if isinstance(counts, pd.DataFrame):
+        counts = counts.to_numpy()
+    for code in np.unique(batch_n):
+        totals = np.asarray(counts[np.flatnonzero(batch_n == code)].sum(axis=1)).ravel()
+        logs = np.log(totals[totals > 0])
+        if logs.size:
+            means[0, code] = np.mean(logs).astype(np.float32)
+            variances[0, code] = np.var(logs).astype(np.float32)
+    return means, variances

@@ -1,0 +1,225 @@
+"""The decoder in hand: as a value, for latents that the user made, and for the posterior mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from scvi.utils import track
+
+from ldvae_ext._validate import check_one_of, listed
+from ldvae_ext.core import LinearDecoder
+from ldvae_ext.core.posterior import deterministic_latent
+from ldvae_ext.model._base import LDVAEBase
+from ldvae_ext.model._bridge import EncodedCells, linear_decoder
+from ldvae_ext.model._cells import stream_cells
+
+
+class DecodingMixin(LDVAEBase):
+    """Exact, deterministic decoding."""
+
+    def get_decoder(self) -> LinearDecoder:
+        """The decoder as a frozen value: folded weights, an intercept for each batch, dispersion, raw parts.
+
+        Returns
+        -------
+        A :class:`ldvae_ext.core.LinearDecoder` in the network's order, sign and gauge, folded in float64. Its ``scale``
+        equals the ``px.scale`` of the network in evaluation mode to 1e-6 for the same latent.
+        """
+        batches = self.get_state_registry("batch").categorical_mapping
+        return linear_decoder(self.module, self.get_var_names(), batches, self.latent_names)
+
+    def decode(
+        self,
+        z: np.ndarray | pd.DataFrame,
+        *,
+        batch: Any = None,
+        library_size: float | np.ndarray = 1,
+        gene_list: list[str] | None = None,
+        return_numpy: bool = False,
+    ) -> pd.DataFrame | np.ndarray:
+        """Expression of cells whose latent is given: ``library_size * softmax(weight @ z + intercept[batch])``.
+
+        Parameters
+        ----------
+        z
+            Latents, cells x latents: an array in the network's order, or a DataFrame with the columns ``Z_0``, ``Z_1``,
+            ... in any order. Under ``latent_distribution="ln"`` points of the simplex.
+        batch
+            None (only with a single batch), one batch for all cells, or one for each; by name (str) or code (int).
+        library_size
+            Counts to scale to, one number or one for each cell. With 1, each row is a share of expression.
+        gene_list
+            Genes to return, in the model's order; all of them if None.
+        return_numpy
+            Whether to return an array rather than a DataFrame.
+
+        Returns
+        -------
+        Cells x genes, float64. The index is that of ``z`` if it is a DataFrame.
+        """
+        index = None
+        if isinstance(z, pd.DataFrame):
+            odd = sorted(map(str, set(z.columns) ^ set(self.latent_names)))
+            if odd or len(z.columns) != self.n_latent:
+                msg = f"The columns of `z` must be {listed(self.latent_names)}; missing or unknown: {listed(odd)}."
+                raise ValueError(msg)
+            index, z = z.index, z[self.latent_names].to_numpy()
+        decoder = self.get_decoder()
+        genes = _gene_positions(decoder.genes, gene_list)
+        expression = decoder.rate(z, batch, library=library_size)[:, genes]
+        return expression if return_numpy else pd.DataFrame(expression, index=index, columns=decoder.genes[genes])
+
+    def get_normalized_expression(
+        self,
+        adata: AnnData | None = None,
+        indices: list[int] | None = None,
+        transform_batch: Any = None,
+        gene_list: list[str] | None = None,
+        library_size: float | Literal["latent"] = 1,
+        n_samples: int = 1,
+        n_samples_overall: int | None = None,
+        weights: Literal["uniform", "importance"] | None = None,
+        batch_size: int | None = None,
+        return_mean: bool = True,
+        return_numpy: bool | None = None,
+        silent: bool = True,
+        dataloader: Iterator[dict[str, Any]] | None = None,
+        data_loader_kwargs: dict | None = None,
+        *,
+        use_posterior_mean: bool = False,
+        **importance_weighting_kwargs: Any,
+    ) -> np.ndarray | pd.DataFrame:
+        """Decoded expression, as scvi-tools samples it or, with ``use_posterior_mean=True``, without sampling.
+
+        The default is scvi-tools' own: with ``n_samples=1`` the decoded expression of *one random draw* from each
+        cell's posterior, different at every call; with many samples an estimate of ``E[softmax(W z + b)]`` over the
+        posterior. ``use_posterior_mean=True`` decodes the posterior mean, ``softmax(W E[z] + b)``: repeatable to the
+        bit, and equal to ``get_decoder().scale`` of ``get_latent_representation()``. Softmax is not linear, so the two
+        differ even with infinitely many samples (Jensen's gap).
+
+        Parameters
+        ----------
+        adata, indices, transform_batch, gene_list, library_size, batch_size, return_numpy, silent, dataloader
+            As in :meth:`scvi.model.LinearSCVI.get_normalized_expression`. ``library_size="latent"`` scales each cell to
+            its own library; without sampling that is exp of the posterior mean of the log library, or the observed
+            total.
+        n_samples, n_samples_overall, weights, return_mean, data_loader_kwargs, **importance_weighting_kwargs
+            As there; only of use with sampling.
+        use_posterior_mean
+            Whether to decode the posterior mean (softmax of the mean of u under ``latent_distribution="ln"``) instead of
+            sampling.
+
+        Returns
+        -------
+        Cells x genes, float32; see scvi-tools for what sampling can return.
+
+        Raises
+        ------
+        ValueError
+            If ``use_posterior_mean`` comes with several samples or with weights, or a gene is unknown to the model.
+        """
+        if not use_posterior_mean:
+            return super().get_normalized_expression(
+                adata,
+                indices,
+                transform_batch,
+                gene_list,
+                library_size,
+                n_samples,
+                n_samples_overall,
+                weights,
+                batch_size,
+                return_mean,
+                return_numpy,
+                silent,
+                dataloader,
+                data_loader_kwargs,
+                **importance_weighting_kwargs,
+            )
+        meaningless = {
+            "n_samples": n_samples != 1,
+            "n_samples_overall": n_samples_overall is not None,
+            "weights": weights is not None,
+            **dict.fromkeys(importance_weighting_kwargs, True),
+        }
+        for name, given in meaningless.items():
+            if given:
+                msg = f"`{name}` belongs to sampling; `use_posterior_mean=True` decodes the posterior mean, once."
+                raise ValueError(msg)
+        return self._posterior_mean_expression(
+            adata,
+            indices,
+            transform_batch,
+            gene_list,
+            library_size,
+            batch_size,
+            return_numpy,
+            silent,
+            dataloader,
+            data_loader_kwargs,
+        )
+
+    def _posterior_mean_expression(
+        self,
+        adata: AnnData | None,
+        indices: Any,
+        transform_batch: Any,
+        gene_list: list[str] | None,
+        library_size: float | str,
+        batch_size: int | None,
+        return_numpy: bool | None,
+        silent: bool,
+        dataloader: Any,
+        data_loader_kwargs: dict | None = None,
+        edit: Callable[[np.ndarray], np.ndarray] = lambda mean_nk: mean_nk,
+    ) -> np.ndarray | pd.DataFrame:
+        """Decode the posterior mean, after ``edit`` of it, minibatch by minibatch."""
+        decoder = self.get_decoder()
+        genes = _gene_positions(decoder.genes, gene_list)
+        if isinstance(library_size, str):
+            check_one_of("library_size", library_size, ("latent",))
+        codes = self._transform_batch_codes(transform_batch)
+
+        def decode(cells: EncodedCells) -> np.ndarray:
+            z_nk = deterministic_latent(edit(cells.mean.astype(np.float64)), decoder.latent_distribution)
+            library = cells.library if isinstance(library_size, str) else library_size
+            rates = [decoder.rate(z_nk, cells.batch if c is None else c, library=library)[:, genes] for c in codes]
+            return np.mean(rates, axis=0)
+
+        with stream_cells(self, adata, indices, batch_size, dataloader, data_loader_kwargs) as cells:
+            chunks = track(cells.chunks, description="Decoding", total=cells.n_chunks, disable=silent)
+            if cells.obs is None:
+                return np.concatenate([decode(chunk).astype(np.float32) for chunk in chunks])
+            out = np.empty((len(cells.obs), len(genes)), dtype=np.float32)
+            start = 0
+            for chunk in chunks:
+                out[start : start + len(chunk.mean)] = decode(chunk)
+                start += len(chunk.mean)
+            return out if return_numpy else pd.DataFrame(out, index=cells.obs.index, columns=decoder.genes[genes])
+
+    def _transform_batch_codes(self, transform_batch: Any) -> list[int | None]:
+        """Codes of batches given by their value in ``adata.obs``, as scvi-tools takes them; None is a cell's own."""
+        if isinstance(transform_batch, str) or not isinstance(transform_batch, Iterable):
+            transform_batch = [transform_batch]
+        known = list(self.get_state_registry("batch").categorical_mapping)
+        for batch in transform_batch:
+            if batch is not None and batch not in known:
+                msg = f"`transform_batch`: {batch!r} is no batch of this model; allowed are {listed(known)}."
+                raise ValueError(msg)
+        return [None if batch is None else known.index(batch) for batch in transform_batch]
+
+
+def _gene_positions(genes: np.ndarray, gene_list: Sequence[str] | None) -> np.ndarray:
+    """Positions of the asked-for genes, in the model's order."""
+    if gene_list is None:
+        return np.arange(len(genes))
+    gene_list = [gene_list] if isinstance(gene_list, str) else list(gene_list)
+    unknown = sorted(set(map(str, gene_list)) - set(genes))
+    if unknown:
+        msg = f"`gene_list`: {listed(unknown)} not among the {len(genes)} genes of this model."
+        raise ValueError(msg)
+    return np.flatnonzero(np.isin(genes, [str(gene) for gene in gene_list]))

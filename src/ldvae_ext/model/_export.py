@@ -1,0 +1,198 @@
+"""Latents and loadings in order of information, written to AnnData."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import scvi
+from anndata import AnnData
+from scvi import REGISTRY_KEYS
+
+import ldvae_ext
+from ldvae_ext._keys import PCA_INFO, PCA_LATENT, PCA_LOADINGS, export_keys
+from ldvae_ext._validate import check_one_of, listed
+from ldvae_ext.core import kl_per_dimension
+from ldvae_ext.core.posterior import deterministic_latent
+from ldvae_ext.model._cells import missing_genes, model_counts, stream_cells
+from ldvae_ext.model._counts import are_counts, same_counts
+from ldvae_ext.model._decoding import DecodingMixin
+from ldvae_ext.model._training import TrainingMixin
+
+ORDERS = ("kl", "network")
+
+
+class ExportMixin(DecodingMixin, TrainingMixin):
+    """The information of each latent, and the export that is ordered by it."""
+
+    def get_latent_kl(
+        self,
+        adata: AnnData | None = None,
+        indices: Any = None,
+        *,
+        batch_size: int | None = None,
+        dataloader: Any = None,
+    ) -> pd.DataFrame | np.ndarray:
+        """KL divergence of each cell's posterior from the prior, per latent dimension.
+
+        ``KL = (mean^2 + variance - 1 - log variance) / 2``; its mean over cells says how much information a latent
+        carries about the cells, 0 for one that is not used. Under ``latent_distribution="ln"`` it is that of u, where
+        z = softmax(u).
+
+        Parameters
+        ----------
+        adata, indices, batch_size, dataloader
+            Cells, as in :meth:`get_latent_representation`.
+
+        Returns
+        -------
+        Cells x ``Z_i`` in the network's order, float64, in nats; an array if ``dataloader`` is given.
+        """
+        with stream_cells(self, adata, indices, batch_size, dataloader) as cells:
+            kl = [kl_per_dimension(chunk.mean, chunk.variance) for chunk in cells.chunks]
+            kl_nk = np.concatenate(kl) if kl else np.empty((0, self.n_latent))
+            return kl_nk if cells.obs is None else pd.DataFrame(kl_nk, index=cells.obs.index, columns=self.latent_names)
+
+    def export_to_anndata(
+        self,
+        adata: AnnData | None = None,
+        key_added: str | None = None,
+        order_by: Literal["kl", "network"] = "kl",
+        *,
+        as_pca: bool = False,
+        overwrite: bool = False,
+        batch_size: int | None = None,
+    ) -> None:
+        """Write latents, loadings and decoder to an AnnData, in order of information.
+
+        Factors are named after the network's dimension (``Z_3``), sorted by their mean KL over the exported cells, and
+        turned so that each points to its longer tail of genes (:meth:`ldvae_ext.core.LinearDecoder.signs`); loadings
+        are centred over genes. Then ``softmax(X_ldvae @ ldvae_loadings.T + intercept)`` is the decoded expression,
+        where the intercept is ``ldvae_ext.get.decoder(adata).intercept_bg`` of the cell's batch. For the first five
+        factors in scanpy: ``sc.pp.neighbors(adata, use_rep="X_ldvae", n_pcs=5)``.
+
+        Parameters
+        ----------
+        adata
+            Where to write; the model's own if None. Any AnnData will do that has the model's cells by name, in which
+            case their posteriors are those of the model's data, or cells with counts that the model can encode. If both
+            hold and the counts differ, the counts decide. Genes that the model does not know get NaN loadings.
+        key_added
+            Replaces ``ldvae`` in all keys together.
+        order_by
+            ``"kl"`` (descending) or ``"network"`` (as it is).
+        as_pca
+            Whether to write the same as a PCA too, for scanpy's PCA plots.
+        overwrite
+            Whether ``as_pca`` may replace an existing PCA.
+        batch_size
+            Cells per minibatch; ``scvi.settings.batch_size`` if None.
+
+        Raises
+        ------
+        ValueError
+            If the cells are not the model's and cannot be encoded, or if a PCA would be replaced. Nothing is written.
+
+        Notes
+        -----
+        Writes
+
+        * ``obsm["X_ldvae"]``: posterior means, cells x factors, float32 (softmax of those of u under ``"ln"``);
+        * ``obsm["X_ldvae_var"]``: posterior variances, same order, float32 (of u under ``"ln"``);
+        * ``varm["ldvae_loadings"]``: genes x factors, float32, in log-rate;
+        * ``var["ldvae"]``: True for genes of the model;
+        * ``uns["ldvae"]``: ``names``, ``order`` and ``signs`` of the factors, ``statistics`` (``kl`` in nats, ``kl_share``,
+          ``active_unit``: the variance of the posterior mean), ``order_by``, ``decoder`` (arrays, in the network's order),
+          ``likelihood``, ``latent_distribution``, ``kl_weight`` at the end of training (NaN if not known), ``n_cells``,
+          ``versions``;
+        * with ``as_pca``: ``obsm["X_pca"]``, ``varm["PCs"]`` (0 for other genes) and ``uns["pca"]``, whose ``variance`` and
+          ``variance_ratio`` hold the KL and its share, as ``params`` says.
+        """
+        check_one_of("order_by", order_by, ORDERS)
+        keys = export_keys(key_added)
+        target = self.adata if adata is None else adata
+        if target is None:
+            msg = "This model was loaded without data: give `adata`."
+            raise ValueError(msg)
+        if as_pca and not overwrite:
+            taken = [
+                k
+                for k, slot in ((PCA_LATENT, target.obsm), (PCA_LOADINGS, target.varm), (PCA_INFO, target.uns))
+                if k in slot
+            ]
+            if taken:
+                msg = f"`as_pca`: {listed(taken)} would be replaced; `overwrite=True` does that."
+                raise ValueError(msg)
+        mean_nk, variance_nk = self._posterior_for_export(adata, batch_size)
+        kl_k = kl_per_dimension(mean_nk, variance_nk).mean(axis=0)
+        decoder = self.get_decoder()
+        order = np.argsort(-kl_k, kind="stable") if order_by == "kl" else np.arange(self.n_latent)
+        signs = decoder.signs()[order]
+        canonical = decoder.reordered(order, signs).centered()
+        position = pd.Index(target.var_names.astype(str)).get_indexer(decoder.genes)
+        loadings = np.full((target.n_vars, self.n_latent), np.nan, dtype=np.float32)
+        loadings[position[position >= 0]] = canonical.weight_gk[position >= 0]
+        kl = kl_k[order]
+        latent_nk = deterministic_latent(mean_nk, decoder.latent_distribution)
+
+        target.obsm[keys.latent] = (latent_nk[:, order] * signs).astype(np.float32)
+        target.obsm[keys.variance] = variance_nk[:, order].astype(np.float32)
+        target.varm[keys.loadings] = loadings
+        target.var[keys.genes] = np.isin(np.arange(target.n_vars), position)
+        target.uns[keys.info] = {
+            "names": canonical.factors.copy(),
+            "order": order,
+            "signs": signs,
+            "order_by": order_by,
+            "statistics": {
+                "kl": kl,
+                "kl_share": kl / kl.sum(),
+                "active_unit": mean_nk.var(axis=0, dtype=np.float64)[order],
+            },
+            "decoder": decoder.to_arrays(),
+            "likelihood": decoder.likelihood,
+            "latent_distribution": decoder.latent_distribution,
+            "kl_weight": self.final_kl_weight,
+            "n_cells": target.n_obs,
+            "versions": {"ldvae_ext": ldvae_ext.__version__, "scvi-tools": scvi.__version__},
+        }
+        if as_pca:
+            target.obsm[PCA_LATENT] = target.obsm[keys.latent].copy()
+            target.varm[PCA_LOADINGS] = np.nan_to_num(loadings)
+            target.uns[PCA_INFO] = {
+                "variance": kl,
+                "variance_ratio": kl / kl.sum(),
+                "params": {
+                    "source": f"ldvae_ext export {keys.info!r}",
+                    "variance": "KL in nats",
+                    "variance_ratio": "share of KL",
+                },
+            }
+
+    def _posterior_for_export(self, adata: AnnData | None, batch_size: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """Posterior means and variances of the cells of ``adata``, encoded or, for the model's cells, by name."""
+        rows = None if adata is None or adata is self.adata else self._own_rows(adata)
+        source = adata if rows is None else None
+        with stream_cells(self, source, rows, batch_size) as cells:
+            encoded = [(chunk.mean, chunk.variance) for chunk in cells.chunks]
+        mean_nk, variance_nk = (np.concatenate(parts) for parts in zip(*encoded, strict=True))
+        return mean_nk, variance_nk
+
+    def _own_rows(self, adata: AnnData) -> np.ndarray | None:
+        """Rows of the model's data with the cells of ``adata``, or None if its counts are to be encoded."""
+        if self.adata is None or not self.adata.obs_names.is_unique:
+            return None
+        rows = self.adata.obs_names.get_indexer(adata.obs_names)
+        if (rows < 0).any():
+            return None
+        if self.minified_data_type is not None or missing_genes(self, adata):
+            return rows
+        layer = self.get_setup_arg("layer")
+        if layer is not None and layer not in adata.layers:
+            return rows
+        # The names fit. Other counts under the same names are other cells; values that are no counts, such as
+        # normalised expression, say nothing about that.
+        given = model_counts(self, adata)
+        own = self.adata_manager.get_from_registry(REGISTRY_KEYS.X_KEY)
+        return None if are_counts(given) and not same_counts(own, rows, given) else rows

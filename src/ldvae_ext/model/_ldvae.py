@@ -1,0 +1,103 @@
+"""LDVAE, the drop-in replacement for scvi.model.LinearSCVI."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+from anndata import AnnData
+from scvi.data._constants import _SETUP_ARGS_KEY
+from scvi.model import LinearSCVI
+
+from ldvae_ext.model._ablation import AblationMixin
+from ldvae_ext.model._export import ExportMixin
+
+
+class LDVAE(AblationMixin, ExportMixin):
+    """Linearly decoded VAE (Svensson et al. 2020, 10.1093/bioinformatics/btaa169), to be read.
+
+    A drop-in replacement for :class:`scvi.model.LinearSCVI`: same arguments, order and defaults, same network, same
+    random draws. What it adds: :meth:`get_decoder`, :meth:`decode`, :meth:`get_latent_kl`, :meth:`export_to_anndata`,
+    :meth:`ablate`, :meth:`get_ablated_expression`, ``get_normalized_expression(use_posterior_mean=True)`` and
+    ``train(kl_warmup="auto")``. (``scvi.module.LDVAE`` is the network that scvi-tools ships; this LDVAE is the model.)
+
+    Parameters
+    ----------
+    adata
+        AnnData registered by :meth:`setup_anndata`.
+    registry
+        Registry of a model saved without its data.
+    n_hidden
+        Nodes of each hidden layer of the encoder.
+    n_latent
+        Number of latent dimensions.
+    n_layers
+        Number of hidden layers of the encoder.
+    dropout_rate
+        Dropout rate of the encoder.
+    dispersion
+        ``"gene"``, ``"gene-batch"``, ``"gene-label"`` or ``"gene-cell"``, as in LinearSCVI.
+    gene_likelihood
+        ``"nb"``, ``"zinb"`` or ``"poisson"``.
+    use_observed_lib_size
+        Whether the library size is the cell's observed total rather than a latent variable.
+    latent_distribution
+        ``"normal"``, or ``"ln"`` for a logistic-normal latent, z = softmax(u).
+    **model_kwargs
+        Passed to :class:`ldvae_ext.module.LDVAEModule`, such as ``use_batch_norm`` or ``bias``.
+
+    Examples
+    --------
+    >>> from ldvae_ext.model import LDVAE as LinearSCVI
+    >>> LinearSCVI.setup_anndata(adata, batch_key="batch")
+    >>> model = LinearSCVI(adata)
+    >>> model.train(kl_warmup="auto")
+    >>> model.export_to_anndata()
+    """
+
+    @classmethod
+    def load(
+        cls,
+        dir_path: str,
+        adata: AnnData | None = None,
+        *args: Any,
+        allowed_classes_names_list: list[str] | None = None,
+        **kwargs: Any,
+    ) -> LDVAE:
+        """Open a directory that ``LDVAE.save`` or ``LinearSCVI.save`` wrote.
+
+        Arguments are those of :meth:`scvi.model.base.BaseModelClass.load`. As everywhere in scvi-tools, the checkpoint
+        is a pickle: open only files that you trust.
+        """
+        allowed = [LinearSCVI.__name__, *(allowed_classes_names_list or [])]
+        return super().load(dir_path, adata, *args, allowed_classes_names_list=allowed, **kwargs)
+
+    @classmethod
+    def from_linear_scvi(cls, model: LinearSCVI) -> LDVAE:
+        """An LDVAE with the network, data and training history of a LinearSCVI model, which stays as it is.
+
+        Latent representation, loadings and decoded expression are equal to the given model's.
+        """
+        if not isinstance(model, LinearSCVI):
+            msg = (
+                f"`model` must be a scvi.model.LinearSCVI; got {type(model).__name__}. `LDVAE.load` opens a saved one."
+            )
+            raise TypeError(msg)
+        if model.adata is not None:
+            registry = model.registry
+            cls.setup_anndata(model.adata, source_registry=registry, **registry[_SETUP_ARGS_KEY])
+        arguments = model.init_params_
+        new = cls(
+            model.adata,
+            None if model.adata is not None else model.registry,
+            **arguments["non_kwargs"],
+            **{name: value for group in arguments["kwargs"].values() for name, value in group.items()},
+        )
+        new.module.load_state_dict(model.module.state_dict())
+        new.module.minified_data_type = model.module.minified_data_type
+        new.to_device(model.device)
+        new.module.train(model.module.training)
+        for name, value in model._get_user_attributes():
+            if name.endswith("_") and name not in ("registry_", "init_params_"):
+                setattr(new, name, deepcopy(value))
+        return new

@@ -1,0 +1,120 @@
+"""Training, and what the warm-up of the KL term did to it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+from scvi.model._utils import get_max_epochs_heuristic
+from scvi.train._config import merge_kwargs
+
+from ldvae_ext._validate import check_positive_int, warn
+from ldvae_ext.model._base import LDVAEBase
+
+_WARMED_UP = 0.95
+
+
+class TrainingMixin(LDVAEBase):
+    """scvi-tools' training with a KL warm-up that can fit the number of epochs, and a word where it did not."""
+
+    # Ends in an underscore to be saved with the model, as scvi-tools saves such attributes.
+    kl_weight_: float | None = None
+
+    @property
+    def final_kl_weight(self) -> float:
+        """Weight of the KL term in the last step of training; NaN if it is not known (untrained, or from LinearSCVI)."""
+        return np.nan if self.kl_weight_ is None else self.kl_weight_
+
+    def train(
+        self,
+        max_epochs: int | None = None,
+        accelerator: str = "auto",
+        devices: int | list[int] | str = "auto",
+        train_size: float | None = None,
+        validation_size: float | None = None,
+        shuffle_set_split: bool = True,
+        load_sparse_tensor: bool = False,
+        batch_size: int = 128,
+        early_stopping: bool = False,
+        datasplitter_kwargs: dict | None = None,
+        plan_config: Any = None,
+        plan_kwargs: Any = None,
+        datamodule: Any = None,
+        trainer_config: Any = None,
+        *,
+        kl_warmup: Literal["auto"] | int | None = None,
+        **trainer_kwargs: Any,
+    ) -> Any:
+        """Train the model: :meth:`scvi.model.LinearSCVI.train` with one more argument, ``kl_warmup``.
+
+        Parameters
+        ----------
+        max_epochs
+            Number of epochs. If None, scvi-tools' heuristic: 400 up to 20,000 cells, fewer beyond.
+        accelerator, devices, train_size, validation_size, shuffle_set_split, load_sparse_tensor, batch_size
+            As in scvi-tools.
+        early_stopping, datasplitter_kwargs, plan_config, plan_kwargs, datamodule, trainer_config, **trainer_kwargs
+            As in scvi-tools.
+        kl_warmup
+            Number of epochs over which the weight of the KL term rises from 0 to 1. ``"auto"``: half of
+            ``max_epochs``. None leaves LinearSCVI's default of 400 epochs, which a shorter training never completes:
+            then the latents carry more information than the ELBO pays for, and a warning says so.
+
+        Raises
+        ------
+        ValueError
+            If ``kl_warmup`` comes together with a warm-up in ``plan_kwargs``.
+        """
+        plan_kwargs = merge_kwargs(plan_config, plan_kwargs, name="plan")
+        if kl_warmup is not None:
+            given = [name for name in ("n_epochs_kl_warmup", "n_steps_kl_warmup") if name in plan_kwargs]
+            if given:
+                msg = f"Give either `kl_warmup` ({kl_warmup!r}) or `plan_kwargs[{given[0]!r}]` ({plan_kwargs[given[0]]!r})."
+                raise ValueError(msg)
+            if kl_warmup == "auto":
+                kl_warmup = max(1, self._n_epochs(max_epochs, datamodule) // 2)
+            check_positive_int("kl_warmup", kl_warmup)
+            plan_kwargs["n_epochs_kl_warmup"] = int(kl_warmup)
+        result = super().train(
+            max_epochs=max_epochs,
+            accelerator=accelerator,
+            devices=devices,
+            train_size=train_size,
+            validation_size=validation_size,
+            shuffle_set_split=shuffle_set_split,
+            load_sparse_tensor=load_sparse_tensor,
+            batch_size=batch_size,
+            early_stopping=early_stopping,
+            datasplitter_kwargs=datasplitter_kwargs,
+            plan_kwargs=plan_kwargs,
+            datamodule=datamodule,
+            trainer_config=trainer_config,
+            **trainer_kwargs,
+        )
+        self._note_kl_weight()
+        return result
+
+    def _n_epochs(self, max_epochs: int | None, datamodule: Any) -> int:
+        if max_epochs is not None:
+            return max_epochs
+        n_obs = self.adata.n_obs if datamodule is None else getattr(datamodule, "n_obs", None)
+        if n_obs is None:
+            msg = "`max_epochs` is needed, since `datamodule` has no `n_obs`."
+            raise ValueError(msg)
+        return get_max_epochs_heuristic(n_obs)
+
+    def _note_kl_weight(self) -> None:
+        plan = self.trainer.lightning_module
+        # What the last training step multiplied with; the plan's own property already speaks of the next epoch.
+        self.kl_weight_ = float(plan.loss_kwargs["kl_weight"])
+        if self.kl_weight_ >= _WARMED_UP:
+            return
+        remedy = (
+            "`train(kl_warmup='auto')` reaches weight 1 at half of `max_epochs`."
+            if plan.max_kl_weight >= _WARMED_UP
+            else f"`max_kl_weight={plan.max_kl_weight}` was asked for; with 1 it would be the ELBO."
+        )
+        warn(
+            f"Training ended with a KL weight of {self.kl_weight_:.2f}: the KL of a latent, and the order by it, belong to "
+            f"another objective than the ELBO. {remedy}"
+        )
