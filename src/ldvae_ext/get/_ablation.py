@@ -26,7 +26,7 @@ def ablation_df(ablation: AnnData, groupby: str) -> pd.DataFrame:
     """
     check_column(ablation.obs.columns, "groupby", groupby)
     effect = pd.DataFrame(np.asarray(ablation.X, dtype=np.float64), columns=ablation.var_names.astype(str))
-    group_of = pd.Categorical(ablation.obs[groupby])
+    group_of = pd.Categorical(pd.Series(ablation.obs[groupby]))
     tables = []
     for group in group_of.categories:
         cells = effect[np.asarray(group_of == group)]

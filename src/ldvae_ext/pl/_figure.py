@@ -1,0 +1,101 @@
+"""What the figures share: colours, sizes, the order of factors, and how a figure ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from scanpy import settings
+
+from ldvae_ext._validate import factor_indices
+
+# Okabe & Ito's colours, which people with any kind of colour vision tell apart; black is left for text.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
+BLUE, ORANGE = PALETTE[:2]
+MISSING = "lightgray"
+SMALL = "small"
+
+
+def em() -> float:
+    """Size of the small type in inches, as the user's settings have it: what rows and columns are measured in."""
+    return FontProperties(size=SMALL).get_size_in_points() / 72
+
+
+def panels(
+    n_rows: int, n_cols: int, width: float, height: float, labels: Iterable[str] = (), **kwargs: Any
+) -> tuple[Figure, np.ndarray]:
+    """Figure and axes, rows x columns, with room for panels of ``width`` x ``height`` inches and labels beside them."""
+    room = 10 * em() + 0.8 * em() * max(map(len, labels), default=0)
+    return plt.subplots(
+        n_rows,
+        n_cols,
+        figsize=(n_cols * (width + room), n_rows * (height + room)),
+        squeeze=False,
+        layout="constrained",
+        **kwargs,
+    )
+
+
+def fit(ax: Axes, width: float, height: float, *, n_rows: int = 1, n_cols: int = 1) -> None:
+    """Size the figure so that each of its equal panels, ``ax`` being one, measures ``width`` x ``height`` inches.
+
+    A constrained layout takes the room for labels from the panels; here the figure gives it, however long they are.
+    """
+    figure = ax.figure.figure
+    # Padding depends on the size of the figure, so a second pass corrects what the first one moved.
+    for _ in range(2):
+        turn_crowded(ax)
+        panel = ax.get_window_extent()
+        lacking = np.array([n_cols * (width - panel.width / figure.dpi), n_rows * (height - panel.height / figure.dpi)])
+        figure.set_size_inches(figure.get_size_inches() + lacking)
+
+
+def turn_crowded(ax: Axes) -> None:
+    """Turn the labels below an axes upright where neighbours would touch."""
+    figure = ax.figure.figure
+    figure.draw_without_rendering()
+    boxes = [label.get_window_extent() for label in ax.get_xticklabels()]
+    space = em() * figure.dpi / 2
+    if any(right.x0 - left.x1 < space for left, right in zip(boxes[:-1], boxes[1:], strict=True)):
+        ax.tick_params(axis="x", labelrotation=90)
+        figure.draw_without_rendering()
+
+
+def factors_in_order(factors: Any, names: Sequence[str]) -> list[int]:
+    """Positions of factors given by name or position, each once, in the order in which they were given."""
+    if factors is None or isinstance(factors, (str, int, np.integer)):
+        return factor_indices(factors, names, argument="factors").tolist()
+    given = list(factors)
+    factor_indices(given, names, argument="factors")
+    return list(dict.fromkeys(factor_indices([factor], names, argument="factors").item() for factor in given))
+
+
+def finish[Drawn: (Axes, Figure)](
+    drawn: Drawn, *, show: bool | None, return_fig: bool, own: bool = True
+) -> Drawn | Figure | None:
+    """Show what was drawn or hand it over.
+
+    Parameters
+    ----------
+    drawn
+        What is returned if it is not shown.
+    show
+        Whether to show it; ``scanpy.settings.autoshow`` if None, unless the figure is asked for.
+    return_fig
+        Whether to return the figure.
+    own
+        Whether this package made the figure.
+    """
+    figure = drawn.figure.figure
+    if settings.autoshow and not return_fig if show is None else show:
+        plt.show()
+        # A blocking `show` has done its work, and a backend without windows would keep the figure for ever.
+        if own and not return_fig and not plt.isinteractive():
+            plt.close(figure)
+        return figure if return_fig else None
+    return figure if return_fig else drawn

@@ -1,0 +1,101 @@
+"""Which genes drive each factor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from anndata import AnnData
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from ldvae_ext import get
+from ldvae_ext._keys import DEFAULT_KEY
+from ldvae_ext._validate import check_positive_int
+from ldvae_ext.pl._figure import BLUE, ORANGE, SMALL, em, factors_in_order, finish, fit, panels
+
+
+def loadings(
+    adata: AnnData,
+    *,
+    factors: Any = None,
+    n_genes: int = 8,
+    ncols: int = 5,
+    key: str = DEFAULT_KEY,
+    show: bool | None = None,
+    return_fig: bool = False,
+) -> Figure | None:
+    """Genes with the largest and the smallest loadings of each factor.
+
+    A panel for each factor, in which a bar is the canonical loading of a gene, in log-rate per unit of latent: on top
+    the genes that go up with the factor, below those that go down. All panels have the same scale.
+
+    Parameters
+    ----------
+    adata
+        AnnData that :meth:`ldvae_ext.model.LDVAE.export_to_anndata` wrote to.
+    factors
+        Factors to draw, in this order: names (``"Z_3"``) or positions in the exported order. All of them if None.
+    n_genes
+        Genes at each end.
+    ncols
+        Panels in a row.
+    key
+        ``key_added`` of the export.
+    show
+        Whether to show the figure; ``scanpy.settings.autoshow`` if None.
+    return_fig
+        Whether to return the figure, without showing it unless ``show`` says so.
+
+    Returns
+    -------
+    The figure, or None if it was shown.
+
+    Raises
+    ------
+    KeyError
+        If there is no such export.
+    ValueError
+        If it has no such factor, or if ``n_genes`` or ``ncols`` is no count or the model has too few genes.
+    """
+    table = get.loadings(adata, key=key)
+    chosen = factors_in_order(factors, table.columns.tolist())
+    check_positive_int("n_genes", n_genes)
+    check_positive_int("ncols", ncols)
+    if 2 * n_genes > len(table):
+        msg = f"`n_genes` must be at most {len(table) // 2}, half of the genes of the model; got {n_genes}."
+        raise ValueError(msg)
+    order_gk = np.argsort(table.to_numpy(), axis=0, kind="stable")[::-1]
+    rows_gk = np.concatenate([order_gk[:n_genes], order_gk[-n_genes:]])[:, chosen]
+    genes_gk = table.index.to_numpy().astype(str)[rows_gk]
+    values_gk = table.to_numpy()[rows_gk, chosen]
+
+    n_cols = min(ncols, len(chosen))
+    n_rows = -(-len(chosen) // n_cols)
+    # A single panel is wide enough for the label of the axis below it.
+    width, height = max(13, 32 / n_cols) * em(), (2 * n_genes + 2) * 1.3 * em()
+    figure, axes = panels(n_rows, n_cols, width, height, genes_gk.ravel(), sharex=True)
+    for ax in axes.flat[len(chosen) :]:
+        ax.remove()
+    for i, k in enumerate(chosen):
+        _panel(axes.flat[i], table.columns[k], genes_gk[:, i], values_gk[:, i])
+    figure.supxlabel("Loading (log-rate per unit of latent)", fontsize="medium")
+    fit(axes[0, 0], width, height, n_rows=n_rows, n_cols=n_cols)
+    return finish(figure, show=show, return_fig=return_fig)
+
+
+def _panel(ax: Axes, factor: str, genes: np.ndarray, values: np.ndarray) -> None:
+    at = np.arange(len(genes), dtype=float)
+    # One row apart, so that the eye finds the two ends.
+    at[len(genes) // 2 :] += 1
+    ax.barh(at, values, color=np.where(values < 0, ORANGE, BLUE).tolist(), height=0.75)
+    ax.axvline(0, color="black", linewidth=0.8)
+    ax.set_yticks(at, genes)
+    ax.set_ylim(at[-1] + 1, -1)
+    ax.set_title(factor, fontsize="medium")
+    ax.xaxis.set_major_locator(MaxNLocator(3))
+    ax.grid(visible=False)
+    ax.tick_params(labelsize=SMALL, labelbottom=True)
+    ax.tick_params(axis="y", length=0)
+    ax.spines[["top", "left", "right"]].set_visible(False)

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quiet_and_frugal():
+    """Two threads, which is what the machine has; more cost ten times as much as they bring."""
+    import torch
+
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    import scvi
+
+    scvi.settings.seed = 0
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real counts, which does not come with the package."""
+    folder = os.environ.get("LDVAE_EXT_DATA")
+    if not folder:
+        pytest.skip("real counts are not here: LDVAE_EXT_DATA names no folder")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def pbmc_trained():
+    """An LDVAE trained on the bundled example; tests must not change it."""
+    import scvi
+
+    from ldvae_ext import datasets
+    from ldvae_ext.model import LDVAE
+
+    adata = datasets.pbmc68k()
+    LDVAE.setup_anndata(adata)
+    scvi.settings.seed = 0
+    model = LDVAE(adata)
+    model.train(40, accelerator="cpu", enable_progress_bar=False, kl_warmup="auto", plan_kwargs={"lr": 5e-3})
+    return model

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ldvae_ext.core import LinearDecoder, ablation_effects, log_likelihood
+
+
+@st.composite
+def cases(draw):
+    rng = np.random.default_rng(draw(st.integers(0, 2**31)))
+    likelihood, latent = draw(st.sampled_from(["nb", "zinb", "poisson"])), draw(st.sampled_from(["normal", "ln"]))
+    n, g, k, b = (draw(st.integers(low, high)) for low, high in ((1, 6), (2, 12), (1, 4), (1, 3)))
+    by_batch = draw(st.booleans()) and likelihood != "poisson"
+    decoder = LinearDecoder(
+        weight_gk=rng.normal(0, 2, (g, k)),
+        intercept_bg=rng.normal(0, 2, (b, g)),
+        genes=[f"g{i}" for i in range(g)],
+        batches=[f"b{i}" for i in range(b)],
+        factors=[f"Z_{i}" for i in range(k)],
+        likelihood=likelihood,
+        dispersion="gene-batch" if by_batch else "gene",
+        theta_bg=None if likelihood == "poisson" else np.exp(rng.normal(0, 2, (b if by_batch else 1, g))),
+        latent_distribution=latent,
+        dropout_weight_gk=rng.normal(size=(g, k)) if likelihood == "zinb" else None,
+        dropout_intercept_bg=rng.normal(size=(b, g)) if likelihood == "zinb" else None,
+    )
+    x = rng.poisson(rng.gamma(0.5, 4, (n, g))) * (rng.random((n, g)) < draw(st.floats(0, 1)))
+    return decoder, x, rng.normal(0, 2, (n, k)), rng.gamma(2, 50, n), rng.integers(0, b, n), rng.normal(size=k)
+
+
+def one_by_one(decoder, x, mean, library, batch, value, factors):
+    """The definition: cell by cell, latent by latent, two whole likelihoods subtracted."""
+
+    def z_of(u):
+        e = np.exp(u - u.max())
+        return e / e.sum() if decoder.latent_distribution == "ln" else u
+
+    out = np.empty((len(x), len(factors)))
+    for n in range(len(x)):
+        theta = None if decoder.theta_bg is None else decoder.theta_bg[batch[n] if decoder.dispersion == "gene-batch" else 0]
+        z = z_of(mean[n])
+        dropout = None
+        if decoder.likelihood == "zinb":
+            dropout = decoder.dropout_weight_gk @ z + decoder.dropout_intercept_bg[batch[n]]
+
+        def nll(u, n=n, theta=theta, dropout=dropout):
+            e = np.exp(decoder.weight_gk @ z_of(u) + decoder.intercept_bg[batch[n]])
+            return -log_likelihood(decoder.likelihood, x[n].astype(float), library[n] * e / e.sum(), theta, dropout).sum()
+
+        for column, k in enumerate(factors):
+            moved = mean[n].copy()
+            moved[k] = value[k]
+            out[n, column] = nll(moved) - nll(mean[n])
+    return out
+
+
+@given(cases())
+@settings(max_examples=150, deadline=None)
+def test_effects_equal_the_definition(case):
+    factors = np.arange(case[2].shape[1])
+    expected = one_by_one(*case, factors)
+    np.testing.assert_allclose(ablation_effects(*case, factors), expected, rtol=1e-9, atol=1e-9 * max(1, np.abs(expected).max()))
+
+
+def test_a_latent_that_is_there_already_has_no_effect_and_some_effects_are_negative():
+    decoder = LinearDecoder(
+        weight_gk=[[3.0, 0.0], [-3.0, 0.0]],
+        intercept_bg=np.zeros((1, 2)),
+        genes=["a", "b"],
+        batches=["0"],
+        factors=["Z_0", "Z_1"],
+        likelihood="poisson",
+    )
+    x, mean = np.array([[10.0, 0.0], [0.0, 10.0]]), np.array([[1.0, 1.0], [1.0, 1.0]])
+    effect = ablation_effects(decoder, x, mean, np.full(2, 10.0), np.zeros(2, dtype=int), np.zeros(2), [0, 1])
+    assert effect[0, 0] > 1, "the latent says gene a, and gene a it is"
+    assert effect[1, 0] < -1, "a latent that points the wrong way hurts, and is not clipped"
+    np.testing.assert_array_equal(effect[:, 1], 0)
+    np.testing.assert_array_equal(
+        ablation_effects(decoder, x, mean, np.full(2, 10.0), np.zeros(2, dtype=int), np.ones(2), [0]), np.zeros((2, 1))
+    )
+
+
+@pytest.mark.parametrize("likelihood", ["nb", "poisson"])
+def test_effects_do_not_depend_on_how_cells_are_cut_into_chunks(likelihood):
+    rng = np.random.default_rng(0)
+    decoder = LinearDecoder(
+        weight_gk=rng.normal(size=(50, 3)),
+        intercept_bg=rng.normal(size=(2, 50)),
+        genes=[f"g{i}" for i in range(50)],
+        batches=["a", "b"],
+        factors=["Z_0", "Z_1", "Z_2"],
+        likelihood=likelihood,
+        theta_bg=None if likelihood == "poisson" else np.ones((1, 50)),
+    )
+    x, mean, library, batch = rng.poisson(2, (64, 50)), rng.normal(size=(64, 3)), rng.gamma(2, 50, 64), rng.integers(0, 2, 64)
+    whole = ablation_effects(decoder, x, mean, library, batch, np.zeros(3), [0, 1, 2])
+    pieces = [
+        ablation_effects(decoder, x[s], mean[s], library[s], batch[s], np.zeros(3), [0, 1, 2])
+        for s in (slice(0, 1), slice(1, 40), slice(40, 64))
+    ]
+    np.testing.assert_allclose(np.concatenate(pieces), whole, rtol=1e-10, atol=1e-10)

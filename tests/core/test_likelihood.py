@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from scvi.distributions import NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
+
+from ldvae_ext.core import log_likelihood
+from ldvae_ext.core.likelihood import mean_dependent_part
+
+
+@pytest.fixture
+def values():
+    rng = np.random.default_rng(0)
+    shape = (30, 12)
+    mu = np.exp(rng.normal(0, 3, shape))
+    mu[0] = 1e-12  # where scvi-tools' eps decides
+    return {
+        "x": rng.poisson(rng.gamma(0.5, 4.0, shape)).astype(float),
+        "mu": mu,
+        "theta": np.exp(rng.normal(0, 1, (1, 12))),
+        "dropout": rng.normal(0, 2, shape),
+    }
+
+
+def torch_log_prob(likelihood, v):
+    x, mu, theta, dropout = (torch.as_tensor(v[name]) for name in ("x", "mu", "theta", "dropout"))
+    if likelihood == "poisson":
+        return Poisson(mu).log_prob(x).numpy()
+    if likelihood == "nb":
+        return NegativeBinomial(mu=mu, theta=theta).log_prob(x).numpy()
+    return ZeroInflatedNegativeBinomial(mu=mu, theta=theta, zi_logits=dropout).log_prob(x).numpy()
+
+
+@pytest.mark.parametrize("likelihood", ["nb", "zinb", "poisson"])
+def test_log_likelihood_is_that_of_scvi_tools_in_float64(likelihood, values):
+    got = log_likelihood(likelihood, values["x"], values["mu"], values["theta"], values["dropout"])
+    np.testing.assert_allclose(got, torch_log_prob(likelihood, values), rtol=1e-10, atol=1e-10)
+
+
+def test_negative_binomial_agrees_with_scipy_where_eps_does_not_matter(values):
+    mu, theta = values["mu"][1:] + 0.1, values["theta"]
+    got = log_likelihood("nb", values["x"][1:], mu, theta)
+    np.testing.assert_allclose(got, stats.nbinom.logpmf(values["x"][1:], theta, theta / (theta + mu)), atol=1e-5)
+
+
+@pytest.mark.parametrize("likelihood", ["nb", "zinb", "poisson"])
+def test_mean_dependent_part_differs_from_the_likelihood_by_what_the_mean_does_not_change(likelihood, values):
+    args = (values["theta"], values["dropout"])
+    other = values["mu"] * 1.7
+    by_parts = mean_dependent_part(likelihood, values["x"], other, *args) - mean_dependent_part(
+        likelihood, values["x"], values["mu"], *args
+    )
+    whole = log_likelihood(likelihood, values["x"], other, *args) - log_likelihood(likelihood, values["x"], values["mu"], *args)
+    np.testing.assert_allclose(by_parts, whole, atol=1e-9)
+
+
+def test_unknown_likelihood_is_an_error(values):
+    with pytest.raises(ValueError, match="'nb', 'zinb' or 'poisson'; got 'normal'"):
+        log_likelihood("normal", values["x"], values["mu"], values["theta"])
