@@ -9,10 +9,10 @@ import pytest
 
 @pytest.fixture(autouse=True, scope="session")
 def _quiet_and_frugal():
-    """Two threads, which is what the machine has; more cost ten times as much as they bring."""
+    """One thread: the models are small, and threads that wait for each other on a busy machine cost ten times as much."""
     import torch
 
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    torch.set_num_threads(1)
     for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

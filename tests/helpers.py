@@ -11,6 +11,7 @@ import pandas as pd
 import scvi
 import torch
 from scipy import sparse
+from scvi.distributions import NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
 
 from ldvae_ext.model import LDVAE
 
@@ -18,7 +19,13 @@ TRAIN = {"accelerator": "cpu", "enable_progress_bar": False}
 
 # The grid over which the decoder must be exact.
 GRID = [
-    dict(zip(("use_batch_norm", "bias", "n_batches", "gene_likelihood", "latent_distribution", "dispersion"), values, strict=True))
+    dict(
+        zip(
+            ("use_batch_norm", "bias", "n_batches", "gene_likelihood", "latent_distribution", "dispersion"),
+            values,
+            strict=True,
+        )
+    )
     for values in itertools.product(
         (True, False), (True, False), (1, 3), ("nb", "zinb", "poisson"), ("normal", "ln"), ("gene", "gene-batch")
     )
@@ -39,7 +46,11 @@ def counts(n_cells: int = 60, n_genes: int = 20, n_batches: int = 1, seed: int =
     return ad.AnnData(
         X=sparse.csr_matrix(x.astype(np.float32)),
         obs=pd.DataFrame(
-            {"batch": pd.Categorical(np.array(labels)[rng.permutation(np.arange(n_cells) % n_batches)], categories=labels)},
+            {
+                "batch": pd.Categorical(
+                    np.array(labels)[rng.permutation(np.arange(n_cells) % n_batches)], categories=labels
+                )
+            },
             index=[f"cell{i}" for i in range(n_cells)],
         ),
         var=pd.DataFrame(index=[f"gene{i}" for i in range(n_genes)]),
@@ -63,34 +74,50 @@ def untrained(adata: ad.AnnData, n_latent: int = 4, *, cls: type = LDVAE, seed: 
     return model
 
 
-def brute_force_ablation(model: Any, adata: ad.AnnData, value_k: np.ndarray) -> np.ndarray:
-    """Paired change of the NLL by running scvi-tools' own network and distributions in float64, latent by latent."""
+def network(model: Any, z: Any, batch: Any, library: Any) -> Any:
+    """Distribution of the counts from scvi-tools' own layers in float64.
+
+    ``generative`` itself cannot run in float64, since scvi-tools casts its one-hot vectors to float32.
+    """
     module = model.module
-    dtype = next(module.parameters()).dtype
-    x = np.asarray(adata.X.todense() if sparse.issparse(adata.X) else adata.X, dtype=np.float32)
-    batch = torch.as_tensor(pd.Categorical(adata.obs["batch"]).codes.astype(np.int64)).reshape(-1, 1)
+    batch = torch.as_tensor(np.asarray(batch), dtype=torch.int64).reshape(-1, 1)
+    library = torch.as_tensor(np.broadcast_to(library, len(batch)).copy(), dtype=torch.float64).reshape(-1, 1)
+    module.double()
+    try:
+        with torch.no_grad():
+            z = torch.as_tensor(z, dtype=torch.float64)
+            scale, _, rate, dropout = module.decoder(module.dispersion, z, library.log(), batch)
+            theta = module.px_r.exp()
+            theta = theta.T[batch.ravel()] if module.dispersion == "gene-batch" else theta
+            if module.gene_likelihood == "poisson":
+                return Poisson(rate, scale=scale)
+            if module.gene_likelihood == "nb":
+                return NegativeBinomial(mu=rate, theta=theta, scale=scale)
+            return ZeroInflatedNegativeBinomial(mu=rate, theta=theta, zi_logits=dropout, scale=scale)
+    finally:
+        module.float()
+
+
+def brute_force_ablation(model: Any, adata: ad.AnnData, value_k: np.ndarray) -> np.ndarray:
+    """Paired change of the NLL by scvi-tools' own network and distributions in float64, latent by latent."""
+    module = model.module
+    x = torch.as_tensor(adata.X.toarray() if sparse.issparse(adata.X) else adata.X, dtype=torch.float32)
+    batch = pd.Categorical(adata.obs["batch"]).codes.astype(np.int64)
     with torch.no_grad():
-        inference = module.inference(torch.as_tensor(x), batch)
-        library = torch.log(torch.as_tensor(x).sum(1, keepdim=True)) if module.use_observed_lib_size else inference["ql"].loc
-        mean, library = inference["qz"].loc.double(), library.double()
-        module.double()
-        try:
+        inference = module.inference(x, torch.as_tensor(batch).reshape(-1, 1))
+    mean = inference["qz"].loc.double()
+    library = x.double().sum(1) if module.use_observed_lib_size else inference["ql"].loc.double().exp().ravel()
 
-            def generate(u: torch.Tensor) -> Any:
-                z = module.z_encoder.z_transformation(u)
-                return module.generative(z, library, batch)["px"]
+    def generate(u: torch.Tensor) -> Any:
+        return network(model, module.z_encoder.z_transformation(u), batch, library.numpy())
 
-            full = generate(mean)
-            x64 = torch.as_tensor(x).double()
-            full_ll = full.log_prob(x64)
-            out = np.empty(mean.shape)
-            for k in range(mean.shape[1]):
-                moved = mean.clone()
-                moved[:, k] = float(value_k[k])
-                px = generate(moved)
-                if hasattr(px, "zi_logits") and px.zi_logits is not None:
-                    px.zi_logits = full.zi_logits
-                out[:, k] = (full_ll - px.log_prob(x64)).sum(-1).numpy()
-        finally:
-            module.to(dtype)
+    full = generate(mean)
+    out = np.empty(mean.shape)
+    for k in range(mean.shape[1]):
+        moved = mean.clone()
+        moved[:, k] = float(value_k[k])
+        px = generate(moved)
+        if module.gene_likelihood == "zinb":
+            px.zi_logits = full.zi_logits
+        out[:, k] = (full.log_prob(x.double()) - px.log_prob(x.double())).sum(-1).numpy()
     return out

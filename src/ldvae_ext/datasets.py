@@ -14,6 +14,8 @@ from ldvae_ext._validate import check_one_of, check_positive_int
 from ldvae_ext.core import LinearDecoder
 from ldvae_ext.core.decoder import LIKELIHOODS
 
+__all__ = ["pbmc68k", "simulate"]
+
 # The log-counts were rounded to three decimals.
 _ROUNDING = 0.5e-3
 

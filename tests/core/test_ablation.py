@@ -40,7 +40,11 @@ def one_by_one(decoder, x, mean, library, batch, value, factors):
 
     out = np.empty((len(x), len(factors)))
     for n in range(len(x)):
-        theta = None if decoder.theta_bg is None else decoder.theta_bg[batch[n] if decoder.dispersion == "gene-batch" else 0]
+        theta = (
+            None
+            if decoder.theta_bg is None
+            else decoder.theta_bg[batch[n] if decoder.dispersion == "gene-batch" else 0]
+        )
         z = z_of(mean[n])
         dropout = None
         if decoder.likelihood == "zinb":
@@ -48,7 +52,9 @@ def one_by_one(decoder, x, mean, library, batch, value, factors):
 
         def nll(u, n=n, theta=theta, dropout=dropout):
             e = np.exp(decoder.weight_gk @ z_of(u) + decoder.intercept_bg[batch[n]])
-            return -log_likelihood(decoder.likelihood, x[n].astype(float), library[n] * e / e.sum(), theta, dropout).sum()
+            return -log_likelihood(
+                decoder.likelihood, x[n].astype(float), library[n] * e / e.sum(), theta, dropout
+            ).sum()
 
         for column, k in enumerate(factors):
             moved = mean[n].copy()
@@ -62,7 +68,9 @@ def one_by_one(decoder, x, mean, library, batch, value, factors):
 def test_effects_equal_the_definition(case):
     factors = np.arange(case[2].shape[1])
     expected = one_by_one(*case, factors)
-    np.testing.assert_allclose(ablation_effects(*case, factors), expected, rtol=1e-9, atol=1e-9 * max(1, np.abs(expected).max()))
+    np.testing.assert_allclose(
+        ablation_effects(*case, factors), expected, rtol=1e-9, atol=1e-9 * max(1, np.abs(expected).max())
+    )
 
 
 def test_a_latent_that_is_there_already_has_no_effect_and_some_effects_are_negative():
@@ -96,7 +104,12 @@ def test_effects_do_not_depend_on_how_cells_are_cut_into_chunks(likelihood):
         likelihood=likelihood,
         theta_bg=None if likelihood == "poisson" else np.ones((1, 50)),
     )
-    x, mean, library, batch = rng.poisson(2, (64, 50)), rng.normal(size=(64, 3)), rng.gamma(2, 50, 64), rng.integers(0, 2, 64)
+    x, mean, library, batch = (
+        rng.poisson(2, (64, 50)),
+        rng.normal(size=(64, 3)),
+        rng.gamma(2, 50, 64),
+        rng.integers(0, 2, 64),
+    )
     whole = ablation_effects(decoder, x, mean, library, batch, np.zeros(3), [0, 1, 2])
     pieces = [
         ablation_effects(decoder, x[s], mean[s], library[s], batch[s], np.zeros(3), [0, 1, 2])

@@ -33,7 +33,9 @@ def make(seed=0, n_genes=9, n_factors=3, n_batches=2, likelihood="zinb", dispers
         factors=[f"Z_{k}" for k in range(n_factors)],
         likelihood=likelihood,
         dispersion=dispersion if likelihood != "poisson" else "gene",
-        theta_bg=None if likelihood == "poisson" else rng.gamma(1, 1, (n_batches if dispersion == "gene-batch" else 1, n_genes)),
+        theta_bg=None
+        if likelihood == "poisson"
+        else rng.gamma(1, 1, (n_batches if dispersion == "gene-batch" else 1, n_genes)),
         latent_distribution=latent,
         dropout_weight_gk=drop[0] if likelihood == "zinb" else None,
         dropout_intercept_bg=drop[1] if likelihood == "zinb" else None,
@@ -45,7 +47,11 @@ def make(seed=0, n_genes=9, n_factors=3, n_batches=2, likelihood="zinb", dispers
 def latents(decoder, n=7, seed=1):
     rng = np.random.default_rng(seed)
     n_factors = len(decoder.factors)
-    return rng.dirichlet(np.ones(n_factors), n) if decoder.latent_distribution == "ln" else rng.normal(0, 2, (n, n_factors))
+    return (
+        rng.dirichlet(np.ones(n_factors), n)
+        if decoder.latent_distribution == "ln"
+        else rng.normal(0, 2, (n, n_factors))
+    )
 
 
 def test_scale_is_the_softmax_written_out():
@@ -54,7 +60,9 @@ def test_scale_is_the_softmax_written_out():
     for i in range(7):
         e = np.exp([decoder.weight_gk[g] @ z[i] + decoder.intercept_bg[batch[i], g] for g in range(9)])
         np.testing.assert_allclose(decoder.scale(z, batch)[i], e / e.sum(), rtol=1e-12)
-        np.testing.assert_allclose(decoder.rate(z, batch, library=np.arange(7) + 5)[i], (5 + i) * e / e.sum(), rtol=1e-12)
+        np.testing.assert_allclose(
+            decoder.rate(z, batch, library=np.arange(7) + 5)[i], (5 + i) * e / e.sum(), rtol=1e-12
+        )
 
 
 def test_batches_go_by_code_or_by_name():
@@ -99,7 +107,12 @@ def test_a_decoder_is_frozen():
 def test_a_decoder_keeps_its_own_copy():
     weight = np.zeros((2, 1))
     decoder = LinearDecoder(
-        weight_gk=weight, intercept_bg=np.zeros((1, 2)), genes=["a", "b"], batches=["0"], factors=["Z_0"], likelihood="poisson"
+        weight_gk=weight,
+        intercept_bg=np.zeros((1, 2)),
+        genes=["a", "b"],
+        batches=["0"],
+        factors=["Z_0"],
+        likelihood="poisson",
     )
     weight[0, 0] = 7
     assert decoder.weight_gk[0, 0] == 0
@@ -170,7 +183,11 @@ def test_a_point_of_the_simplex_cannot_be_turned():
 
 @pytest.mark.parametrize(
     ("order", "signs", "message"),
-    [([0, 0, 1], None, "permutation of 0 to 2"), ([0, 1], None, "permutation"), ([0, 1, 2], [1, 0, 1], r"\+1 or -1 for each")],
+    [
+        ([0, 0, 1], None, "permutation of 0 to 2"),
+        ([0, 1], None, "permutation"),
+        ([0, 1, 2], [1, 0, 1], r"\+1 or -1 for each"),
+    ],
 )
 def test_orders_that_are_none_are_errors(order, signs, message):
     with pytest.raises(ValueError, match=message):
@@ -196,7 +213,7 @@ def test_npz_brings_everything_back_without_pickle(tmp_path, likelihood, dispers
 
 def test_npz_of_something_else_is_an_error(tmp_path):
     np.savez(tmp_path / "x.npz", a=1)
-    with pytest.raises(ValueError, match="hold no decoder: .*'weight_gk'"):
+    with pytest.raises(ValueError, match=r"hold no decoder: .*'weight_gk'"):
         LinearDecoder.load(tmp_path / "x.npz")
 
 

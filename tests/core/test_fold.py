@@ -10,7 +10,11 @@ from ldvae_ext.core import BatchNorm, RawLinear
 def batch_norm():
     rng = np.random.default_rng(1)
     return BatchNorm(
-        running_mean=rng.normal(size=5), running_var=rng.gamma(2, 1, 5), gamma=rng.normal(size=5), beta=rng.normal(size=5), eps=1e-3
+        running_mean=rng.normal(size=5),
+        running_var=rng.gamma(2, 1, 5),
+        gamma=rng.normal(size=5),
+        beta=rng.normal(size=5),
+        eps=1e-3,
     )
 
 
@@ -29,7 +33,10 @@ def test_fold_equals_the_layer_written_out(batch_norm, with_bias, n_batches, wit
         one_hot = np.eye(n_batches)[b][:n_columns]
         a = weight @ np.concatenate([z, one_hot]) + (0 if bias is None else bias)
         if with_batch_norm:
-            a = batch_norm.gamma * (a - batch_norm.running_mean) / np.sqrt(batch_norm.running_var + 1e-3) + batch_norm.beta
+            a = (
+                batch_norm.gamma * (a - batch_norm.running_mean) / np.sqrt(batch_norm.running_var + 1e-3)
+                + batch_norm.beta
+            )
         np.testing.assert_allclose(folded @ z + intercept[b], a, atol=1e-12)
 
 

@@ -52,7 +52,9 @@ def test_mean_dependent_part_differs_from_the_likelihood_by_what_the_mean_does_n
     by_parts = mean_dependent_part(likelihood, values["x"], other, *args) - mean_dependent_part(
         likelihood, values["x"], values["mu"], *args
     )
-    whole = log_likelihood(likelihood, values["x"], other, *args) - log_likelihood(likelihood, values["x"], values["mu"], *args)
+    whole = log_likelihood(likelihood, values["x"], other, *args) - log_likelihood(
+        likelihood, values["x"], values["mu"], *args
+    )
     np.testing.assert_allclose(by_parts, whole, atol=1e-9)
 
 

@@ -85,7 +85,9 @@ def test_same_seed_gives_the_same_elbo_over_twenty_epochs(kwargs):
         np.testing.assert_allclose(curves[1][name], curve, rtol=1e-3)
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"gene_likelihood": "zinb", "latent_distribution": "ln", "dispersion": "gene-batch"}])
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"gene_likelihood": "zinb", "latent_distribution": "ln", "dispersion": "gene-batch"}]
+)
 def test_from_linear_scvi_keeps_latent_loadings_and_expression(kwargs):
     adata = counts(n_batches=3)
     LinearSCVI.setup_anndata(adata, batch_key="batch")
@@ -96,7 +98,9 @@ def test_from_linear_scvi_keeps_latent_loadings_and_expression(kwargs):
     assert_same_state(stock, ours)
     assert ours.is_trained
     assert ours.history.keys() == stock.history.keys()
-    np.testing.assert_array_equal(ours.get_latent_representation(return_dist=True), stock.get_latent_representation(return_dist=True))
+    np.testing.assert_array_equal(
+        ours.get_latent_representation(return_dist=True), stock.get_latent_representation(return_dist=True)
+    )
     np.testing.assert_array_equal(ours.get_loadings(), stock.get_loadings())
     expressions = []
     for model in (stock, ours):

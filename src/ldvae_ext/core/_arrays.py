@@ -22,9 +22,14 @@ def read_only(value: Any, shape: tuple[int | None, ...], name: str) -> np.ndarra
     return array
 
 
+def strings(values: Any) -> np.ndarray:
+    """An array of fixed-width strings, whatever kind of string array a file gave back."""
+    return np.array([str(v) for v in np.asarray(values).ravel().tolist()], dtype=np.str_)
+
+
 def names_array(values: Any, length: int, name: str) -> np.ndarray:
     """A read-only array of unique strings of the given length."""
-    array = np.array([str(v) for v in np.asarray(values, dtype=object).ravel()], dtype=np.str_)
+    array = strings(values)
     if len(array) != length:
         msg = f"`{name}` must hold {length} names; got {len(array)}."
         raise ValueError(msg)

@@ -134,7 +134,7 @@ class LinearDecoder:
             unknown = given[codes < 0]
         if unknown.size:
             msg = (
-                f"`batch`: {unknown.flat[0]!r} is no batch of this decoder; allowed are {listed(self.batches)} "
+                f"`batch`: {unknown.tolist()[0]!r} is no batch of this decoder; allowed are {listed(self.batches)} "
                 f"or 0 to {len(self.batches) - 1}."
             )
             raise ValueError(msg)
@@ -148,7 +148,17 @@ class LinearDecoder:
         return z_nk
 
     def logits(self, z_nk: Any, batch: Any = None) -> np.ndarray:
-        """``z @ weight.T + intercept[batch]``, shape (cells, genes), in log-rate up to a constant per cell."""
+        """``z @ weight.T + intercept[batch]``, in log-rate up to a constant per cell.
+
+        Parameters
+        ----------
+        z_nk, batch
+            See :meth:`scale`.
+
+        Returns
+        -------
+        Shape (cells, genes), float64.
+        """
         z_nk = self._latent(z_nk)
         return z_nk @ self.weight_gk.T + self.intercept_bg[self.batch_codes(batch, len(z_nk))]
 
@@ -169,12 +179,39 @@ class LinearDecoder:
         return softmax(self.logits(z_nk, batch), axis=1)
 
     def rate(self, z_nk: Any, batch: Any = None, *, library: Any) -> np.ndarray:
-        """Mean counts, ``library * scale``, shape (cells, genes); ``library`` in counts, one or one for each cell."""
+        """Mean counts, ``library * scale``.
+
+        Parameters
+        ----------
+        z_nk, batch
+            See :meth:`scale`.
+        library
+            Library size in counts: one, or one for each cell.
+
+        Returns
+        -------
+        Shape (cells, genes), float64. ``px.mu`` of scvi-tools (``px.rate`` under ``"poisson"``).
+        """
         scale_ng = self.scale(z_nk, batch)
         return scale_ng * np.broadcast_to(np.asarray(library, dtype=np.float64).ravel(), (len(scale_ng),))[:, None]
 
     def dropout_logits(self, z_nk: Any, batch: Any = None) -> np.ndarray:
-        """Logits of zero inflation, shape (cells, genes); only under ``"zinb"``."""
+        """Logits of zero inflation; only under ``"zinb"``.
+
+        Parameters
+        ----------
+        z_nk, batch
+            See :meth:`scale`.
+
+        Returns
+        -------
+        Shape (cells, genes), float64. ``px.zi_logits`` of scvi-tools.
+
+        Raises
+        ------
+        ValueError
+            Under another likelihood.
+        """
         if self.dropout_weight_gk is None or self.dropout_intercept_bg is None:
             msg = f"Only `likelihood='zinb'` has dropout logits; this decoder has {self.likelihood!r}."
             raise ValueError(msg)
@@ -182,7 +219,22 @@ class LinearDecoder:
         return z_nk @ self.dropout_weight_gk.T + self.dropout_intercept_bg[self.batch_codes(batch, len(z_nk))]
 
     def theta(self, batch: Any = None, n_cells: int = 1) -> np.ndarray:
-        """Inverse dispersion of each cell, in counts: shape (1, genes) under ``"gene"``, else (cells, genes)."""
+        """Inverse dispersion of the negative binomial, in counts.
+
+        Parameters
+        ----------
+        batch, n_cells
+            See :meth:`batch_codes`; not needed under ``"gene"``.
+
+        Returns
+        -------
+        Shape (1, genes) under ``"gene"``, (cells, genes) under ``"gene-batch"``.
+
+        Raises
+        ------
+        ValueError
+            Under ``"poisson"``, which has none.
+        """
         if self.theta_bg is None:
             msg = "A Poisson likelihood has no dispersion."
             raise ValueError(msg)

@@ -11,6 +11,9 @@ from anndata import AnnData
 from ldvae_ext._keys import DEFAULT_KEY, ExportKeys, export_keys
 from ldvae_ext._validate import listed
 from ldvae_ext.core import LinearDecoder
+from ldvae_ext.core._arrays import strings
+
+STATISTICS = ("kl", "kl_share", "active_unit")
 
 
 def export_of(adata: AnnData, key: str = DEFAULT_KEY) -> tuple[ExportKeys, Any]:
@@ -52,7 +55,7 @@ def loadings(adata: AnnData, *, key: str = DEFAULT_KEY) -> pd.DataFrame:
     return pd.DataFrame(
         np.asarray(adata.varm[keys.loadings])[known],
         index=adata.var_names[known],
-        columns=np.asarray(info["names"]).astype(str),
+        columns=strings(info["names"]),
     )
 
 
@@ -71,5 +74,8 @@ def factors(adata: AnnData, *, key: str = DEFAULT_KEY) -> pd.DataFrame:
     """
     _, info = export_of(adata, key)
     table = {"dimension": np.asarray(info["order"]), "sign": np.asarray(info["signs"])}
-    table.update({name: np.asarray(value) for name, value in info["statistics"].items()})
-    return pd.DataFrame(table, index=pd.Index(np.asarray(info["names"]).astype(str), name="factor"))
+    # Files give the entries of a dictionary back in alphabetical order.
+    first = [name for name in STATISTICS if name in info["statistics"]]
+    for name in (*first, *sorted(set(info["statistics"]) - set(first))):
+        table[name] = np.asarray(info["statistics"][name])
+    return pd.DataFrame(table, index=pd.Index(strings(info["names"]), name="factor"))

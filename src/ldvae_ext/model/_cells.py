@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import pandas as pd
+import torch
 from anndata import AnnData
 from scvi import REGISTRY_KEYS
 from scvi.data._utils import _get_adata_minify_type, _validate_adata_dataloader_input
@@ -64,7 +65,9 @@ def stream_cells(
         return
     with readable_cells(model, adata) as cells:
         positions = cell_positions(indices, cells.n_obs)
-        loader = model._make_data_loader(cells, indices=positions, batch_size=batch_size, **(data_loader_kwargs or {}))
+        # A generator of its own, since a torch data loader draws a seed from the global one even if it does not shuffle.
+        loader_kwargs = {"generator": torch.Generator(), **(data_loader_kwargs or {})}
+        loader = model._make_data_loader(cells, indices=positions, batch_size=batch_size, **loader_kwargs)
         # The obs as the user knows it: scvi-tools adds columns to what it registers.
         obs = cast("pd.DataFrame", (cells if adata is None else adata).obs)
         yield CellStream(obs.iloc[positions], encode(model.module, loader), len(loader))

@@ -9,13 +9,9 @@ from anndata import AnnData
 from matplotlib.axes import Axes
 from matplotlib.colors import CenteredNorm
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
 
 from ldvae_ext import get
-from ldvae_ext.pl._figure import SMALL, em, factors_in_order, finish, fit, panels, turn_crowded
-
-# Room for a character, in em.
-_CHARACTER = 0.65
+from ldvae_ext.pl._figure import CHARACTER, SMALL, em, factors_in_order, finish, fit, panels, turn_crowded
 
 
 def ablation(
@@ -63,11 +59,12 @@ def ablation(
     table = get.ablation_df(ablation, groupby)
     names = ablation.var_names.astype(str).tolist()
     chosen = factors_in_order(factors, names)
-    # One block of rows for each group, with the factors as they stand in `ablation`.
-    mean_pk = table["mean"].to_numpy().reshape(-1, len(names))[:, chosen]
-    blocks = table.iloc[:: len(names)]
-    labels = [f"{group} ({n:,})" for group, n in zip(blocks["group"], blocks["n_cells"], strict=True)]
-    largest = float(np.abs(mean_pk).max(initial=0)) or 1.0
+    groups = table.drop_duplicates("group")
+    labels = [f"{group} ({n:,})" for group, n in zip(groups["group"], groups["n_cells"], strict=True)]
+    means = table.pivot(index="group", columns="factor", values="mean")
+    mean_pk = means.loc[groups["group"], [names[k] for k in chosen]].to_numpy()
+    finite = mean_pk[np.isfinite(mean_pk)]
+    largest = np.abs(finite).max(initial=0) or 1.0
     # Three digits of the largest value.
     digits = max(0, 2 - int(np.floor(np.log10(largest))))
     # Adding 0 takes the sign off a negative zero.
@@ -75,41 +72,43 @@ def ablation(
     texts = [[f"{value:.{digits}f}" for value in row] for row in values_pk]
 
     own = ax is None
-    column = _CHARACTER * (max(len(text) for row in texts for text in row) + 1)
+    column = CHARACTER * (max(len(text) for row in texts for text in row) + 1)
     width = max(12, 1.5 * len(chosen), min(column * len(chosen), 70)) * em()
-    height = max(14, 1.8 * len(labels)) * em()
+    height = max(14, 1.8 * len(labels), CHARACTER * len(groupby)) * em()
     if ax is None:
-        ax = panels(1, 1, width, height, labels)[1].item()
+        ax = panels(1, 1, width, height, beside=max(map(len, labels)))[1].item()
     image = ax.imshow(mean_pk, cmap="RdBu", norm=CenteredNorm(halfrange=largest), aspect="auto")
     ax.set_xticks(np.arange(len(chosen)), [names[k] for k in chosen])
     ax.set_yticks(np.arange(len(labels)), labels)
     ax.set_xlabel("Factor")
-    ax.set_ylabel(groupby)
+    ax.set_ylabel(groupby, fontsize=SMALL)
     ax.grid(visible=False)
     ax.tick_params(labelsize=SMALL, length=0)
     ax.spines[:].set_visible(False)
-    bar = ax.figure.colorbar(image, ax=ax, fraction=0.05, pad=0.02)
-    bar.set_label("Change in NLL without the factor\n(nats per cell)", fontsize=SMALL)
+    bar = ax.figure.colorbar(image, ax=ax, pad=0.02)
+    bar.set_label("Change in NLL\nwithout the factor\n(nats per cell)", fontsize=SMALL)
     bar.ax.tick_params(labelsize=SMALL)
+    # The colours are symmetric; the bar shows those that occur.
+    bar.ax.set_ylim(finite.min(initial=0), finite.max(initial=0) or 0.05 * largest)
     if own:
         fit(ax, width, height)
     else:
         turn_crowded(ax)
-    _annotate(ax, image, values_pk, texts)
+    _annotate(ax, image.to_rgba(mean_pk), values_pk, texts)
     return finish(ax, show=show, return_fig=return_fig, own=own)
 
 
-def _annotate(ax: Axes, image: AxesImage, values_pk: np.ndarray, texts: list[list[str]]) -> None:
+def _annotate(ax: Axes, rgba_pk: np.ndarray, values_pk: np.ndarray, texts: list[list[str]]) -> None:
     """Write the values where they fit, else a minus sign where they are negative; the axes must have been laid out."""
     panel = ax.get_window_extent()
     inches = em() * ax.figure.figure.dpi
     longest = max(len(text) for row in texts for text in row)
     n_groups, n_factors = values_pk.shape
-    roomy = panel.width / n_factors >= _CHARACTER * longest * inches and panel.height / n_groups >= 1.1 * inches
+    roomy = panel.width / n_factors >= CHARACTER * longest * inches and panel.height / n_groups >= 1.1 * inches
     for (p, k), value in np.ndenumerate(values_pk):
         if not roomy and value >= 0:
             continue
-        red, green, blue, _ = image.to_rgba(image.get_array()[p, k])
+        red, green, blue, _ = rgba_pk[p, k]
         dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
         text = texts[p][k].replace("-", "\N{MINUS SIGN}") if roomy else "\N{MINUS SIGN}"
         ax.text(k, p, text, ha="center", va="center", fontsize=SMALL, color="white" if dark else "black")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -10,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
+from matplotlib.ticker import MaxNLocator
 from scanpy import settings
 
 from ldvae_ext._validate import factor_indices
@@ -19,6 +21,18 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F
 BLUE, ORANGE = PALETTE[:2]
 MISSING = "lightgray"
 SMALL = "small"
+# Width of a character in em, on the safe side.
+CHARACTER = 0.65
+
+
+class Ticks(MaxNLocator):
+    """At most ``n`` round ticks, whatever the size of the axis.
+
+    The default number depends on the size, which a constrained layout takes from the ticks.
+    """
+
+    def __init__(self, n: int, *, integer: bool = False) -> None:
+        super().__init__(n, steps=[1, 2, 5, 10], integer=integer)
 
 
 def em() -> float:
@@ -27,10 +41,13 @@ def em() -> float:
 
 
 def panels(
-    n_rows: int, n_cols: int, width: float, height: float, labels: Iterable[str] = (), **kwargs: Any
+    n_rows: int, n_cols: int, width: float, height: float, *, beside: int = 0, **kwargs: Any
 ) -> tuple[Figure, np.ndarray]:
-    """Figure and axes, rows x columns, with room for panels of ``width`` x ``height`` inches and labels beside them."""
-    room = 10 * em() + 0.8 * em() * max(map(len, labels), default=0)
+    """Figure and axes, rows x columns, with room for panels of ``width`` x ``height`` inches and some characters beside each.
+
+    :func:`fit` makes the size exact; until then a layout without room would fail.
+    """
+    room = (10 + CHARACTER * beside) * em()
     return plt.subplots(
         n_rows,
         n_cols,
@@ -49,21 +66,27 @@ def fit(ax: Axes, width: float, height: float, *, n_rows: int = 1, n_cols: int =
     figure = ax.figure.figure
     # Padding depends on the size of the figure, so a second pass corrects what the first one moved.
     for _ in range(2):
-        turn_crowded(ax)
+        turn_crowded(*figure.axes)
         panel = ax.get_window_extent()
         lacking = np.array([n_cols * (width - panel.width / figure.dpi), n_rows * (height - panel.height / figure.dpi)])
         figure.set_size_inches(figure.get_size_inches() + lacking)
 
 
-def turn_crowded(ax: Axes) -> None:
-    """Turn the labels below an axes upright where neighbours would touch."""
-    figure = ax.figure.figure
+def turn_crowded(*axes: Axes) -> None:
+    """Lay out a figure, and turn the labels below these axes of it upright where neighbours would touch."""
+    figure = axes[0].figure.figure
     figure.draw_without_rendering()
-    boxes = [label.get_window_extent() for label in ax.get_xticklabels()]
     space = em() * figure.dpi / 2
-    if any(right.x0 - left.x1 < space for left, right in zip(boxes[:-1], boxes[1:], strict=True)):
+    crowded = [ax for ax in axes if _touching(ax, space)]
+    for ax in crowded:
         ax.tick_params(axis="x", labelrotation=90)
+    if crowded:
         figure.draw_without_rendering()
+
+
+def _touching(ax: Axes, space: float) -> bool:
+    boxes = [label.get_window_extent() for label in ax.get_xticklabels()]
+    return any(right.x0 - left.x1 < space for left, right in itertools.pairwise(boxes))
 
 
 def factors_in_order(factors: Any, names: Sequence[str]) -> list[int]:
@@ -92,7 +115,9 @@ def finish[Drawn: (Axes, Figure)](
         Whether this package made the figure.
     """
     figure = drawn.figure.figure
-    if settings.autoshow and not return_fig if show is None else show:
+    if show is None:
+        show = settings.autoshow and not return_fig
+    if show:
         plt.show()
         # A blocking `show` has done its work, and a backend without windows would keep the figure for ever.
         if own and not return_fig and not plt.isinteractive():

@@ -8,12 +8,11 @@ import numpy as np
 from anndata import AnnData
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from ldvae_ext import get
 from ldvae_ext._keys import DEFAULT_KEY
 from ldvae_ext._validate import check_positive_int
-from ldvae_ext.pl._figure import BLUE, ORANGE, SMALL, em, factors_in_order, finish, fit, panels
+from ldvae_ext.pl._figure import BLUE, ORANGE, SMALL, Ticks, em, factors_in_order, finish, fit, panels
 
 
 def loadings(
@@ -75,7 +74,7 @@ def loadings(
     n_rows = -(-len(chosen) // n_cols)
     # A single panel is wide enough for the label of the axis below it.
     width, height = max(13, 32 / n_cols) * em(), (2 * n_genes + 2) * 1.3 * em()
-    figure, axes = panels(n_rows, n_cols, width, height, genes_gk.ravel(), sharex=True)
+    figure, axes = panels(n_rows, n_cols, width, height, beside=max(map(len, genes_gk.flat)), sharex=True)
     for ax in axes.flat[len(chosen) :]:
         ax.remove()
     for i, k in enumerate(chosen):
@@ -94,7 +93,7 @@ def _panel(ax: Axes, factor: str, genes: np.ndarray, values: np.ndarray) -> None
     ax.set_yticks(at, genes)
     ax.set_ylim(at[-1] + 1, -1)
     ax.set_title(factor, fontsize="medium")
-    ax.xaxis.set_major_locator(MaxNLocator(3))
+    ax.xaxis.set_major_locator(Ticks(3))
     ax.grid(visible=False)
     ax.tick_params(labelsize=SMALL, labelbottom=True)
     ax.tick_params(axis="y", length=0)

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from anndata import AnnData
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
+from matplotlib.markers import MarkerStyle
+from matplotlib.path import Path
 
 from ldvae_ext import get
 from ldvae_ext._keys import DEFAULT_KEY, export_keys
 from ldvae_ext._validate import check_column, listed
-from ldvae_ext.pl._figure import BLUE, MISSING, PALETTE, SMALL, em, factors_in_order, finish, fit, panels
+from ldvae_ext.pl._color import look_of
+from ldvae_ext.pl._figure import SMALL, Ticks, em, factors_in_order, finish, fit, panels
 
 _DEFAULT_FACTORS = 4
 _MANY_CELLS = 5_000
-# A second set of shapes starts where the colours are used up.
-_MARKERS = ("o", "^", "s", "D", "v", "P", "X", "<", ">", "*")
 
 
 def latent_pairs(
@@ -59,3 +59,65 @@ def latent_pairs(
     ValueError
         If the export has no such factor, or if there are fewer than two.
     """
+    names = get.factors(adata, key=key).index.tolist()
+    chosen = factors_in_order(range(min(_DEFAULT_FACTORS, len(names))) if factors is None else factors, names)
+    if len(chosen) < 2:
+        msg = f"`factors` must name at least two factors; got {listed(names[k] for k in chosen)}."
+        raise ValueError(msg)
+    if color is not None:
+        check_column(adata.obs.columns, "color", color)
+    latent_nk = np.asarray(adata.obsm[export_keys(key).latent])[:, chosen]
+    look = look_of(adata, color)
+
+    n = len(chosen) - 1
+    side = max(16, 36 / n) * em()
+    legend_cols = -(-len(look.labels) // (int(n * side / (1.6 * em())) - 1))
+    beside = (max(map(len, look.labels), default=0) + 8) * legend_cols
+    figure, axes = panels(n, n, side, side, beside=beside, sharex="col", sharey="row")
+    # Neither the order of the file nor that of the groups decides who lies on top.
+    shapes = {marker: _shape(marker) for marker in np.unique(look.marker_n)}
+    drawn = np.random.default_rng(0).permutation(adata.n_obs)
+    for row, column in itertools.product(range(n), repeat=2):
+        ax = axes[row, column]
+        if column > row:
+            ax.remove()
+            continue
+        points = ax.scatter(
+            latent_nk[drawn, column],
+            latent_nk[drawn, row + 1],
+            c=look.color_n[drawn],
+            s=np.clip(15_000 / max(1, adata.n_obs), 0.5, 20),
+            linewidths=0,
+            rasterized=adata.n_obs > _MANY_CELLS,
+        )
+        # One collection of all shapes: one for each shape would put the last of them on top.
+        points.set_paths([shapes[marker] for marker in look.marker_n[drawn]])
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_locator(Ticks(4))
+        ax.grid(visible=False)
+        ax.tick_params(labelsize=SMALL)
+        ax.label_outer()
+        ax.set(
+            xlabel=names[chosen[column]] if row == n - 1 else "", ylabel=names[chosen[row + 1]] if column == 0 else ""
+        )
+    if look.mappable is not None:
+        figure.colorbar(look.mappable, ax=figure.axes, label=color, aspect=30)
+    if look.labels:
+        figure.legend(
+            look.handles,
+            look.labels,
+            title=color,
+            loc="outside right upper",
+            ncols=legend_cols,
+            fontsize=SMALL,
+            title_fontsize=SMALL,
+            alignment="left",
+            frameon=False,
+        )
+    fit(axes[-1, 0], side, side, n_rows=n, n_cols=n)
+    return finish(figure, show=show, return_fig=return_fig)
+
+
+def _shape(marker: str) -> Path:
+    style = MarkerStyle(marker)
+    return style.get_path().transformed(style.get_transform())

@@ -10,7 +10,7 @@ from matplotlib.ticker import PercentFormatter
 
 from ldvae_ext import get
 from ldvae_ext._keys import DEFAULT_KEY
-from ldvae_ext.pl._figure import BLUE, ORANGE, SMALL, em, finish, fit, panels, turn_crowded
+from ldvae_ext.pl._figure import BLUE, ORANGE, SMALL, Ticks, em, finish, fit, panels, turn_crowded
 
 
 def factor_scree(
@@ -60,10 +60,12 @@ def factor_scree(
     ax.set_xlim(-0.6, len(table) - 0.4)
     ax.set_xlabel("Factor")
     ax.set_ylabel("KL (nats per cell)", color=BLUE)
+    ax.yaxis.set_major_locator(Ticks(5))
     share = ax.twinx()
     share.plot(at, table["kl_share"].cumsum(), color=ORANGE, marker="o", markersize=4)
     share.set_ylim(0, 1.05)
     share.set_ylabel("Cumulative share of KL", color=ORANGE)
+    share.set_yticks([0, 0.25, 0.5, 0.75, 1])
     share.yaxis.set_major_formatter(PercentFormatter(1))
     for axes in (ax, share):
         axes.grid(visible=False)

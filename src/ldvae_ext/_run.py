@@ -1,0 +1,264 @@
+"""The main job, from counts to a folder of results: what ``ldvae-ext run`` does."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData, read_h5ad
+
+from ldvae_ext import datasets, get, pl
+from ldvae_ext._validate import check_column
+
+if TYPE_CHECKING:
+    from ldvae_ext.model import LDVAE
+
+# Genes are chosen where there are more than the first number; so many of them as the second says.
+MANY_GENES, N_TOP_GENES = 5000, 2000
+# As in the LDVAE tutorial of scvi-tools.
+LEARNING_RATE = 5e-3
+MANY_GROUPS = 100
+# Below this, handing a minibatch to several threads costs more than it brings.
+FEW_GENES = 1000
+N_TABLE_GENES = 20
+N_SUMMARY_GENES = 5
+
+
+class InputError(Exception):
+    """Something about the input that its owner can change, in one sentence."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to do: the options of the command."""
+
+    source: Path | None
+    layer: str | None
+    batch_key: str | None
+    groupby: str | None
+    n_top_genes: int | None
+    n_latent: int
+    max_epochs: int | None
+    seed: int
+    out: Path
+    overwrite: bool
+
+
+def run(job: Job, say: Callable[[str], None]) -> None:
+    """Do the job. Results appear in ``job.out`` when all of it is done, or not at all.
+
+    Parameters
+    ----------
+    job
+        What to do.
+    say
+        Takes a line for the user.
+
+    Raises
+    ------
+    InputError
+        If the input or the folder will not do. Nothing has been written.
+    """
+    out = job.out.absolute()
+    _check_out(out, job)
+    adata = _read(job)
+    groupby = "bulk_labels" if job.source is None and job.groupby is None else job.groupby
+    model = _set_up(adata, job, say)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        _train(model, job)
+        model.export_to_anndata(adata)
+        ablation = model.ablate()[:, get.factors(adata).index].copy()
+        written = _write_results(model, adata, ablation, groupby, work)
+        say(_summary(adata, ablation, groupby))
+        work.chmod(0o755)
+        old = None
+        if out.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent)) / out.name
+            out.rename(old)
+        work.rename(out)
+        if old is not None:
+            shutil.rmtree(old.parent)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    for what, name in written:
+        say(f"{what:<24}{job.out / name}")
+
+
+def _check_out(out: Path, job: Job) -> None:
+    if not out.exists():
+        return
+    if not out.is_dir():
+        msg = f"{job.out} is a file; name a folder with --out."
+        raise InputError(msg)
+    if not job.overwrite:
+        msg = f"{job.out} exists; name another folder with --out or replace it with --overwrite."
+        raise InputError(msg)
+    kept = [Path.cwd(), Path.home(), *([] if job.source is None else [job.source.absolute()])]
+    inside = [path for path in kept if path.resolve().is_relative_to(out.resolve())]
+    if inside:
+        msg = f"{job.out} cannot be replaced, since {inside[0]} lies in it; name another folder with --out."
+        raise InputError(msg)
+
+
+def _read(job: Job) -> AnnData:
+    """The input or the bundled example, as far as it can be checked before scvi-tools is loaded."""
+    if job.source is None:
+        adata = datasets.pbmc68k()
+    elif not job.source.is_file():
+        msg = f"There is no file {job.source}; give the path of an .h5ad file."
+        raise InputError(msg)
+    else:
+        try:
+            adata = read_h5ad(job.source)
+        except Exception as error:
+            msg = f"{job.source} cannot be read as an .h5ad file ({error}); write it with `adata.write_h5ad`."
+            raise InputError(msg) from error
+    if adata.n_obs < 2 or adata.n_vars < 2:
+        msg = f"The input has {adata.n_obs} cells and {adata.n_vars} genes; at least two of each are needed."
+        raise InputError(msg)
+    for names, what in ((adata.obs_names, "cell"), (adata.var_names, "gene")):
+        if not names.is_unique:
+            msg = f"The {what} name {names[names.duplicated()][0]!r} occurs more than once; make {what} names unique first."
+            raise InputError(msg)
+    for option, key in (("--batch-key", job.batch_key), ("--groupby", job.groupby)):
+        if key is not None:
+            with _complaints_as_input_errors():
+                check_column(adata.obs.columns, option, key)
+    if job.groupby is not None:
+        n_groups = adata.obs[job.groupby].nunique()
+        if not 1 <= n_groups <= MANY_GROUPS:
+            msg = f"`--groupby`: {job.groupby!r} has {n_groups} different values; name a column of 1 to {MANY_GROUPS} groups."
+            raise InputError(msg)
+    return adata
+
+
+@contextmanager
+def _complaints_as_input_errors() -> Iterator[None]:
+    """What the package finds wrong with data, as an InputError."""
+    try:
+        yield
+    except (KeyError, ValueError) as error:
+        raise InputError(str(error.args[0] if error.args else error)) from error
+
+
+def _set_up(adata: AnnData, job: Job, say: Callable[[str], None]) -> LDVAE:
+    """An untrained model on the genes to train on; counts are checked before genes are chosen by them."""
+    import scanpy as sc
+    import scvi
+
+    from ldvae_ext.model import LDVAE
+    from ldvae_ext.model._counts import check_counts
+
+    with _complaints_as_input_errors():
+        check_counts(adata, job.layer)
+    n_top = job.n_top_genes
+    if n_top is None:
+        n_top = N_TOP_GENES if adata.n_vars > MANY_GENES else 0
+    chosen = np.ones(adata.n_vars, dtype=bool)
+    if 0 < n_top < adata.n_vars:
+        try:
+            table = sc.pp.highly_variable_genes(
+                adata, flavor="seurat_v3", n_top_genes=n_top, layer=job.layer, batch_key=job.batch_key, inplace=False
+            )
+        except ValueError as error:
+            msg = f"Highly variable genes cannot be chosen ({error}); use all genes with --n-top-genes 0."
+            raise InputError(msg) from error
+        chosen = table["highly_variable"].to_numpy()
+    say(f"{adata.n_obs:,} cells, {chosen.sum():,} of {adata.n_vars:,} genes, {job.n_latent} latents")
+    scvi.settings.seed = job.seed
+    with _complaints_as_input_errors():
+        selected = adata[:, chosen].copy()
+        LDVAE.setup_anndata(selected, layer=job.layer, batch_key=job.batch_key)
+        return LDVAE(selected, n_latent=job.n_latent)
+
+
+def _train(model: LDVAE, job: Job) -> None:
+    import torch
+
+    threads = torch.get_num_threads()
+    if model.summary_stats.n_vars < FEW_GENES:
+        torch.set_num_threads(1)
+    try:
+        model.train(job.max_epochs, kl_warmup="auto", plan_kwargs={"lr": LEARNING_RATE}, check_val_every_n_epoch=5)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _write_results(
+    model: LDVAE, adata: AnnData, ablation: AnnData, groupby: str | None, folder: Path
+) -> list[tuple[str, str]]:
+    """Write everything; returns what was written and where, relative to the folder."""
+    import matplotlib.pyplot as plt
+
+    population = groupby
+    if population is None:
+        population = "population"
+        ablation.obs = pd.DataFrame({population: "all cells"}, index=ablation.obs_names)
+
+    adata.write_h5ad(folder / "adata.h5ad", compression="gzip")
+    model.save(str(folder / "model"))
+    tables = {
+        "factors": get.factors(adata),
+        "loadings": get.loadings(adata),
+        "top_genes": top_genes(get.loadings(adata), N_TABLE_GENES),
+        "ablation_cells": ablation.to_df(),
+        "ablation_groups": get.ablation_df(ablation, population).set_index("group"),
+    }
+    (folder / "tables").mkdir()
+    for name, table in tables.items():
+        table.to_csv(folder / "tables" / f"{name}.csv", float_format="%.6g")
+    figures: dict[str, Any] = {
+        "factor_scree": pl.factor_scree(adata, return_fig=True, show=False),
+        "loadings": pl.loadings(adata, return_fig=True, show=False),
+        "ablation": pl.ablation(ablation, population, factors=list(ablation.var_names), return_fig=True, show=False),
+        "latent_pairs": pl.latent_pairs(adata, color=groupby, return_fig=True, show=False),
+        "training_curves": pl.training_curves(model.history, return_fig=True, show=False),
+    }
+    (folder / "figures").mkdir()
+    for name, figure in figures.items():
+        figure.savefig(folder / "figures" / f"{name}.png", dpi=150)
+        plt.close(figure)
+    return [
+        ("annotated AnnData", "adata.h5ad"),
+        ("model", "model"),
+        *((f"table {name}", f"tables/{name}.csv") for name in tables),
+        *((f"figure {name}", f"figures/{name}.png") for name in figures),
+    ]
+
+
+def top_genes(loadings: pd.DataFrame, n_genes: int) -> pd.DataFrame:
+    """The genes with the largest and the smallest loadings of each factor, long: factor, direction, rank, loading."""
+    rows = []
+    for factor, column in loadings.items():
+        ranked = column.sort_values(ascending=False, kind="stable")
+        for direction, genes in (("up", ranked[:n_genes]), ("down", ranked[::-1][:n_genes])):
+            rows += [(gene, factor, direction, rank + 1, value) for rank, (gene, value) in enumerate(genes.items())]
+    return pd.DataFrame(rows, columns=["gene", "factor", "direction", "rank", "loading"]).set_index("gene")
+
+
+def _summary(adata: AnnData, ablation: AnnData, groupby: str | None) -> str:
+    """A short table: what each factor carries, its genes, and the population that would miss it most."""
+    table, loadings = get.factors(adata), get.loadings(adata)
+    missed = None
+    if groupby is not None:
+        by_group = get.ablation_df(ablation, groupby)
+        missed = by_group.loc[by_group.groupby("factor")["mean"].idxmax()].set_index("factor")
+    lines = ["", f"{'factor':<8}{'KL/nats':>8}  genes up | genes down"]
+    for name, kl in table["kl"].items():
+        ranked = loadings[name].sort_values(ascending=False).index
+        genes = f"{', '.join(ranked[:N_SUMMARY_GENES])} | {', '.join(ranked[::-1][:N_SUMMARY_GENES])}"
+        lines.append(f"{name:<8}{kl:>8.2f}  {genes}")
+        if missed is not None:
+            most = missed.loc[str(name)]
+            lines.append(f"{'':<18}most missed by {most['group']} ({most['mean']:+.1f} nats per cell)")
+    return "\n".join([*lines, ""])

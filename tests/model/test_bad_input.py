@@ -1,0 +1,110 @@
+"""Data that no model should be trained on: named before anything is written."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import sparse
+from scvi.model import LinearSCVI
+
+from ldvae_ext.model import LDVAE
+from ldvae_ext.model import _counts as module_under_test
+from tests.helpers import TRAIN, counts
+
+
+def with_value(value, *, layer=None, form=sparse.csr_matrix):
+    adata = counts(n_batches=3)
+    dense = adata.X.toarray()
+    dense[-1, -1] = value
+    if layer is None:
+        adata.X = form(dense)
+    else:
+        adata.layers[layer] = form(dense)
+    return adata
+
+
+@pytest.mark.parametrize("form", [sparse.csr_matrix, sparse.csc_array, np.asarray])
+@pytest.mark.parametrize("layer", [None, "counts"])
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (-3, "holds negative values, such as -3.0"),
+        (np.nan, "holds NaN or infinite values, such as nan"),
+        (np.inf, "holds NaN or infinite values, such as inf"),
+    ],
+)
+def test_values_that_are_no_counts_are_an_error(value, message, layer, form, monkeypatch):
+    monkeypatch.setattr(module_under_test, "_CHUNK_VALUES", 100)
+    adata = with_value(value, layer=layer, form=form)
+    where = "adata.X" if layer is None else r"adata.layers\['counts'\]"
+    with pytest.raises(ValueError, match=f"`{where}` must hold counts, but {message}"):
+        LDVAE.setup_anndata(adata, batch_key="batch", layer=layer)
+    assert list(adata.uns) == []
+    assert adata.obs.columns.tolist() == ["batch"]
+
+
+def test_fractions_are_a_warning_that_points_to_the_caller():
+    with pytest.warns(UserWarning, match="not integers, such as 0.5; LDVAE models raw counts") as record:
+        LDVAE.setup_anndata(with_value(0.5), batch_key="batch")
+    (warning,) = [w for w in record if "integers" in str(w.message)]
+    assert warning.filename == __file__
+
+
+def test_cells_without_counts_are_a_warning_and_left_out_of_the_library_prior(monkeypatch):
+    monkeypatch.setattr(module_under_test, "_CHUNK_VALUES", 100)
+    adata = counts()
+    whole = adata[2:].copy()
+    adata.X = sparse.csr_matrix(sparse.diags_array(np.array([0.0, 0.0] + [1.0] * 58, dtype=np.float32)) @ adata.X)
+    with pytest.warns(UserWarning, match="2 of 60 cells have no counts in `adata.X`; the first is 'cell0'"):
+        LDVAE.setup_anndata(adata)
+    LDVAE.setup_anndata(whole)
+    model, without = LDVAE(adata), LDVAE(whole)
+    np.testing.assert_allclose(model.module.library_log_means, without.module.library_log_means, rtol=1e-6)
+    np.testing.assert_allclose(model.module.library_log_vars, without.module.library_log_vars, rtol=1e-6)
+    LinearSCVI.setup_anndata(adata)
+    with pytest.warns(UserWarning, match="empty cells"):
+        stock = LinearSCVI(adata)
+    assert stock.module.library_log_vars > 2 * model.module.library_log_vars, "the defect that this avoids"
+    model.train(2, kl_warmup=1, **TRAIN)
+    assert np.isfinite(model.ablate().X).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"layer": "raw"}, "`layer`: 'raw' is not in `adata.layers`"),
+        ({"batch_key": "lane"}, "`batch_key`: 'lane' is not a column of `adata.obs`, which has 'batch'"),
+        ({"labels_key": "type"}, "`labels_key`: 'type' is not a column"),
+    ],
+)
+def test_missing_fields_are_named(arguments, message):
+    adata = counts(n_batches=3)
+    with pytest.raises(KeyError, match=message):
+        LDVAE.setup_anndata(adata, **arguments)
+    assert list(adata.uns) == []
+    assert adata.obs.columns.tolist() == ["batch"]
+
+
+@pytest.mark.parametrize("argument", ["batch_key", "labels_key"])
+def test_nan_in_a_category_is_an_error(argument):
+    adata = counts(n_batches=3)
+    adata.obs["batch"] = pd.Categorical([None, *adata.obs["batch"][1:]])
+    with pytest.raises(ValueError, match=rf"`{argument}`: `adata.obs\['batch'\]` is NaN for 1 of 60 cells"):
+        LDVAE.setup_anndata(adata, **{argument: "batch"})
+    assert list(adata.uns) == []
+
+
+def test_no_matrix_at_all_is_an_error():
+    adata = counts()
+    del adata.X
+    with pytest.raises(ValueError, match="`adata.X` is empty"):
+        LDVAE.setup_anndata(adata)
+
+
+@pytest.mark.parametrize("n_latent", [0, -1, 2.5, "3", True])
+def test_a_number_of_latents_that_is_none(n_latent):
+    adata = counts()
+    LDVAE.setup_anndata(adata)
+    with pytest.raises(ValueError, match="`n_latent` must be an integer of at least 1; got"):
+        LDVAE(adata, n_latent=n_latent)

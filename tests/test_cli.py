@@ -1,0 +1,226 @@
+"""The command, from its options to the folder that it leaves."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import scanpy as sc
+from scipy import sparse
+from typer.testing import CliRunner
+
+import ldvae_ext
+from ldvae_ext import _run, get
+from ldvae_ext.cli import app
+from ldvae_ext.model import LDVAE
+from tests.helpers import counts
+
+TABLES = ["ablation_cells", "ablation_groups", "factors", "loadings", "top_genes"]
+FIGURES = ["ablation", "factor_scree", "latent_pairs", "loadings", "training_curves"]
+
+
+@pytest.fixture(autouse=True)
+def _no_windows(monkeypatch, tmp_path):
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    monkeypatch.chdir(tmp_path)
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, ["run", *map(str, arguments)])
+
+
+@pytest.fixture
+def h5ad(tmp_path):
+    path = tmp_path / "counts.h5ad"
+    adata = counts(n_cells=80, n_genes=40, n_batches=3)
+    adata.layers["raw/counts".replace("/", "_")] = adata.X.copy()
+    adata.write_h5ad(path)
+    return path
+
+
+@pytest.mark.slow
+def test_the_bundled_example_runs_to_the_end(tmp_path):
+    result = invoke("--max-epochs", 4)
+    assert result.exit_code == 0, result.output
+    out = tmp_path / "ldvae-ext-run"
+    assert sorted(p.stem for p in (out / "tables").glob("*.csv")) == TABLES
+    assert sorted(p.stem for p in (out / "figures").glob("*.png")) == FIGURES
+    adata = ad.read_h5ad(out / "adata.h5ad")
+    sc.pp.neighbors(adata, use_rep="X_ldvae", n_pcs=5)
+    assert adata.obsm["X_ldvae"].shape == (700, 10)
+    groups = pd.read_csv(out / "tables" / "ablation_groups.csv")
+    assert "CD4+/CD25 T Reg" in set(groups["group"])
+    model = LDVAE.load(str(out / "model"), adata=adata)
+    assert model.final_kl_weight == 1
+    for name in ("adata.h5ad", "model", *(f"{t}.csv" for t in TABLES), *(f"{f}.png" for f in FIGURES)):
+        assert name in result.output
+    assert "most missed by" in result.output
+
+
+def test_options_reach_the_model_and_results_come_in_exported_order(tmp_path, h5ad):
+    arguments = [
+        h5ad,
+        "--layer",
+        "raw_counts",
+        "--batch-key",
+        "batch",
+        "--groupby",
+        "batch",
+        "--n-latent",
+        3,
+        "--max-epochs",
+        2,
+    ]
+    result = invoke(*arguments, "--n-top-genes", 25, "--seed", 7, "--out", tmp_path / "a" / "res")
+    assert result.exit_code == 0, result.output
+    out = tmp_path / "a" / "res"
+    adata = ad.read_h5ad(out / "adata.h5ad")
+    assert adata.shape == (80, 40), "the full object"
+    assert adata.var["ldvae"].sum() == 25
+    assert np.isnan(adata.varm["ldvae_loadings"][~adata.var["ldvae"]]).all()
+    order = get.factors(adata).index.tolist()
+    cells = pd.read_csv(out / "tables" / "ablation_cells.csv", index_col=0)
+    assert cells.columns.tolist() == order
+    model = LDVAE.load(str(out / "model"), adata=adata[:, adata.var["ldvae"]].copy())
+    assert model.n_latent == 3
+    assert model.registry["setup_args"]["layer"] == "raw_counts"
+    assert model.summary_stats.n_batch == 3
+    np.testing.assert_allclose(model.ablate().to_df()[order], cells, rtol=1e-3, atol=1e-3)
+    top = pd.read_csv(out / "tables" / "top_genes.csv")
+    first = top[(top["factor"] == order[0]) & (top["direction"] == "up")]["gene"].tolist()
+    assert first == get.loadings(adata)[order[0]].nlargest(len(first)).index.tolist()
+    assert [p.name for p in out.parent.iterdir()] == ["res"], "no temporary folder is left"
+
+
+def test_the_same_seed_gives_the_same_tables(tmp_path, h5ad):
+    for name in ("one", "two"):
+        assert invoke(h5ad, "--max-epochs", 2, "--seed", 5, "--out", tmp_path / name).exit_code == 0
+    one, two = ((tmp_path / name / "tables" / "loadings.csv").read_text() for name in ("one", "two"))
+    assert one == two
+
+
+def test_without_groups_all_cells_are_one_population(tmp_path, h5ad):
+    assert invoke(h5ad, "--max-epochs", 1, "--out", tmp_path / "res").exit_code == 0
+    assert set(pd.read_csv(tmp_path / "res" / "tables" / "ablation_groups.csv")["group"]) == {"all cells"}
+
+
+def test_an_existing_folder_is_kept_unless_overwritten(tmp_path, h5ad):
+    out = tmp_path / "res"
+    out.mkdir()
+    (out / "mine.txt").write_text("x")
+    result = invoke(h5ad, "--max-epochs", 1, "--out", out)
+    assert result.exit_code == 1
+    assert "exists; name another folder with --out or replace it with --overwrite" in result.output
+    assert (out / "mine.txt").exists()
+    assert invoke(h5ad, "--max-epochs", 1, "--out", out, "--overwrite").exit_code == 0
+    assert not (out / "mine.txt").exists()
+    assert (out / "adata.h5ad").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["counts.h5ad", "res"]
+
+
+def test_a_folder_that_holds_the_input_is_never_replaced(tmp_path, h5ad):
+    result = invoke(h5ad, "--max-epochs", 1, "--out", tmp_path, "--overwrite")
+    assert result.exit_code == 1
+    assert "cannot be replaced, since" in result.output
+    assert h5ad.exists()
+
+
+def test_a_failure_on_the_way_leaves_nothing(tmp_path, h5ad, monkeypatch):
+    def fail(*_args, **_kwargs):
+        msg = "disk full"
+        raise RuntimeError(msg)
+
+    out = tmp_path / "res"
+    out.mkdir()
+    (out / "old.txt").write_text("x")
+    monkeypatch.setattr(_run, "_write_results", fail)
+    result = invoke(h5ad, "--max-epochs", 1, "--out", out, "--overwrite")
+    assert result.exit_code == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["counts.h5ad", "res"]
+    assert (out / "old.txt").exists()
+
+
+def negative(adata):
+    adata.X = -adata.X
+
+
+def fractions_of(adata):
+    adata.X = sparse.csr_matrix(adata.X.toarray() * np.nan)
+
+
+def twice(adata):
+    adata.obs_names = ["same"] * adata.n_obs
+
+
+def nan_batch(adata):
+    adata.obs["batch"] = pd.Categorical([None, *adata.obs["batch"][1:]])
+
+
+def numbers(adata):
+    adata.obs["batch"] = np.arange(adata.n_obs) / 7
+
+
+@pytest.mark.parametrize(
+    ("spoil", "arguments", "message"),
+    [
+        (negative, [], "`adata.X` must hold counts, but holds negative values"),
+        (fractions_of, [], "must hold counts, but holds NaN or infinite values"),
+        (twice, [], "The cell name 'same' occurs more than once; make cell names unique first."),
+        (nan_batch, ["--batch-key", "batch"], "is NaN for 1 of 150 cells"),
+        (
+            numbers,
+            ["--groupby", "batch"],
+            "`--groupby`: 'batch' has 150 different values; name a column of 1 to 100 groups.",
+        ),
+        (None, ["--groupby", "type"], "`--groupby`: 'type' is not a column of `adata.obs`, which has 'batch'."),
+        (None, ["--batch-key", "lane"], "`--batch-key`: 'lane' is not a column"),
+        (None, ["--layer", "raw"], "`layer`: 'raw' is not in `adata.layers`"),
+    ],
+)
+def test_bad_data_end_with_one_sentence_and_no_folder(tmp_path, spoil, arguments, message):
+    adata = counts(n_cells=150, n_batches=3)
+    if spoil is not None:
+        spoil(adata)
+    adata.write_h5ad(tmp_path / "bad.h5ad")
+    result = invoke(tmp_path / "bad.h5ad", *arguments)
+    assert result.exit_code == 1
+    (line,) = [line for line in result.output.splitlines() if line.startswith("Error: ")]
+    assert message in line
+    assert [p.name for p in tmp_path.iterdir()] == ["bad.h5ad"]
+
+
+def test_bad_files_end_with_one_sentence(tmp_path):
+    result = invoke(tmp_path / "none.h5ad")
+    assert result.exit_code == 1
+    assert "There is no file" in result.output
+    (tmp_path / "text.h5ad").write_text("not a file of that kind")
+    result = invoke(tmp_path / "text.h5ad")
+    assert result.exit_code == 1
+    assert "cannot be read as an .h5ad file" in result.output
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--n-latent", 0), ("--max-epochs", 0), ("--n-top-genes", -1), ("--seed", -1)]
+)
+def test_impossible_numbers_are_usage_errors(option, value):
+    assert invoke(option, value).exit_code == 2
+
+
+def test_genes_are_chosen_where_there_are_many(monkeypatch, tmp_path, h5ad):
+    monkeypatch.setattr(_run, "MANY_GENES", 30)
+    monkeypatch.setattr(_run, "N_TOP_GENES", 10)
+    for arguments, n in (([], 10), (["--n-top-genes", 0], 40)):
+        assert invoke(h5ad, "--max-epochs", 1, "--out", tmp_path / "res", "--overwrite", *arguments).exit_code == 0
+        assert ad.read_h5ad(tmp_path / "res" / "adata.h5ad").var["ldvae"].sum() == n
+
+
+def test_the_entry_point_answers_without_loading_torch():
+    code = "import sys; from ldvae_ext.cli import app; app(['--version'], standalone_mode=False); print('torch' in sys.modules)"
+    lines = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert lines == [ldvae_ext.__version__, "False"]

@@ -1,0 +1,152 @@
+"""What DESIGN promises of the code's form: layers, signatures, docstrings, sizes."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from anndata import AnnData
+
+import ldvae_ext
+
+SRC = Path(ldvae_ext.__file__).parent
+FILES = sorted(SRC.rglob("*.py"))
+
+# A room and the rooms that it may open.
+ALLOWED = {
+    "core": {"core", "_validate"},
+    "module": {"core", "module", "_validate"},
+    "model": {"core", "module", "model", "_validate", "_keys"},
+    "get": {"core", "get", "_validate", "_keys"},
+    "pl": {"core", "get", "pl", "_validate", "_keys"},
+    "datasets": {"core", "_validate", "_keys"},
+    "_keys": set(),
+    "_validate": set(),
+}
+# A room and the libraries that may not be there, not even inside a function.
+FORBIDDEN = {
+    "core": {"anndata", "pandas", "torch", "scvi", "scanpy", "matplotlib"},
+    "get": {"torch", "scvi", "lightning", "matplotlib"},
+    "pl": {"torch", "scvi", "lightning", "seaborn"},
+    "module": {"anndata", "scanpy", "matplotlib"},
+    "model": {"matplotlib"},
+    "datasets": {"torch", "scvi", "lightning"},
+}
+
+
+def room(path):
+    part = path.relative_to(SRC).parts[0]
+    return part.removesuffix(".py")
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (
+                f"{node.module}.{alias.name}" if node.module == "ldvae_ext" else node.module for alias in node.names
+            )
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SRC)))
+def test_imports_run_one_way(path):
+    here = room(path)
+    for name in imports(path):
+        top, _, rest = name.partition(".")
+        assert top not in FORBIDDEN.get(here, set()), f"{here} imports {name}"
+        if top == "ldvae_ext" and here in ALLOWED and rest:
+            assert rest.split(".")[0] in ALLOWED[here], f"{here} imports {name}"
+
+
+def test_only_one_file_spells_an_anndata_key():
+    spelled = [
+        f"{path.name}:{node.lineno} {node.value!r}"
+        for path in FILES
+        if path.name != "_keys.py"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant)
+        and node.value in ("X_ldvae", "X_ldvae_var", "ldvae_loadings", "X_pca", "PCs", "z_true")
+    ]
+    assert spelled == []
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    code = "import ldvae_ext, ldvae_ext.core, sys; print([m for m in ('torch', 'scvi', 'pandas', 'anndata', 'matplotlib') if m in sys.modules])"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
+    code = "import ldvae_ext; ldvae_ext.get, ldvae_ext.pl, ldvae_ext.datasets; import sys; print('torch' in sys.modules, 'scvi' in sys.modules)"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+        == "False False"
+    )
+
+
+def test_rooms_open_at_first_use_and_others_do_not_exist():
+    assert ldvae_ext.model.LDVAE.__name__ == "LDVAE"
+    assert set(ldvae_ext.__all__) <= set(dir(ldvae_ext))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = ldvae_ext.nothing
+
+
+def public_functions():
+    for where in (ldvae_ext.get, ldvae_ext.pl, ldvae_ext.datasets, ldvae_ext.core):
+        for name in getattr(where, "__all__", [n for n in vars(where) if not n.startswith("_")]):
+            thing = getattr(where, name)
+            if inspect.isfunction(thing) and thing.__module__.startswith("ldvae_ext"):
+                yield f"{where.__name__.split('.')[-1]}.{name}", thing
+
+
+def public_methods():
+    for cls in (ldvae_ext.model.LDVAE, ldvae_ext.core.LinearDecoder):
+        for name, member in inspect.getmembers(cls):
+            if (
+                not name.startswith("_")
+                and inspect.isroutine(member)
+                and (member.__module__ or "").startswith("ldvae_ext")
+            ):
+                yield f"{cls.__name__}.{name}", member
+
+
+@pytest.mark.parametrize(
+    ("name", "function"), [*public_functions(), *public_methods()], ids=lambda v: v if isinstance(v, str) else ""
+)
+def test_public_callables_are_documented_and_annotated(name, function):
+    doc = inspect.getdoc(function)
+    assert doc, name
+    parameters = [p for p in inspect.signature(function).parameters.values() if p.name not in ("self", "cls")]
+    assert inspect.signature(function).return_annotation is not inspect.Signature.empty
+    for parameter in parameters:
+        assert parameter.annotation is not inspect.Parameter.empty, parameter
+    if len(parameters) > 1 and name != "LDVAE.load":
+        assert "Parameters\n----------" in doc
+        for parameter in parameters:
+            assert parameter.name in doc, parameter
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [f for f in public_functions() if f[0].startswith(("get", "pl"))],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_functions_on_anndata_take_it_first_and_little_else_by_position(name, function):
+    parameters = list(inspect.signature(function, eval_str=True).parameters.values())
+    positional = [p for p in parameters if p.kind is not p.KEYWORD_ONLY]
+    assert len(positional) <= 3
+    if name != "pl.training_curves":
+        assert positional[0].annotation is AnnData
+    if name.startswith("pl."):
+        by_name = {p.name: p for p in parameters}
+        assert by_name["show"].default is None
+        assert by_name["return_fig"].default is False
+        assert "save" not in by_name
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SRC)))
+def test_files_are_short(path):
+    assert len(path.read_text().splitlines()) <= 400
