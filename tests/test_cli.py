@@ -212,6 +212,12 @@ def test_impossible_numbers_are_usage_errors(option, value):
     assert invoke(option, value).exit_code == 2
 
 
+@pytest.mark.parametrize("n_latent", [1, 2])
+def test_one_or_two_latents_will_do(tmp_path, h5ad, n_latent):
+    result = invoke(h5ad, "--max-epochs", 2, "--n-latent", n_latent, "--out", tmp_path / "res")
+    assert result.exit_code == 0, result.output
+
+
 def test_genes_are_chosen_where_there_are_many(monkeypatch, tmp_path, h5ad):
     monkeypatch.setattr(_run, "MANY_GENES", 30)
     monkeypatch.setattr(_run, "N_TOP_GENES", 10)

@@ -29,6 +29,7 @@ MANY_GROUPS = 100
 FEW_GENES = 1000
 N_TABLE_GENES = 20
 N_SUMMARY_GENES = 5
+N_FIGURE_GENES = 8
 
 
 class InputError(Exception):
@@ -72,9 +73,10 @@ def run(job: Job, say: Callable[[str], None]) -> None:
     groupby = "bulk_labels" if job.source is None and job.groupby is None else job.groupby
     model = _set_up(adata, job, say)
     out.parent.mkdir(parents=True, exist_ok=True)
+    # Training, which takes long and may be interrupted in ways that leave no time to clean up, writes nothing.
+    _train(model, job)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        _train(model, job)
         model.export_to_anndata(adata)
         ablation = model.ablate()[:, get.factors(adata).index].copy()
         written = _write_results(model, adata, ablation, groupby, work)
@@ -219,7 +221,9 @@ def _write_results(
         table.to_csv(folder / "tables" / f"{name}.csv", float_format="%.6g")
     figures: dict[str, Any] = {
         "factor_scree": pl.factor_scree(adata, return_fig=True, show=False),
-        "loadings": pl.loadings(adata, return_fig=True, show=False),
+        "loadings": pl.loadings(
+            adata, n_genes=min(N_FIGURE_GENES, model.summary_stats.n_vars // 2), return_fig=True, show=False
+        ),
         "ablation": pl.ablation(ablation, population, factors=list(ablation.var_names), return_fig=True, show=False),
         "latent_pairs": pl.latent_pairs(adata, color=groupby, return_fig=True, show=False),
         "training_curves": pl.training_curves(model.history, return_fig=True, show=False),

@@ -95,6 +95,22 @@ def test_unseen_cells_are_ablated_and_left_as_they_were(trained):
     assert len(trained._per_instance_manager_store[trained.id]) == 1, "scvi-tools keeps no copy of it"
 
 
+def test_minified_data_keep_their_ablation_with_counts_and_refuse_it_without():
+    adata = counts(n_batches=3)
+    model = untrained(adata, use_observed_lib_size=True)
+    expected, expression = model.ablate().X, model.get_normalized_expression(use_posterior_mean=True)
+    adata.obsm["X_latent_qzm"], adata.obsm["X_latent_qzv"] = model.get_latent_representation(return_dist=True)
+    kept = untrained(adata.copy(), use_observed_lib_size=True)
+    kept.minify_adata("latent_posterior_parameters_with_counts")
+    np.testing.assert_allclose(kept.ablate().X, expected, atol=1e-4)
+    model.minify_adata()
+    with pytest.raises(
+        ValueError, match=r"needs counts.*`minify_adata\('latent_posterior_parameters_with_counts'\)` keeps them"
+    ):
+        model.ablate()
+    np.testing.assert_allclose(model.get_normalized_expression(use_posterior_mean=True), expression, atol=1e-6)
+
+
 def test_no_cells_give_no_rows(trained):
     assert trained.ablate(indices=[]).shape == (0, 4)
 

@@ -98,7 +98,7 @@ def test_nan_in_a_category_is_an_error(argument):
 def test_no_matrix_at_all_is_an_error():
     adata = counts()
     del adata.X
-    with pytest.raises(ValueError, match="`adata.X` is empty"):
+    with pytest.raises(ValueError, match=r"`adata\.X` is empty"):
         LDVAE.setup_anndata(adata)
 
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 from anndata import AnnData
+from scvi.data._constants import ADATA_MINIFY_TYPE
 from scvi.utils import track
 
 from ldvae_ext._keys import ABLATION_INFO
@@ -58,7 +59,18 @@ class AblationMixin(DecodingMixin):
         -------
         AnnData, cells x latents in the network's order. ``X`` is float32, in nats per cell: positive where the latent
         helps to explain the cell, negative where it hurts. ``obs`` is a copy; ``uns["ldvae_ablation"]`` holds the mode.
+
+        Raises
+        ------
+        ValueError
+            If a latent or a mode does not exist, or the model's data are minified without counts.
         """
+        if self.module.minified_data_type == ADATA_MINIFY_TYPE.LATENT_POSTERIOR:
+            msg = (
+                f"Ablation needs counts, which data minified as {ADATA_MINIFY_TYPE.LATENT_POSTERIOR!r} do not have; "
+                f"`minify_adata({ADATA_MINIFY_TYPE.LATENT_POSTERIOR_WITH_COUNTS!r})` keeps them."
+            )
+            raise ValueError(msg)
         chosen = factor_indices(latents, self.latent_names)
         value_k = self._ablated_value(adata, mode, batch_size)
         decoder = self.get_decoder()
