@@ -1,8 +1,9 @@
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -74,6 +75,20 @@ def test_batches_go_by_code_or_by_name():
     mixed = np.array(["other", "CD4+/CD25 T"] * 3 + ["other"])
     np.testing.assert_array_equal(decoder.scale(z, mixed), decoder.scale(z, (mixed == "other").astype(int)))
     assert not np.allclose(decoder.scale(z, "other"), by_code)
+
+
+def test_integers_that_may_be_names_are_refused_and_categories_are_names():
+    decoder = replace(make(), batches=["1", "2"])
+    z = latents(decoder)
+    with pytest.raises(
+        ValueError, match=r"`batch`: 1 may be a code or a name, since batches are named '1', '2'; give names as str"
+    ):
+        decoder.scale(z, 1)
+    np.testing.assert_array_equal(
+        decoder.scale(z, pd.Categorical([1, 2, 2, 1, 1, 1, 2])), decoder.scale(z, list("1221112"))
+    )
+    plain = replace(make(), batches=["0", "1"])
+    np.testing.assert_array_equal(plain.scale(z, 1), plain.scale(z, "1"))
 
 
 def test_one_batch_needs_no_batch_and_several_do():

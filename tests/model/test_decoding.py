@@ -177,6 +177,25 @@ class TestPosteriorMean:
             model.get_normalized_expression(dataloader=loader, use_posterior_mean=True), whole, atol=1e-6
         )
 
+    def test_batches_named_by_integers_are_not_taken_for_codes(self):
+        adata = counts(n_batches=3)
+        adata.obs["batch"] = adata.obs["batch"].cat.codes.to_numpy().astype(int) + 1
+        named = untrained(adata)
+        strings = adata.copy()
+        strings.obs["batch"] = strings.obs["batch"].astype(str)
+        expected = untrained(strings).get_normalized_expression(use_posterior_mean=True, transform_batch="2")
+        pd.testing.assert_frame_equal(
+            named.get_normalized_expression(use_posterior_mean=True, transform_batch=2), expected
+        )
+        z = named.get_latent_representation()
+        np.testing.assert_allclose(named.decode(z, batch="2"), expected, atol=1e-6)
+        np.testing.assert_allclose(
+            named.decode(z, batch=adata.obs["batch"].astype("category")),
+            named.get_normalized_expression(use_posterior_mean=True),
+            atol=1e-6,
+        )
+        assert named.ablate().X.shape == (60, 4)
+
     def test_is_what_many_samples_converge_to_up_to_the_curvature_of_softmax(self, pbmc_trained):
         sampled = pbmc_trained.get_normalized_expression(indices=range(20), n_samples=300)
         mean = pbmc_trained.get_normalized_expression(indices=range(20), use_posterior_mean=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from scipy.special import softmax
@@ -17,7 +18,7 @@ def ablation_effects(
     x_ng: np.ndarray,
     mean_nk: np.ndarray,
     library_n: np.ndarray,
-    batch_n: np.ndarray,
+    batch: Any,
     value_k: np.ndarray,
     factors: Sequence[int] | np.ndarray,
 ) -> np.ndarray:
@@ -37,8 +38,8 @@ def ablation_effects(
         Posterior means (of u under ``"ln"``), shape (cells, factors).
     library_n
         Library sizes in counts, shape (cells,).
-    batch_n
-        Batch codes, shape (cells,).
+    batch
+        See :meth:`ldvae_ext.core.LinearDecoder.batch_codes`.
     value_k
         The value that each latent is set to, shape (factors,).
     factors
@@ -49,12 +50,11 @@ def ablation_effects(
     Shape (cells, ablated latents), float64, in nats. Positive: the latent helps. Never clipped.
     """
     x_ng, mean_nk = np.asarray(x_ng, dtype=np.float64), np.asarray(mean_nk, dtype=np.float64)
-    batch_n = decoder.batch_codes(batch_n, len(mean_nk))
     library_n1 = np.asarray(library_n, dtype=np.float64).reshape(-1, 1)
-    theta = None if decoder.theta_bg is None else decoder.theta(batch_n, len(mean_nk))
+    theta = None if decoder.theta_bg is None else decoder.theta(batch, len(mean_nk))
     z_nk = deterministic_latent(mean_nk, decoder.latent_distribution)
-    dropout_ng = decoder.dropout_logits(z_nk, batch_n) if decoder.likelihood == "zinb" else None
-    logits_ng = decoder.logits(z_nk, batch_n)
+    dropout_ng = decoder.dropout_logits(z_nk, batch) if decoder.likelihood == "zinb" else None
+    logits_ng = decoder.logits(z_nk, batch)
 
     def fit(logits: np.ndarray) -> np.ndarray:
         rate_ng = softmax(logits, axis=1)
@@ -67,7 +67,7 @@ def ablation_effects(
         if decoder.latent_distribution == "ln":
             moved_nk = mean_nk.copy()
             moved_nk[:, k] = value_k[k]
-            moved_ng = decoder.logits(softmax(moved_nk, axis=1), batch_n)
+            moved_ng = decoder.logits(softmax(moved_nk, axis=1), batch)
         else:
             moved_ng = logits_ng - np.outer(mean_nk[:, k] - value_k[k], decoder.weight_gk[:, k])
         effect[:, column] = (full_ng - fit(moved_ng)).sum(axis=1)

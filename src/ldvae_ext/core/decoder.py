@@ -106,14 +106,20 @@ class LinearDecoder:
         Parameters
         ----------
         batch
-            None (only with a single batch), one batch for all cells, or one for each cell. A string is a name, an
-            integer is a code, 0-based, in the order of ``batches``.
+            None (only with a single batch), one batch for all cells, or one for each cell. Strings and the values of a
+            pandas categorical are names, integers are codes, 0-based, in the order of ``batches``.
         n_cells
             Number of cells.
 
         Returns
         -------
         Shape (cells,), int64.
+
+        Raises
+        ------
+        ValueError
+            If a batch is needed or unknown, or if integers are given where batches are named by other integers than
+            their codes, so that 1 could mean either.
         """
         if batch is None:
             if len(self.batches) > 1:
@@ -121,10 +127,16 @@ class LinearDecoder:
                 raise ValueError(msg)
             return np.zeros(n_cells, dtype=np.int64)
         given = np.asarray(batch).ravel()
+        if str(getattr(batch, "dtype", "")) == "category":
+            given = given.astype(str)
         if given.size not in (1, n_cells):
             msg = f"`batch` must be one batch or one for each of {n_cells} cells; got {given.size}."
             raise ValueError(msg)
         if np.issubdtype(given.dtype, np.integer):
+            own_codes = [str(code) for code in range(len(self.batches))]
+            if any(name.isdigit() for name in self.batches) and self.batches.tolist() != own_codes:
+                msg = f"`batch`: {given[0]} may be a code or a name, since batches are named {listed(self.batches)}; give names as str."
+                raise ValueError(msg)
             codes = given.astype(np.int64)
             unknown = given[(codes < 0) | (codes >= len(self.batches))]
         else:

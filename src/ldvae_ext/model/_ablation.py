@@ -77,7 +77,9 @@ class AblationMixin(DecodingMixin):
         with stream_cells(self, adata, indices, batch_size) as cells:
             chunks = track(cells.chunks, description="Ablating", total=cells.n_chunks, disable=silent)
             effects = [
-                ablation_effects(decoder, c.counts, c.mean, c.library, c.batch, value_k, chosen).astype(np.float32)
+                ablation_effects(
+                    decoder, c.counts, c.mean, c.library, decoder.batches[c.batch], value_k, chosen
+                ).astype(np.float32)
                 for c in chunks
             ]
             obs = pd.DataFrame(cells.obs).copy()

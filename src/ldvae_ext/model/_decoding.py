@@ -187,7 +187,8 @@ class DecodingMixin(LDVAEBase):
         def decode(cells: EncodedCells) -> np.ndarray:
             z_nk = deterministic_latent(edit(cells.mean.astype(np.float64)), decoder.latent_distribution)
             library = cells.library if isinstance(library_size, str) else library_size
-            rates = [decoder.rate(z_nk, cells.batch if c is None else c, library=library)[:, genes] for c in codes]
+            batches = [decoder.batches[cells.batch if code is None else code] for code in codes]
+            rates = [decoder.rate(z_nk, batch, library=library)[:, genes] for batch in batches]
             return np.mean(rates, axis=0)
 
         with stream_cells(self, adata, indices, batch_size, dataloader, data_loader_kwargs) as cells:
