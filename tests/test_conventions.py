@@ -123,7 +123,7 @@ def test_public_callables_are_documented_and_annotated(name, function):
     assert inspect.signature(function).return_annotation is not inspect.Signature.empty
     for parameter in parameters:
         assert parameter.annotation is not inspect.Parameter.empty, parameter
-    if len(parameters) > 1 and name != "LDVAE.load":
+    if len(parameters) > 1:
         assert "Parameters\n----------" in doc
         for parameter in parameters:
             assert parameter.name in doc, parameter

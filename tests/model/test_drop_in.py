@@ -46,7 +46,7 @@ def test_constructor_and_setup_have_the_arguments_of_linear_scvi_in_its_order():
             if p.kind is not inspect.Parameter.KEYWORD_ONLY
         ]
 
-    for method in ("__init__", "setup_anndata", "train", "get_normalized_expression", "get_loadings"):
+    for method in ("__init__", "setup_anndata", "train", "load", "save", "get_normalized_expression", "get_loadings"):
         assert positional(getattr(LDVAE, method)) == positional(getattr(LinearSCVI, method)), method
 
 

@@ -246,6 +246,10 @@ def test_a_model_without_data_asks_for_it(tmp_path, model):
             method()
     adata = fresh(model)
     bare.export_to_anndata(adata)
+    assert bare.adata is None, "it stays without"
+    assert set(adata.uns) == {"ldvae"}
+    assert [column for column in adata.obs if column.startswith("_scvi")] == []
+    pd.testing.assert_frame_equal(bare.get_latent_kl(adata), model.get_latent_kl())
     np.testing.assert_allclose(get.factors(adata)["kl"], np.sort(model.get_latent_kl().mean())[::-1], rtol=1e-5)
 
 

@@ -84,17 +84,25 @@ def readable_cells(model: LDVAEBase, adata: AnnData | None) -> Iterator[AnnData]
     if adata is None and model.adata is None:
         msg = "This model was loaded without data: give `adata`."
         raise ValueError(msg)
-    if adata is None or adata is model.adata or model.adata is None or _get_adata_minify_type(adata) is not None:
+    if adata is None or adata is model.adata or _get_adata_minify_type(adata) is not None:
         yield model._validate_anndata(adata)
         return
     light = light_cells(model, adata)
-    manager = model.adata_manager.transfer_fields(light)
-    model._register_manager_for_instance(manager)
+    without_data = model.adata is None
+    if without_data:
+        model._validate_anndata(light)  # adopts the cells as the model's own, for as long as they are here
+        manager = model.adata_manager
+    else:
+        manager = model.adata_manager.transfer_fields(light)
+        model._register_manager_for_instance(manager)
     try:
         yield light
     finally:
-        # scvi-tools keeps every registered AnnData alive with the model.
-        del model._per_instance_manager_store[model.id][manager.adata_uuid]
+        if without_data:
+            model._adata, model._adata_manager = None, None
+        # scvi-tools keeps every registered AnnData alive, with the model and with its class.
+        model._per_instance_manager_store[model.id].pop(manager.adata_uuid, None)
+        model._setup_adata_manager_store.pop(manager.adata_uuid, None)
 
 
 def missing_genes(model: LDVAEBase, adata: AnnData) -> list[str]:

@@ -60,17 +60,34 @@ class LDVAE(AblationMixin, ExportMixin):
         cls,
         dir_path: str,
         adata: AnnData | None = None,
-        *args: Any,
+        accelerator: str = "auto",
+        device: int | str = "auto",
+        prefix: str | None = None,
+        backup_url: str | None = None,
+        datamodule: Any = None,
         allowed_classes_names_list: list[str] | None = None,
-        **kwargs: Any,
     ) -> LDVAE:
         """Open a directory that ``LDVAE.save`` or ``LinearSCVI.save`` wrote.
 
-        Arguments are those of :meth:`scvi.model.base.BaseModelClass.load`. As everywhere in scvi-tools, the checkpoint
-        is a pickle: open only files that you trust.
+        As everywhere in scvi-tools, the checkpoint is a pickle: open only files that you trust.
+
+        Parameters
+        ----------
+        dir_path, adata, accelerator, device, prefix, backup_url, datamodule
+            As in :meth:`scvi.model.base.BaseModelClass.load`. ``adata=False`` opens the model without data.
+        allowed_classes_names_list
+            Names of further classes whose directories may be opened; ``"LinearSCVI"`` is always among them.
         """
-        allowed = [LinearSCVI.__name__, *(allowed_classes_names_list or [])]
-        return super().load(dir_path, adata, *args, allowed_classes_names_list=allowed, **kwargs)
+        return super().load(
+            dir_path,
+            adata,
+            accelerator=accelerator,
+            device=device,
+            prefix=prefix,
+            backup_url=backup_url,
+            datamodule=datamodule,
+            allowed_classes_names_list=[LinearSCVI.__name__, *(allowed_classes_names_list or [])],
+        )
 
     @classmethod
     def from_linear_scvi(cls, model: LinearSCVI) -> LDVAE:
