@@ -58,3 +58,21 @@ html_theme_options = {
     "use_fullscreen_button": False,
     "navbar_persistent": [],
 }
+
+
+def prose_returns(_app: object, _what: str, _name: str, _obj: object, _options: object, lines: list[str]) -> None:
+    """Make one description of a `Returns` section that is prose, which napoleon takes for one type in each line."""
+    for start in range(len(lines) - 1):
+        if lines[start].strip() != "Returns" or not lines[start + 1].strip().startswith("---"):
+            continue
+        first = end = start + 2
+        while end < len(lines) and not (end + 1 < len(lines) and lines[end + 1].strip().startswith("---")):
+            end += 1
+        if not any(line.startswith(" ") for line in lines[first:end]):
+            lines[first:end] = [":", *("    " + line if line else line for line in lines[first:end])]
+        return
+
+
+def setup(app: object) -> None:
+    """Run before napoleon, whose priority is 500."""
+    app.connect("autodoc-process-docstring", prose_returns, priority=400)

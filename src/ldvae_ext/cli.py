@@ -34,7 +34,7 @@ def _app(
 def run(
     source: Annotated[
         Path | None,
-        typer.Argument(metavar="[INPUT.h5ad]", help="Raw counts; without it, the bundled example.", show_default=False),
+        typer.Argument(metavar="INPUT.h5ad", help="Raw counts; without it, the bundled example.", show_default=False),
     ] = None,
     layer: Annotated[str | None, typer.Option(help="Layer with the counts; X by default.", show_default=False)] = None,
     batch_key: Annotated[

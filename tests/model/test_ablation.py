@@ -8,7 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scvi.model import LinearSCVI
 
+from ldvae_ext.core import kl_per_dimension
 from ldvae_ext.model import LDVAE
 from tests.helpers import TRAIN, brute_force_ablation, counts, untrained
 
@@ -109,6 +111,21 @@ def test_minified_data_keep_their_ablation_with_counts_and_refuse_it_without():
     ):
         model.ablate()
     np.testing.assert_allclose(model.get_normalized_expression(use_posterior_mean=True), expression, atol=1e-6)
+
+
+@pytest.mark.parametrize("cls", [LDVAE, LinearSCVI])
+def test_minified_data_stay_minified_after_load(tmp_path, cls):
+    model = untrained(counts(n_batches=3), cls=cls, use_observed_lib_size=True)
+    adata = model.adata
+    latent, variance = model.get_latent_representation(return_dist=True)
+    adata.obsm["X_latent_qzm"], adata.obsm["X_latent_qzv"] = latent, variance
+    model.minify_adata()
+    model.save(tmp_path / "m", save_anndata=True)
+    back = LDVAE.load(tmp_path / "m")
+    np.testing.assert_allclose(back.get_latent_representation(), latent, atol=1e-6)
+    np.testing.assert_allclose(back.get_latent_kl(), kl_per_dimension(latent, variance), atol=1e-5)
+    with pytest.raises(ValueError, match="needs counts"):
+        back.ablate()
 
 
 def test_no_cells_give_no_rows(trained):

@@ -73,7 +73,7 @@ def test_cells_without_counts_are_a_warning_and_left_out_of_the_library_prior(mo
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"layer": "raw"}, "`layer`: 'raw' is not in `adata.layers`"),
+        ({"layer": "raw"}, "`layer`: 'raw' is not in `adata.layers`, which has none"),
         ({"batch_key": "lane"}, "`batch_key`: 'lane' is not a column of `adata.obs`, which has 'batch'"),
         ({"labels_key": "type"}, "`labels_key`: 'type' is not a column"),
     ],

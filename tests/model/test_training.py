@@ -85,7 +85,7 @@ def test_a_lower_maximum_gets_another_remedy(model):
             r"either `kl_warmup` \('auto'\) or `plan_kwargs\['n_epochs_kl_warmup'\]` \(3\)",
         ),
         ({"kl_warmup": 0}, "`kl_warmup` must be an integer of at least 1; got 0"),
-        ({"kl_warmup": "half"}, "`kl_warmup` must be an integer of at least 1; got 'half'"),
+        ({"kl_warmup": "half"}, "`kl_warmup` must be one of 'auto'; got 'half'"),
     ],
 )
 def test_bad_input_is_named(model, arguments, message):

@@ -23,7 +23,7 @@ LATENT_DISTRIBUTIONS = ("normal", "ln")
 class LinearDecoder:
     """An affine map from the latent space to the log-rates of genes, with what a likelihood needs besides.
 
-    For a cell of batch ``b`` with latent ``z`` and library size ``l`` the decoder of an LDVAE in evaluation mode is
+    For a cell of batch ``b`` with latent ``z`` and library size ``l`` the decoder of an LDVAE in evaluation mode is::
 
         logits = weight_gk @ z + intercept_bg[b],   scale = softmax(logits),   rate = l * scale
 

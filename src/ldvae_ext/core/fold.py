@@ -59,7 +59,7 @@ class RawLinear:
         """Weight and intercepts of the affine map that the layer is in evaluation mode.
 
         With ``S = diag(gamma / sqrt(running_var + eps))`` (the identity without batch norm), the network computes
-        ``S (W_z z + W_b + bias - running_mean) + beta`` for batch ``b``, hence
+        ``S (W_z z + W_b + bias - running_mean) + beta`` for batch ``b``, hence::
 
             weight = S W_z,    intercept[b] = S (W_b + bias - running_mean) + beta.
 

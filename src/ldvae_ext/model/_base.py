@@ -132,7 +132,7 @@ class LDVAEBase(RNASeqMixin, VAEMixin, UnsupervisedTrainingMixin, BaseMinifiedMo
 
     @property
     def latent_names(self) -> list[str]:
-        """``Z_0``, ``Z_1``, ...: the latent dimensions in the network's order."""
+        """The latent dimensions in the network's order, ``Z_0`` first."""
         return [f"Z_{i}" for i in range(self.n_latent)]
 
     def get_loadings(self) -> pd.DataFrame:

@@ -17,13 +17,15 @@ _CHUNK_VALUES = 2**24
 
 def counts_of(adata: AnnData, layer: str | None) -> Any:
     """The count matrix, or an error that says which layers there are."""
+    # anndata lists X among the layers, under None.
+    layers = listed(name for name in adata.layers.keys() if name is not None) or "none"
     if layer is None:
         if adata.X is None:
-            msg = f"`adata.X` is empty and no `layer` was named; layers are {listed(adata.layers.keys())}."
+            msg = f"`adata.X` is empty and no `layer` was named; layers: {layers}."
             raise ValueError(msg)
         return adata.X
     if layer not in adata.layers:
-        msg = f"`layer`: {layer!r} is not in `adata.layers`, which has {listed(adata.layers.keys())}."
+        msg = f"`layer`: {layer!r} is not in `adata.layers`, which has {layers}."
         raise KeyError(msg)
     return adata.layers[layer]
 
@@ -64,7 +66,7 @@ def check_counts(adata: AnnData, layer: str | None) -> None:
     if empty:
         warn(
             f"{len(empty)} of {adata.n_obs} cells have no counts in `{where}`; the first is "
-            f"{adata.obs_names[empty[0]]!r}. They are left out of the library prior."
+            f"{adata.obs_names[empty[0]]!r}. They are left out of the prior of the library size."
         )
 
 

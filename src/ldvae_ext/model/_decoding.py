@@ -97,9 +97,10 @@ class DecodingMixin(LDVAEBase):
 
         The default is scvi-tools' own: with ``n_samples=1`` the decoded expression of *one random draw* from each
         cell's posterior, different at every call; with many samples an estimate of ``E[softmax(W z + b)]`` over the
-        posterior. ``use_posterior_mean=True`` decodes the posterior mean, ``softmax(W E[z] + b)``: repeatable to the
-        bit, and equal to ``get_decoder().scale`` of ``get_latent_representation()``. Softmax is not linear, so the two
-        differ even with infinitely many samples (Jensen's gap).
+        posterior. ``use_posterior_mean=True`` decodes the posterior mean, ``softmax(W E[z] + b)``: two calls are equal to
+        the bit (another ``batch_size`` may round differently), and for a normal latent it is ``get_decoder().scale`` of
+        ``get_latent_representation()``. Softmax is not linear, so the two differ even with infinitely many samples
+        (Jensen's gap).
 
         Parameters
         ----------

@@ -36,8 +36,8 @@ class ExportMixin(DecodingMixin, TrainingMixin):
     ) -> pd.DataFrame | np.ndarray:
         """KL divergence of each cell's posterior from the prior, per latent dimension.
 
-        ``KL = (mean^2 + variance - 1 - log variance) / 2``; its mean over cells says how much information a latent
-        carries about the cells, 0 for one that is not used. Under ``latent_distribution="ln"`` it is that of u, where
+        ``KL = (mean^2 + variance - 1 - log variance) / 2``; its mean over cells bounds the information that a
+        latent carries about the cells from above, and is 0 for one that is not used. Under ``latent_distribution="ln"`` it is that of u, where
         z = softmax(u).
 
         Parameters

@@ -78,7 +78,7 @@ class LDVAE(AblationMixin, ExportMixin):
         allowed_classes_names_list
             Names of further classes whose directories may be opened; ``"LinearSCVI"`` is always among them.
         """
-        return super().load(
+        model = super().load(
             dir_path,
             adata,
             accelerator=accelerator,
@@ -88,6 +88,9 @@ class LDVAE(AblationMixin, ExportMixin):
             datamodule=datamodule,
             allowed_classes_names_list=[LinearSCVI.__name__, *(allowed_classes_names_list or [])],
         )
+        # scvi-tools forgets this, and then encodes the empty counts of minified data: the same latent for every cell.
+        model.module.minified_data_type = model.minified_data_type
+        return model
 
     @classmethod
     def from_linear_scvi(cls, model: LinearSCVI) -> LDVAE:

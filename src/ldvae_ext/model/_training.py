@@ -8,7 +8,7 @@ import numpy as np
 from scvi.model._utils import get_max_epochs_heuristic
 from scvi.train._config import merge_kwargs
 
-from ldvae_ext._validate import check_positive_int, warn
+from ldvae_ext._validate import check_one_of, check_positive_int, warn
 from ldvae_ext.model._base import LDVAEBase
 
 _WARMED_UP = 0.95
@@ -71,7 +71,8 @@ class TrainingMixin(LDVAEBase):
             if given:
                 msg = f"Give either `kl_warmup` ({kl_warmup!r}) or `plan_kwargs[{given[0]!r}]` ({plan_kwargs[given[0]]!r})."
                 raise ValueError(msg)
-            if kl_warmup == "auto":
+            if isinstance(kl_warmup, str):
+                check_one_of("kl_warmup", kl_warmup, ("auto",))
                 kl_warmup = max(1, self._n_epochs(max_epochs, datamodule) // 2)
             check_positive_int("kl_warmup", kl_warmup)
             plan_kwargs["n_epochs_kl_warmup"] = int(kl_warmup)
