@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # Genes are chosen where there are more than the first number; so many of them as the second says.
 MANY_GENES, N_TOP_GENES = 5000, 2000
 # As in the LDVAE tutorial of scvi-tools.
-LEARNING_RATE = 5e-3
+LEARNING_RATE, EXAMPLE_EPOCHS = 5e-3, 250
 MANY_GROUPS = 100
 N_TABLE_GENES = 20
 N_SUMMARY_GENES = 5
@@ -191,7 +191,8 @@ def _train(model: LDVAE, job: Job) -> None:
     # other at every step, which costs ten times as much. OMP_NUM_THREADS is the user's word.
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     try:
-        model.train(job.max_epochs, kl_warmup="auto", plan_kwargs={"lr": LEARNING_RATE}, check_val_every_n_epoch=5)
+        max_epochs = EXAMPLE_EPOCHS if job.source is None and job.max_epochs is None else job.max_epochs
+        model.train(max_epochs, kl_warmup="auto", plan_kwargs={"lr": LEARNING_RATE}, check_val_every_n_epoch=5)
     finally:
         torch.set_num_threads(threads)
 

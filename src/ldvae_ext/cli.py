@@ -54,7 +54,10 @@ def run(
     ] = None,
     n_latent: Annotated[int, typer.Option(min=1, help="Number of latent dimensions.")] = 10,
     max_epochs: Annotated[
-        int | None, typer.Option(min=1, help="Number of epochs; scvi-tools decides by default.", show_default=False)
+        int | None,
+        typer.Option(
+            min=1, help="Number of epochs; scvi-tools decides by default (the example: 250).", show_default=False
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of all random numbers.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("ldvae-ext-run"),

@@ -68,6 +68,7 @@ def test_order_is_descending_and_reversible(model):
     model.export_to_anndata(adata)
     table = get.factors(adata)
     kl = model.get_latent_kl().mean()
+    assert table.columns.tolist() == ["dimension", "sign", "kl", "kl_share", "active_unit"]
     assert (np.diff(table["kl"]) <= 0).all()
     assert table.index.tolist() == kl.sort_values(ascending=False, kind="stable").index.tolist()
     np.testing.assert_allclose(table["kl"], kl[table.index], rtol=1e-6)

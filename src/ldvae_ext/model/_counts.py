@@ -18,7 +18,7 @@ _CHUNK_VALUES = 2**24
 def counts_of(adata: AnnData, layer: str | None) -> Any:
     """The count matrix, or an error that says which layers there are."""
     # anndata lists X among the layers, under None.
-    layers = listed(name for name in adata.layers.keys() if name is not None) or "none"
+    layers = listed(filter(None, adata.layers.keys())) or "none"
     if layer is None:
         if adata.X is None:
             msg = f"`adata.X` is empty and no `layer` was named; layers: {layers}."
