@@ -94,7 +94,7 @@ def test_options_reach_the_model_and_results_come_in_exported_order(tmp_path, h5
     np.testing.assert_allclose(model.ablate().to_df()[order], cells, rtol=1e-3, atol=1e-3)
     top = pd.read_csv(out / "tables" / "top_genes.csv")
     first = top[(top["factor"] == order[0]) & (top["direction"] == "up")]["gene"].tolist()
-    assert first == get.loadings(adata)[order[0]].nlargest(len(first)).index.tolist()
+    assert first == get.gene_scores(adata)[order[0]].nlargest(len(first)).index.tolist()
     assert [p.name for p in out.parent.iterdir()] == ["res"], "no temporary folder is left"
 
 

@@ -213,7 +213,7 @@ def _write_results(
     tables = {
         "factors": get.factors(adata),
         "loadings": get.loadings(adata),
-        "top_genes": top_genes(get.loadings(adata), N_TABLE_GENES),
+        "top_genes": get.top_genes(adata, n=N_TABLE_GENES).set_index("gene"),
         "ablation_cells": ablation.to_df(),
         "ablation_groups": get.ablation_df(ablation, population).set_index("group"),
     }
@@ -223,7 +223,11 @@ def _write_results(
     figures: dict[str, Any] = {
         "factor_scree": pl.factor_scree(adata, return_fig=True, show=False),
         "loadings": pl.loadings(
-            adata, n_genes=min(N_FIGURE_GENES, model.summary_stats.n_vars // 2), return_fig=True, show=False
+            adata,
+            n_genes=min(N_FIGURE_GENES, model.summary_stats.n_vars // 2),
+            rank_by="information",
+            return_fig=True,
+            show=False,
         ),
         "ablation": pl.ablation(ablation, population, factors=list(ablation.var_names), return_fig=True, show=False),
         "latent_pairs": pl.latent_pairs(adata, color=groupby, return_fig=True, show=False),
@@ -241,27 +245,17 @@ def _write_results(
     ]
 
 
-def top_genes(loadings: pd.DataFrame, n_genes: int) -> pd.DataFrame:
-    """The genes with the largest and the smallest loadings of each factor, long: factor, direction, rank, loading."""
-    rows = []
-    for factor, column in loadings.items():
-        ranked = column.sort_values(ascending=False, kind="stable")
-        for direction, genes in (("up", ranked[:n_genes]), ("down", ranked[::-1][:n_genes])):
-            rows += [(gene, factor, direction, rank + 1, value) for rank, (gene, value) in enumerate(genes.items())]
-    return pd.DataFrame(rows, columns=["gene", "factor", "direction", "rank", "loading"]).set_index("gene")
-
-
 def _summary(adata: AnnData, ablation: AnnData, groupby: str | None) -> str:
     """A short table: what each factor carries, its genes, and the population that would miss it most."""
-    table, loadings = get.factors(adata), get.loadings(adata)
+    table, top = get.factors(adata), get.top_genes(adata, n=N_SUMMARY_GENES)
     missed = None
     if groupby is not None:
         by_group = get.ablation_df(ablation, groupby)
         missed = by_group.loc[by_group.groupby("factor")["mean"].idxmax()].set_index("factor")
     lines = ["", f"{'factor':<8}{'KL/nats':>8}  genes up | genes down"]
     for name, kl in table["kl"].items():
-        ranked = loadings[name].sort_values(ascending=False).index
-        genes = f"{', '.join(ranked[:N_SUMMARY_GENES])} | {', '.join(ranked[::-1][:N_SUMMARY_GENES])}"
+        up, down = (", ".join(top[(top["factor"] == name) & (top["direction"] == d)]["gene"]) for d in ("up", "down"))
+        genes = f"{up} | {down}"
         lines.append(f"{name:<8}{kl:>8.2f}  {genes}")
         if missed is not None:
             most = missed.loc[str(name)]

@@ -209,6 +209,34 @@ def test_orders_that_are_none_are_errors(order, signs, message):
         make().reordered(order, signs)
 
 
+@pytest.mark.parametrize("latent", ["normal", "ln"])
+def test_gene_information_is_the_fisher_information_of_multinomial_counts(latent):
+    decoder = make(n_batches=1, likelihood="poisson", latent=latent)
+
+    def scale(u):
+        return decoder.scale(np.exp(u) / np.exp(u).sum(axis=1, keepdims=True) if latent == "ln" else u)[0]
+
+    got = decoder.gene_information()
+    step, rho = 1e-5, scale(np.zeros((1, 3)))
+    for k in range(3):
+        up, down = np.zeros((2, 1, 3))
+        up[0, k], down[0, k] = step, -step
+        slope = (np.log(scale(up)) - np.log(scale(down))) / (2 * step)
+        terms = rho * slope**2
+        np.testing.assert_allclose(np.abs(got[:, k]), terms / terms.sum(), atol=1e-7)
+        np.testing.assert_array_equal(np.sign(got[:, k]), np.sign(slope))
+
+
+def test_gene_information_does_not_depend_on_the_gauge_and_vanishes_for_a_factor_without_loadings():
+    decoder = make()
+    shifted = replace(
+        decoder, weight_gk=decoder.weight_gk + [1.0, -3.0, 0.5], intercept_bg=decoder.intercept_bg + [[2.0], [-1.0]]
+    )
+    np.testing.assert_allclose(shifted.gene_information(), decoder.gene_information(), atol=1e-12)
+    flat = replace(decoder, weight_gk=decoder.weight_gk * [1.0, 0.0, 1.0])
+    np.testing.assert_array_equal(flat.gene_information()[:, 1], 0)
+
+
 @pytest.mark.parametrize("likelihood", ["nb", "zinb", "poisson"])
 @pytest.mark.parametrize("dispersion", ["gene", "gene-batch"])
 @pytest.mark.parametrize("latent", ["normal", "ln"])

@@ -12,7 +12,8 @@ from scipy.special import softmax
 
 from ldvae_ext._validate import check_one_of, listed
 from ldvae_ext.core._arrays import names_array, read_only
-from ldvae_ext.core.fold import BatchNorm, RawLinear
+from ldvae_ext.core.fold import RawLinear
+from ldvae_ext.core.posterior import deterministic_latent
 
 LIKELIHOODS = ("nb", "zinb", "poisson")
 DISPERSIONS = ("gene", "gene-batch")
@@ -313,6 +314,28 @@ class LinearDecoder:
             factors=self.factors[order],
         )
 
+    def gene_information(self) -> np.ndarray:
+        """Share of each gene in what the counts say about each factor, for a cell at the prior mean.
+
+        The Fisher information of a cell's counts, given their total n, about ``z_k`` is ``n Var_rho(L_k)``, the
+        variance of the loadings under the expression ``rho``; gene g contributes ``rho_g (L_gk - E_rho[L_k])^2``. Large
+        loadings of genes that are hardly expressed say little about a cell, and are known badly. (Counts are taken for
+        multinomial here; over-dispersion is left out.) ``rho`` is the scale at z = 0 (u = 0 under ``"ln"``), averaged over
+        batches.
+
+        Returns
+        -------
+        Shape (genes, factors), float64; each column sums to 1, absolutely. The sign says whether the gene's share of
+        expression rises or falls with the factor.
+        """
+        weight_gk = self.centered().weight_gk
+        origin = deterministic_latent(np.zeros((len(self.batches), len(self.factors))), self.latent_distribution)
+        rho_g = self.scale(origin, self.batches).mean(axis=0)
+        slope_gk = weight_gk - rho_g @ weight_gk
+        information_gk = rho_g[:, None] * slope_gk * np.abs(slope_gk)
+        total_k = np.abs(information_gk).sum(axis=0)
+        return np.divide(information_gk, total_k, out=np.zeros_like(information_gk), where=total_k > 0)
+
     def to_arrays(self) -> dict[str, Any]:
         """A flat dictionary of arrays, strings and numbers, without None: what ``.npz`` and ``adata.uns`` can hold."""
         out: dict[str, Any] = {}
@@ -320,8 +343,9 @@ class LinearDecoder:
             value = getattr(self, name)
             if value is not None:
                 out[name] = value
-        for name in ("raw", "raw_dropout"):
-            out.update({f"{name}_{part}": value for part, value in _raw_to_arrays(getattr(self, name)).items()})
+        for name, raw in (("raw", self.raw), ("raw_dropout", self.raw_dropout)):
+            if raw is not None:
+                out.update({f"{name}_{part}": value for part, value in raw.to_arrays().items()})
         return out
 
     @classmethod
@@ -335,7 +359,11 @@ class LinearDecoder:
         for name in ("likelihood", "dispersion", "latent_distribution"):
             if name in values:
                 values[name] = str(values[name])
-        return cls(**values, raw=_raw_from_arrays(arrays, "raw"), raw_dropout=_raw_from_arrays(arrays, "raw_dropout"))
+        return cls(
+            **values,
+            raw=RawLinear.from_arrays(arrays, "raw_"),
+            raw_dropout=RawLinear.from_arrays(arrays, "raw_dropout_"),
+        )
 
     def save(self, path: str | Path) -> None:
         """Write the decoder to one ``.npz`` file, without pickle."""
@@ -362,25 +390,3 @@ _PLAIN = (
     "dropout_weight_gk",
     "dropout_intercept_bg",
 )
-_BATCH_NORM = ("running_mean", "running_var", "gamma", "beta", "eps")
-
-
-def _raw_to_arrays(raw: RawLinear | None) -> dict[str, Any]:
-    if raw is None:
-        return {}
-    out: dict[str, Any] = {"weight": raw.weight}
-    if raw.bias is not None:
-        out["bias"] = raw.bias
-    if raw.batch_norm is not None:
-        out.update({name: getattr(raw.batch_norm, name) for name in _BATCH_NORM})
-    return out
-
-
-def _raw_from_arrays(arrays: Any, name: str) -> RawLinear | None:
-    if f"{name}_weight" not in arrays:
-        return None
-    batch_norm = None
-    if f"{name}_gamma" in arrays:
-        parts = {part: arrays[f"{name}_{part}"] for part in _BATCH_NORM}
-        batch_norm = BatchNorm(**{**parts, "eps": float(parts["eps"])})
-    return RawLinear(weight=arrays[f"{name}_weight"], bias=arrays.get(f"{name}_bias"), batch_norm=batch_norm)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 
@@ -75,3 +76,31 @@ class RawLinear:
             return weight_gk, shift_bg
         slope_g = self.batch_norm.slope
         return weight_gk * slope_g[:, None], (shift_bg - self.batch_norm.running_mean) * slope_g + self.batch_norm.beta
+
+    def to_arrays(self) -> dict[str, Any]:
+        """The parts that there are, as a flat dictionary."""
+        out: dict[str, Any] = {"weight": self.weight}
+        if self.bias is not None:
+            out["bias"] = self.bias
+        if self.batch_norm is not None:
+            out.update({field.name: getattr(self.batch_norm, field.name) for field in fields(BatchNorm)})
+        return out
+
+    @classmethod
+    def from_arrays(cls, arrays: Any, prefix: str = "") -> RawLinear | None:
+        """What :meth:`to_arrays` took apart, from keys with a prefix; None if it is not there.
+
+        Parameters
+        ----------
+        arrays
+            A mapping.
+        prefix
+            What its keys begin with.
+        """
+        if f"{prefix}weight" not in arrays:
+            return None
+        batch_norm = None
+        if f"{prefix}gamma" in arrays:
+            parts = {field.name: arrays[f"{prefix}{field.name}"] for field in fields(BatchNorm)}
+            batch_norm = BatchNorm(**{**parts, "eps": float(parts["eps"])})
+        return cls(weight=arrays[f"{prefix}weight"], bias=arrays.get(f"{prefix}bias"), batch_norm=batch_norm)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from anndata import AnnData
@@ -21,11 +21,12 @@ def loadings(
     factors: Any = None,
     n_genes: int = 8,
     ncols: int = 5,
+    rank_by: Literal["information", "loading"] = "loading",
     key: str = DEFAULT_KEY,
     show: bool | None = None,
     return_fig: bool = False,
 ) -> Figure | None:
-    """Genes with the largest and the smallest loadings of each factor.
+    """Genes at the two ends of each factor.
 
     A panel for each factor, in which a bar is the canonical loading of a gene, in log-rate per unit of latent: on top
     the genes that go up with the factor, below those that go down. All panels have the same scale.
@@ -40,6 +41,9 @@ def loadings(
         Genes at each end.
     ncols
         Panels in a row.
+    rank_by
+        What makes a top gene: ``"loading"``, the largest and smallest loadings, or ``"information"``, which weighs them by
+        expression and so brings up genes that one sees in cells; see :func:`ldvae_ext.get.gene_scores`.
     key
         ``key_added`` of the export.
     show
@@ -65,7 +69,8 @@ def loadings(
     if 2 * n_genes > len(table):
         msg = f"`n_genes` must be at most {len(table) // 2}, half of the genes of the model; got {n_genes}."
         raise ValueError(msg)
-    order_gk = np.argsort(table.to_numpy(), axis=0, kind="stable")[::-1]
+    score_gk = get.gene_scores(adata, rank_by=rank_by, key=key).to_numpy()
+    order_gk = np.argsort(score_gk, axis=0, kind="stable")[::-1]
     rows_gk = np.concatenate([order_gk[:n_genes], order_gk[-n_genes:]])[:, chosen]
     genes_gk = table.index.to_numpy().astype(str)[rows_gk]
     values_gk = table.to_numpy()[rows_gk, chosen]
@@ -79,7 +84,8 @@ def loadings(
         ax.remove()
     for i, k in enumerate(chosen):
         _panel(axes.flat[i], table.columns[k], genes_gk[:, i], values_gk[:, i])
-    figure.supxlabel("Loading (log-rate per unit of latent)", fontsize="medium")
+    chosen_by = "; genes by information" if rank_by == "information" else ""
+    figure.supxlabel(f"Loading (log-rate per unit of latent{chosen_by})", fontsize="medium")
     fit(axes[0, 0], width, height, n_rows=n_rows, n_cols=n_cols)
     return finish(figure, show=show, return_fig=return_fig)
 
