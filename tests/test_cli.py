@@ -60,7 +60,8 @@ def test_the_bundled_example_runs_to_the_end(tmp_path):
     assert model.final_kl_weight == 1
     for name in ("adata.h5ad", "model", *(f"{t}.csv" for t in TABLES), *(f"{f}.png" for f in FIGURES)):
         assert name in result.output
-    assert "most missed by" in result.output
+    assert "What each population would miss most" in result.output
+    assert "litlogger" not in result.output
 
 
 def test_options_reach_the_model_and_results_come_in_exported_order(tmp_path, h5ad):
@@ -206,10 +207,30 @@ def test_bad_files_end_with_one_sentence(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("--n-latent", 0), ("--max-epochs", 0), ("--n-top-genes", -1), ("--seed", -1)]
+    ("option", "value"),
+    [("--n-latent", 0), ("--max-epochs", 0), ("--n-top-genes", -1), ("--seed", -1), ("--seed", 2**32)],
 )
 def test_impossible_numbers_are_usage_errors(option, value):
     assert invoke(option, value).exit_code == 2
+
+
+def test_folders_that_cannot_be_made_are_named_before_training(tmp_path, h5ad):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for out, message in (
+        ("file/sub", "is no folder that can be written to"),
+        ("link", "is a link"),
+        ("file", "is a file"),
+    ):
+        result = invoke(h5ad, "--out", tmp_path / out)
+        assert result.exit_code == 1
+        assert message in result.output
+
+
+def test_too_little_data_is_named(tmp_path, h5ad):
+    assert "must be 0 or at least 2; got 1" in invoke(h5ad, "--n-top-genes", 1, "--out", tmp_path / "res").output
+    counts(n_cells=2).write_h5ad(tmp_path / "two.h5ad")
+    assert "The input has 2 cells and 20 genes; at least 3 and 2 are needed" in invoke(tmp_path / "two.h5ad").output
 
 
 @pytest.mark.parametrize("n_latent", [1, 2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
@@ -16,6 +17,7 @@ import pandas as pd
 from anndata import AnnData, read_h5ad
 
 from ldvae_ext import datasets, get, pl
+from ldvae_ext._keys import export_keys
 from ldvae_ext._validate import check_column
 
 if TYPE_CHECKING:
@@ -26,6 +28,8 @@ MANY_GENES, N_TOP_GENES = 5000, 2000
 # As in the LDVAE tutorial of scvi-tools.
 LEARNING_RATE, EXAMPLE_EPOCHS = 5e-3, 250
 MANY_GROUPS = 100
+# A cell to train on, one to validate on, one to spare; genes at both ends of a factor.
+MIN_CELLS, MIN_GENES = 3, 2
 N_TABLE_GENES = 20
 N_SUMMARY_GENES = 5
 N_FIGURE_GENES = 8
@@ -79,7 +83,7 @@ def run(job: Job, say: Callable[[str], None]) -> None:
         model.export_to_anndata(adata)
         ablation = model.ablate()[:, get.factors(adata).index].copy()
         written = _write_results(model, adata, ablation, groupby, work)
-        say(_summary(adata, ablation, groupby))
+        summary = _summary(adata, ablation, groupby)
         work.chmod(0o755)
         old = None
         if out.exists():
@@ -91,11 +95,21 @@ def run(job: Job, say: Callable[[str], None]) -> None:
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
+    say(summary)
     for what, name in written:
         say(f"{what:<24}{job.out / name}")
 
 
 def _check_out(out: Path, job: Job) -> None:
+    existing = next(parent for parent in out.parents if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        msg = (
+            f"{job.out} cannot be made, since {existing} is no folder that can be written to; name another with --out."
+        )
+        raise InputError(msg)
+    if out.is_symlink():
+        msg = f"{job.out} is a link; name a folder with --out."
+        raise InputError(msg)
     if not out.exists():
         return
     if not out.is_dir():
@@ -124,8 +138,8 @@ def _read(job: Job) -> AnnData:
         except Exception as error:
             msg = f"{job.source} cannot be read as an .h5ad file ({error}); write it with `adata.write_h5ad`."
             raise InputError(msg) from error
-    if adata.n_obs < 2 or adata.n_vars < 2:
-        msg = f"The input has {adata.n_obs} cells and {adata.n_vars} genes; at least two of each are needed."
+    if adata.n_obs < MIN_CELLS or adata.n_vars < MIN_GENES:
+        msg = f"The input has {adata.n_obs} cells and {adata.n_vars} genes; at least {MIN_CELLS} and {MIN_GENES} are needed."
         raise InputError(msg)
     for names, what in ((adata.obs_names, "cell"), (adata.var_names, "gene")):
         if not names.is_unique:
@@ -160,11 +174,16 @@ def _set_up(adata: AnnData, job: Job, say: Callable[[str], None]) -> LDVAE:
     from ldvae_ext.model import LDVAE
     from ldvae_ext.model._counts import check_counts
 
+    # Loading Lightning sets the level at which it speaks of accelerators and its other products.
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     with _complaints_as_input_errors():
         check_counts(adata, job.layer)
     n_top = job.n_top_genes
     if n_top is None:
         n_top = N_TOP_GENES if adata.n_vars > MANY_GENES else 0
+    if 0 < n_top < MIN_GENES:
+        msg = f"`--n-top-genes` must be 0 or at least {MIN_GENES}; got {n_top}."
+        raise InputError(msg)
     chosen = np.ones(adata.n_vars, dtype=bool)
     if 0 < n_top < adata.n_vars:
         try:
@@ -189,7 +208,8 @@ def _train(model: LDVAE, job: Job) -> None:
     threads = torch.get_num_threads()
     # Minibatches are small: several threads bring little on an idle machine, and on a busy one they wait for each
     # other at every step, which costs ten times as much. OMP_NUM_THREADS is the user's word.
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    torch.set_num_threads(int(wanted) if wanted.isdigit() and int(wanted) else 1)
     try:
         max_epochs = EXAMPLE_EPOCHS if job.source is None and job.max_epochs is None else job.max_epochs
         model.train(max_epochs, kl_warmup="auto", plan_kwargs={"lr": LEARNING_RATE}, check_val_every_n_epoch=5)
@@ -230,9 +250,10 @@ def _write_results(
             show=False,
         ),
         "ablation": pl.ablation(ablation, population, factors=list(ablation.var_names), return_fig=True, show=False),
-        "latent_pairs": pl.latent_pairs(adata, color=groupby, return_fig=True, show=False),
         "training_curves": pl.training_curves(model.history, return_fig=True, show=False),
     }
+    if ablation.n_vars > 1:
+        figures["latent_pairs"] = pl.latent_pairs(adata, color=groupby, return_fig=True, show=False)
     (folder / "figures").mkdir()
     for name, figure in figures.items():
         figure.savefig(folder / "figures" / f"{name}.png", dpi=150)
@@ -246,18 +267,28 @@ def _write_results(
 
 
 def _summary(adata: AnnData, ablation: AnnData, groupby: str | None) -> str:
-    """A short table: what each factor carries, its genes, and the population that would miss it most."""
-    table, top = get.factors(adata), get.top_genes(adata, n=N_SUMMARY_GENES)
-    missed = None
-    if groupby is not None:
-        by_group = get.ablation_df(ablation, groupby)
-        missed = by_group.loc[by_group.groupby("factor")["mean"].idxmax()].set_index("factor")
-    lines = ["", f"{'factor':<8}{'KL/nats':>8}  genes up | genes down"]
-    for name, kl in table["kl"].items():
+    """Two short tables: the genes of each factor, and the factor that each population would miss most."""
+    top = get.top_genes(adata, n=N_SUMMARY_GENES)
+    lines = [
+        "",
+        "Factors, by information (KL from the prior); at the high end of a factor genes go up that fall at its low end",
+    ]
+    for name, kl in get.factors(adata)["kl"].items():
         up, down = (", ".join(top[(top["factor"] == name) & (top["direction"] == d)]["gene"]) for d in ("up", "down"))
-        genes = f"{up} | {down}"
-        lines.append(f"{name:<8}{kl:>8.2f}  {genes}")
-        if missed is not None:
-            most = missed.loc[str(name)]
-            lines.append(f"{'':<18}most missed by {most['group']} ({most['mean']:+.1f} nats per cell)")
+        lines.append(f"  {name:<6}{kl:>6.2f} nats  up: {up}; down: {down}")
+    if groupby is not None:
+        lines += [
+            "",
+            "What each population would miss most: change of the log-likelihood without the factor, and where its cells lie",
+        ]
+        by_group = get.ablation_df(ablation, groupby)
+        most = by_group.loc[by_group.groupby("group")["mean"].idxmax()]
+        latent = pd.DataFrame(adata.obsm[export_keys().latent], columns=ablation.var_names)
+        mean = latent.groupby(adata.obs[groupby].astype(str).to_numpy()).mean()
+        width = most["group"].str.len().max() + 2
+        for group, factor, n_cells, effect in zip(
+            most["group"], most["factor"], most["n_cells"], most["mean"], strict=True
+        ):
+            end = "high" if mean.loc[group, factor] > 0 else "low"
+            lines.append(f"  {group:<{width}}{factor:<6}{effect:>+7.1f} nats per cell, {end} end ({n_cells} cells)")
     return "\n".join([*lines, ""])

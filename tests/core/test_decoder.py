@@ -87,6 +87,12 @@ def test_integers_that_may_be_names_are_refused_and_categories_are_names():
     np.testing.assert_array_equal(
         decoder.scale(z, pd.Categorical([1, 2, 2, 1, 1, 1, 2])), decoder.scale(z, list("1221112"))
     )
+    with pytest.raises(ValueError, match="may be a code or a name"):
+        replace(make(), batches=["1.0", "2.0"]).scale(z, 1)
+    with pytest.raises(
+        ValueError, match=r"columns of `z` must be 'Z_0', 'Z_1', 'Z_2', in this order; got 'Z_2', 'Z_1', 'Z_0'"
+    ):
+        decoder.scale(pd.DataFrame(z, columns=["Z_2", "Z_1", "Z_0"]), "1")
     plain = replace(make(), batches=["0", "1"])
     np.testing.assert_array_equal(plain.scale(z, 1), plain.scale(z, "1"))
 

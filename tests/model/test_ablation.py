@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy import sparse
 from scvi.model import LinearSCVI
 
 from ldvae_ext.core import kl_per_dimension
@@ -113,6 +114,39 @@ def test_minified_data_keep_their_ablation_with_counts_and_refuse_it_without():
     np.testing.assert_allclose(model.get_normalized_expression(use_posterior_mean=True), expression, atol=1e-6)
 
 
+def test_unseen_sparse_arrays_are_read_and_bad_ones_named_and_numpys_state_is_left_alone(trained):
+    unseen = counts(n_cells=30, n_batches=3, seed=9)
+    expected = trained.ablate(unseen).X
+    unseen.X = sparse.csr_array(unseen.X)
+    before = np.random.get_state()[1].copy()  # noqa: NPY002
+    np.testing.assert_allclose(trained.ablate(unseen).X, expected, atol=1e-5)
+    np.testing.assert_array_equal(np.random.get_state()[1], before)  # noqa: NPY002
+    assert trained.get_latent_representation(unseen).shape == (30, 4)
+    bad = counts(n_cells=30, n_batches=3, seed=9)
+    bad.X = -bad.X
+    with pytest.raises(ValueError, match="holds negative values"):
+        trained.ablate(bad)
+
+
+def test_an_untrained_model_says_so():
+    adata = counts()
+    LDVAE.setup_anndata(adata)
+    with pytest.warns(UserWarning, match="untrained model"):
+        LDVAE(adata, n_latent=2).ablate()
+
+
+def test_minified_cells_of_another_kind_are_refused():
+    adata = counts(n_batches=3)
+    model = untrained(adata, use_observed_lib_size=True)
+    adata.obsm["X_latent_qzm"], adata.obsm["X_latent_qzv"] = model.get_latent_representation(return_dist=True)
+    other = untrained(adata.copy(), use_observed_lib_size=True)
+    model.minify_adata()
+    with pytest.raises(
+        ValueError, match="`adata` is minified as 'latent_posterior_parameters', the model's data as None"
+    ):
+        other.ablate(model.adata)
+
+
 @pytest.mark.parametrize("cls", [LDVAE, LinearSCVI])
 def test_minified_data_stay_minified_after_load(tmp_path, cls):
     model = untrained(counts(n_batches=3), cls=cls, use_observed_lib_size=True)
@@ -121,6 +155,9 @@ def test_minified_data_stay_minified_after_load(tmp_path, cls):
     adata.obsm["X_latent_qzm"], adata.obsm["X_latent_qzv"] = latent, variance
     model.minify_adata()
     model.save(tmp_path / "m", save_anndata=True)
+    if cls is LinearSCVI:
+        again = LDVAE.from_linear_scvi(LinearSCVI.load(tmp_path / "m"))
+        np.testing.assert_allclose(again.get_latent_representation(), latent, atol=1e-6)
     back = LDVAE.load(tmp_path / "m")
     np.testing.assert_allclose(back.get_latent_representation(), latent, atol=1e-6)
     np.testing.assert_allclose(back.get_latent_kl(), kl_per_dimension(latent, variance), atol=1e-5)

@@ -95,6 +95,13 @@ def test_nan_in_a_category_is_an_error(argument):
     assert list(adata.uns) == []
 
 
+def test_a_matrix_of_zeros_is_an_error():
+    adata = counts()
+    adata.X = 0 * adata.X
+    with pytest.raises(ValueError, match=r"`adata\.X` holds no counts at all"):
+        LDVAE.setup_anndata(adata)
+
+
 def test_no_matrix_at_all_is_an_error():
     adata = counts()
     del adata.X

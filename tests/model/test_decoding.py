@@ -210,7 +210,9 @@ class TestPosteriorMean:
             ({"n_mc_samples": 5}, "`n_mc_samples` belongs to sampling"),
             ({"transform_batch": "unseen"}, "`transform_batch`: 'unseen' is no batch of this model"),
             ({"gene_list": ["nope"]}, "'nope' not among"),
-            ({"library_size": "observed"}, "`library_size` must be one of 'latent'; got 'observed'"),
+            ({"library_size": np.ones(700)}, "`library_size` must be a number or 'latent'"),
+            ({"transform_batch": []}, "`transform_batch` must name at least one batch"),
+            ({"library_size": "observed"}, "`library_size` must be a number or 'latent'; got 'observed'"),
         ],
     )
     def test_bad_input_is_named(self, pbmc_trained, arguments, message):

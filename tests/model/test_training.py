@@ -94,6 +94,26 @@ def test_bad_input_is_named(model, arguments, message):
     assert not model.is_trained
 
 
+def test_the_other_arguments_reach_scvi_tools(model):
+    model.train(
+        3, "cpu", 1, 0.5, 0.25, kl_warmup=1, shuffle_set_split=False, batch_size=10, early_stopping=True,
+        datasplitter_kwargs={"drop_last": True}, plan_config={"lr": 0.02}, enable_progress_bar=False,
+    )  # fmt: skip
+    assert (len(model.train_indices), len(model.validation_indices), len(model.test_indices)) == (30, 15, 15)
+    assert list(model.train_indices) == sorted(model.train_indices)
+    assert model.trainer.early_stopping_callback is not None
+    assert model.trainer.lightning_module.lr == 0.02
+    assert model.trainer.num_training_batches == 3
+
+
+def test_the_remedy_fits_what_was_asked_for(model):
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        model.train(2, kl_warmup=4, **TRAIN)
+    (warning,) = kl_warnings(record)
+    assert "A shorter `kl_warmup` than the epochs that were run" in str(warning.message)
+
+
 def test_the_callers_plan_arguments_are_left_alone(model):
     plan = {"lr": 1e-3}
     model.train(2, kl_warmup=1, plan_kwargs=plan, **TRAIN)

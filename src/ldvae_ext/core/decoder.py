@@ -12,6 +12,7 @@ from scipy.special import softmax
 
 from ldvae_ext._validate import check_one_of, listed
 from ldvae_ext.core._arrays import names_array, read_only
+from ldvae_ext.core._batches import batch_codes
 from ldvae_ext.core.fold import RawLinear
 from ldvae_ext.core.posterior import deterministic_latent
 
@@ -122,38 +123,13 @@ class LinearDecoder:
             If a batch is needed or unknown, or if integers are given where batches are named by other integers than
             their codes, so that 1 could mean either.
         """
-        if batch is None:
-            if len(self.batches) > 1:
-                msg = f"`batch` is needed, since this decoder has several; allowed are {listed(self.batches)}."
-                raise ValueError(msg)
-            return np.zeros(n_cells, dtype=np.int64)
-        given = np.asarray(batch).ravel()
-        if str(getattr(batch, "dtype", "")) == "category":
-            given = given.astype(str)
-        if given.size not in (1, n_cells):
-            msg = f"`batch` must be one batch or one for each of {n_cells} cells; got {given.size}."
-            raise ValueError(msg)
-        if np.issubdtype(given.dtype, np.integer):
-            own_codes = [str(code) for code in range(len(self.batches))]
-            if any(name.isdigit() for name in self.batches) and self.batches.tolist() != own_codes:
-                msg = f"`batch`: {given[0]} may be a code or a name, since batches are named {listed(self.batches)}; give names as str."
-                raise ValueError(msg)
-            codes = given.astype(np.int64)
-            unknown = given[(codes < 0) | (codes >= len(self.batches))]
-        else:
-            code_of = {name: i for i, name in enumerate(self.batches)}
-            values, inverse = np.unique(given.astype(str), return_inverse=True)
-            codes = np.array([code_of.get(v, -1) for v in values], dtype=np.int64)[inverse.ravel()]
-            unknown = given[codes < 0]
-        if unknown.size:
-            msg = (
-                f"`batch`: {unknown.tolist()[0]!r} is no batch of this decoder; allowed are {listed(self.batches)} "
-                f"or 0 to {len(self.batches) - 1}."
-            )
-            raise ValueError(msg)
-        return np.broadcast_to(codes, (n_cells,))
+        return batch_codes(self.batches, batch, n_cells)
 
     def _latent(self, z_nk: Any) -> np.ndarray:
+        columns = getattr(z_nk, "columns", None)
+        if columns is not None and [str(name) for name in columns] != self.factors.tolist():
+            msg = f"The columns of `z` must be {listed(self.factors)}, in this order; got {listed(columns)}."
+            raise ValueError(msg)
         z_nk = np.asarray(z_nk, dtype=np.float64)
         if z_nk.ndim != 2 or z_nk.shape[1] != len(self.factors):
             msg = f"`z` must have shape (cells, {len(self.factors)}); got {z_nk.shape}."
@@ -313,6 +289,29 @@ class LinearDecoder:
             dropout_weight_gk=None if dropout is None else dropout[:, order] * signs,
             factors=self.factors[order],
         )
+
+    def with_genes_in_order(self, order: np.ndarray) -> LinearDecoder:
+        """The same decoder with its genes permuted; the raw parts are left out, since they belong to the network.
+
+        Parameters
+        ----------
+        order
+            A permutation: position of each new gene among the present ones.
+        """
+        if not np.array_equal(np.sort(order), np.arange(len(self.genes))):
+            msg = f"`order` must be a permutation of 0 to {len(self.genes) - 1}."
+            raise ValueError(msg)
+        if np.array_equal(order, np.arange(len(order))):
+            return self
+        along_first = {
+            n: v[order] for n in ("weight_gk", "dropout_weight_gk", "genes") if (v := getattr(self, n)) is not None
+        }
+        along_last = {
+            n: v[:, order]
+            for n in ("intercept_bg", "dropout_intercept_bg", "theta_bg")
+            if (v := getattr(self, n)) is not None
+        }
+        return replace(self, **along_first, **along_last, raw=None, raw_dropout=None)
 
     def gene_information(self) -> np.ndarray:
         """Share of each gene in what the counts say about each factor, for a cell at the prior mean.

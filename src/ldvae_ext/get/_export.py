@@ -29,7 +29,8 @@ def decoder(adata: AnnData, *, key: str = DEFAULT_KEY) -> LinearDecoder:
     """The decoder that belongs to the exported latents: their order, signs and names, in the canonical gauge.
 
     ``decoder(adata).scale(adata.obsm["X_ldvae"], batch)`` is the decoded expression of the cells, for the genes of the
-    model.
+    model. They are in the order of ``adata``, as in :func:`loadings`; if some have been left out of ``adata`` or renamed since the
+    export, all are there, in the model's order.
 
     Parameters
     ----------
@@ -39,7 +40,10 @@ def decoder(adata: AnnData, *, key: str = DEFAULT_KEY) -> LinearDecoder:
         ``key_added`` of the export.
     """
     _, info = export_of(adata, key)
-    return LinearDecoder.from_arrays(info["decoder"]).reordered(info["order"], info["signs"]).centered()
+    exported = LinearDecoder.from_arrays(info["decoder"]).reordered(info["order"], info["signs"]).centered()
+    position = adata.var_names.astype(str).get_indexer_for(pd.Index(exported.genes))
+    whole = len(position) == len(exported.genes) and (position >= 0).all()
+    return exported.with_genes_in_order(np.argsort(position)) if whole else exported
 
 
 def loadings(adata: AnnData, *, key: str = DEFAULT_KEY) -> pd.DataFrame:

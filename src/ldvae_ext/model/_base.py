@@ -7,17 +7,16 @@ from typing import Any, Literal
 
 import pandas as pd
 from anndata import AnnData
-from scipy import sparse
 from scvi import REGISTRY_KEYS
 from scvi.data import AnnDataManager
 from scvi.data._constants import ADATA_MINIFY_TYPE
 from scvi.data._utils import _get_adata_minify_type
-from scvi.data.fields import CategoricalObsField, LayerField
+from scvi.data.fields import CategoricalObsField
 from scvi.model import LinearSCVI
 from scvi.model.base import BaseMinifiedModeModelClass, RNASeqMixin, UnsupervisedTrainingMixin, VAEMixin
 
 from ldvae_ext._validate import check_positive_int
-from ldvae_ext.model._counts import check_categories, check_counts, counts_of, library_prior
+from ldvae_ext.model._counts import CountsField, check_categories, check_counts, counts_of, library_prior
 from ldvae_ext.module import LDVAEModule
 
 
@@ -108,15 +107,13 @@ class LDVAEBase(RNASeqMixin, VAEMixin, UnsupervisedTrainingMixin, BaseMinifiedMo
         """
         setup_method_args = cls._get_setup_method_args(**locals())
         minify_type = _get_adata_minify_type(adata)
-        counts = counts_of(adata, layer)
+        counts_of(adata, layer)
         if minify_type is None:
             check_counts(adata, layer)
         for name, key in (("batch_key", batch_key), ("labels_key", labels_key)):
             check_categories(adata, name, key)
-        # scvi-tools' own look at twenty values does not know scipy's sparse arrays; elsewhere it stays, since it
-        # draws from numpy's global random state and so belongs to the random stream of a LinearSCVI script.
         fields = [
-            LayerField(REGISTRY_KEYS.X_KEY, layer, is_count_data=not isinstance(counts, sparse.sparray)),
+            CountsField(REGISTRY_KEYS.X_KEY, layer),
             CategoricalObsField(REGISTRY_KEYS.BATCH_KEY, batch_key),
             CategoricalObsField(REGISTRY_KEYS.LABELS_KEY, labels_key),
         ]

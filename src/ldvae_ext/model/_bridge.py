@@ -38,7 +38,7 @@ def raw_linear(layers: FCLayers) -> RawLinear:
 
 def linear_decoder(module: LDVAEModule, genes: np.ndarray, batches: np.ndarray, factors: list[str]) -> LinearDecoder:
     """The decoder of a network, folded in float64."""
-    n_latent, n_batch = module.n_latent, len(batches)
+    n_latent = module.n_latent
     parts: dict[str, Any] = {}
     raw = raw_linear(module.decoder.factor_regressor)
     parts["weight_gk"], parts["intercept_bg"] = raw.fold(n_latent)
@@ -47,9 +47,6 @@ def linear_decoder(module: LDVAEModule, genes: np.ndarray, batches: np.ndarray, 
         parts["dropout_weight_gk"], parts["dropout_intercept_bg"] = parts["raw_dropout"].fold(n_latent)
     if module.gene_likelihood != "poisson":
         parts["theta_bg"] = np.exp(_array(module.px_r)).reshape(len(genes), -1).T
-    for name in ("intercept_bg", "dropout_intercept_bg"):
-        if name in parts:
-            parts[name] = np.broadcast_to(parts[name], (n_batch, len(genes)))
     return LinearDecoder(
         genes=genes,
         batches=batches,

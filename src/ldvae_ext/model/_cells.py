@@ -15,7 +15,7 @@ from scvi.data._utils import _get_adata_minify_type, _validate_adata_dataloader_
 
 from ldvae_ext._validate import listed
 from ldvae_ext.model._bridge import EncodedCells, encode
-from ldvae_ext.model._counts import check_categories, check_counts, counts_of
+from ldvae_ext.model._counts import are_counts, check_categories, check_counts, counts_of, same_counts
 
 if TYPE_CHECKING:
     from ldvae_ext.model._base import LDVAEBase
@@ -56,6 +56,7 @@ def stream_cells(
 ) -> Iterator[CellStream]:
     """Posteriors and counts of cells, from an AnnData or from a data loader, read once."""
     _validate_adata_dataloader_input(model, adata, dataloader)
+    model._check_if_trained(warn=True)
     if dataloader is not None:
         if indices is not None:
             msg = "`indices` choose cells of an AnnData; with `dataloader` it decides which cells come."
@@ -84,17 +85,22 @@ def readable_cells(model: LDVAEBase, adata: AnnData | None) -> Iterator[AnnData]
     if adata is None and model.adata is None:
         msg = "This model was loaded without data: give `adata`."
         raise ValueError(msg)
+    if adata is not None and _get_adata_minify_type(adata) != model.minified_data_type:
+        msg = f"`adata` is minified as {_get_adata_minify_type(adata)!r}, the model's data as {model.minified_data_type!r}; they must agree."
+        raise ValueError(msg)
     if adata is None or adata is model.adata or _get_adata_minify_type(adata) is not None:
         yield model._validate_anndata(adata)
         return
     light = light_cells(model, adata)
     without_data = model.adata is None
+    random_state = np.random.get_state()  # noqa: NPY002 - scvi-tools' look at the counts draws from it
     if without_data:
         model._validate_anndata(light)  # adopts the cells as the model's own, for as long as they are here
         manager = model.adata_manager
     else:
         manager = model.adata_manager.transfer_fields(light)
         model._register_manager_for_instance(manager)
+    np.random.set_state(random_state)  # noqa: NPY002
     try:
         yield light
     finally:
@@ -127,6 +133,23 @@ def model_counts(model: LDVAEBase, adata: AnnData) -> Any:
     if np.array_equal(position, np.arange(adata.n_vars)):
         return counts
     return counts.iloc[:, position] if isinstance(counts, pd.DataFrame) else counts[:, position]
+
+
+def shared_counts_agree(model: LDVAEBase, adata: AnnData, rows: np.ndarray) -> bool | None:
+    """Whether ``adata`` has the counts of these rows of the model's data, by the genes that both have.
+
+    None if that cannot be said: no shared gene, or values that are no counts.
+    """
+    names = pd.Index(adata.var_names.astype(str))
+    genes = pd.Index(np.asarray(model.get_var_names()).astype(str))
+    if not names.is_unique or not genes.is_unique:
+        return None
+    position = names.get_indexer(genes)
+    shared = np.flatnonzero(position >= 0)
+    given = counts_of(adata, model.get_setup_arg("layer"))[:, position[shared]]
+    if not len(shared) or not are_counts(given):
+        return None
+    return same_counts(model.adata_manager.get_from_registry(REGISTRY_KEYS.X_KEY)[:, shared], rows, given)
 
 
 def light_cells(model: LDVAEBase, adata: AnnData) -> AnnData:

@@ -9,10 +9,24 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 from scipy import sparse
+from scvi.data.fields import LayerField
 
 from ldvae_ext._validate import check_column, listed, warn
 
 _CHUNK_VALUES = 2**24
+
+
+class CountsField(LayerField):
+    """scvi-tools' field of counts, which also takes scipy's sparse arrays.
+
+    scvi-tools' own look at twenty values does not know them; for other matrices it stays, since it draws from numpy's
+    global random state and so belongs to the random stream of a LinearSCVI script.
+    """
+
+    def validate_field(self, adata: AnnData) -> None:
+        """Check that the field is there."""
+        self.is_count_data = not isinstance(self.get_field_data(adata), sparse.sparray)
+        super().validate_field(adata)
 
 
 def counts_of(adata: AnnData, layer: str | None) -> Any:
@@ -63,6 +77,9 @@ def check_counts(adata: AnnData, layer: str | None) -> None:
         empty += (start + np.flatnonzero(totals == 0)).tolist()
     if fraction is not None:
         warn(f"`{where}` holds values that are not integers, such as {fraction:g}; LDVAE models raw counts.")
+    if len(empty) == adata.n_obs:
+        msg = f"`{where}` holds no counts at all."
+        raise ValueError(msg)
     if empty:
         warn(
             f"{len(empty)} of {adata.n_obs} cells have no counts in `{where}`; the first is "

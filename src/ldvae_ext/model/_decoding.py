@@ -10,7 +10,7 @@ import pandas as pd
 from anndata import AnnData
 from scvi.utils import track
 
-from ldvae_ext._validate import check_one_of, listed
+from ldvae_ext._validate import listed
 from ldvae_ext.core import LinearDecoder
 from ldvae_ext.core.posterior import deterministic_latent
 from ldvae_ext.model._base import LDVAEBase
@@ -46,8 +46,8 @@ class DecodingMixin(LDVAEBase):
         Parameters
         ----------
         z
-            Latents, cells x latents: an array in the network's order, or a DataFrame with the columns ``Z_0``, ``Z_1``,
-            ... in any order. Under ``latent_distribution="ln"`` points of the simplex.
+            Latents, cells x latents, with the network's signs: an array in the network's order, or a DataFrame with the
+            columns ``Z_0``, ``Z_1``, ... in any order. (Exported latents are turned; :func:`ldvae_ext.get.decoder` decodes them.) Under ``latent_distribution="ln"`` points of the simplex.
         batch
             None (only with a single batch), one batch for all cells, or one for each; by name (str) or code (int).
         library_size
@@ -181,8 +181,9 @@ class DecodingMixin(LDVAEBase):
         """Decode the posterior mean, after ``edit`` of it, minibatch by minibatch."""
         decoder = self.get_decoder()
         genes = _gene_positions(decoder.genes, gene_list)
-        if isinstance(library_size, str):
-            check_one_of("library_size", library_size, ("latent",))
+        if not np.isscalar(library_size) or (isinstance(library_size, str) and library_size != "latent"):
+            msg = f"`library_size` must be a number or 'latent'; got {library_size!r}."
+            raise ValueError(msg)
         codes = self._transform_batch_codes(transform_batch)
 
         def decode(cells: EncodedCells) -> np.ndarray:
@@ -207,6 +208,10 @@ class DecodingMixin(LDVAEBase):
         """Codes of batches given by their value in ``adata.obs``, as scvi-tools takes them; None is a cell's own."""
         if isinstance(transform_batch, str) or not isinstance(transform_batch, Iterable):
             transform_batch = [transform_batch]
+        transform_batch = list(transform_batch)
+        if not transform_batch:
+            msg = "`transform_batch` must name at least one batch; got none."
+            raise ValueError(msg)
         known = list(self.get_state_registry("batch").categorical_mapping)
         for batch in transform_batch:
             if batch is not None and batch not in known:

@@ -8,15 +8,13 @@ import numpy as np
 import pandas as pd
 import scvi
 from anndata import AnnData
-from scvi import REGISTRY_KEYS
 
 import ldvae_ext
 from ldvae_ext._keys import PCA_INFO, PCA_LATENT, PCA_LOADINGS, export_keys
-from ldvae_ext._validate import check_one_of, listed
+from ldvae_ext._validate import check_one_of, listed, warn
 from ldvae_ext.core import kl_per_dimension
 from ldvae_ext.core.posterior import deterministic_latent
-from ldvae_ext.model._cells import missing_genes, model_counts, stream_cells
-from ldvae_ext.model._counts import are_counts, same_counts
+from ldvae_ext.model._cells import shared_counts_agree, stream_cells
 from ldvae_ext.model._decoding import DecodingMixin
 from ldvae_ext.model._training import TrainingMixin
 
@@ -69,7 +67,8 @@ class ExportMixin(DecodingMixin, TrainingMixin):
         Factors are named after the network's dimension (``Z_3``), sorted by their mean KL over the exported cells, and
         turned so that each points to its longer tail of genes (:meth:`ldvae_ext.core.LinearDecoder.signs`); loadings
         are centred over genes. Then ``softmax(X_ldvae @ ldvae_loadings.T + intercept)`` is the decoded expression,
-        where the intercept is ``ldvae_ext.get.decoder(adata).intercept_bg`` of the cell's batch. For the first five
+        where the intercept is ``ldvae_ext.get.decoder(adata).intercept_bg`` of the cell's batch, for the genes of the model. (To
+        decode the exported latents use that decoder; :meth:`decode` takes latents with the network's signs.) For the first five
         factors in scanpy: ``sc.pp.neighbors(adata, use_rep="X_ldvae", n_pcs=5)``.
 
         Parameters
@@ -77,7 +76,7 @@ class ExportMixin(DecodingMixin, TrainingMixin):
         adata
             Where to write; the model's own if None. Any AnnData will do that has the model's cells by name, in which
             case their posteriors are those of the model's data, or cells with counts that the model can encode. If both
-            hold and the counts differ, the counts decide. Genes that the model does not know get NaN loadings.
+            hold and the counts differ, the counts decide; where there are none to compare, a warning says so. Genes that the model does not know get NaN loadings.
         key_added
             Replaces ``ldvae`` in all keys together.
         order_by
@@ -92,7 +91,8 @@ class ExportMixin(DecodingMixin, TrainingMixin):
         Raises
         ------
         ValueError
-            If the cells are not the model's and cannot be encoded, or if a PCA would be replaced. Nothing is written.
+            If the cells are not the model's and cannot be encoded, or if a PCA or a column of ``var`` would be replaced.
+            Nothing is written.
 
         Notes
         -----
@@ -114,6 +114,12 @@ class ExportMixin(DecodingMixin, TrainingMixin):
         target = self.adata if adata is None else adata
         if target is None:
             msg = "This model was loaded without data: give `adata`."
+            raise ValueError(msg)
+        if keys.info == PCA_INFO:
+            msg = f"`key_added={key_added!r}` would replace scanpy's PCA; `as_pca=True` writes one beside the export."
+            raise ValueError(msg)
+        if keys.genes in target.var and "decoder" not in target.uns.get(keys.info, {}):
+            msg = f"`adata.var[{keys.genes!r}]` exists and is no export's; choose another `key_added`."
             raise ValueError(msg)
         if as_pca and not overwrite:
             taken = [
@@ -176,6 +182,9 @@ class ExportMixin(DecodingMixin, TrainingMixin):
         source = adata if rows is None else None
         with stream_cells(self, source, rows, batch_size) as cells:
             encoded = [(chunk.mean, chunk.variance) for chunk in cells.chunks]
+        if not encoded:
+            msg = "There are no cells to export."
+            raise ValueError(msg)
         mean_nk, variance_nk = (np.concatenate(parts) for parts in zip(*encoded, strict=True))
         return mean_nk, variance_nk
 
@@ -186,13 +195,16 @@ class ExportMixin(DecodingMixin, TrainingMixin):
         rows = self.adata.obs_names.get_indexer(adata.obs_names)
         if (rows < 0).any():
             return None
-        if self.minified_data_type is not None or missing_genes(self, adata):
-            return rows
         layer = self.get_setup_arg("layer")
-        if layer is not None and layer not in adata.layers:
-            return rows
-        # The names fit. Other counts under the same names are other cells; values that are no counts, such as
-        # normalised expression, say nothing about that.
-        given = model_counts(self, adata)
-        own = self.adata_manager.get_from_registry(REGISTRY_KEYS.X_KEY)
-        return None if are_counts(given) and not same_counts(own, rows, given) else rows
+        if self.minified_data_type is not None or (layer is not None and layer not in adata.layers) or adata.X is None:
+            confirmed = None
+        else:
+            confirmed = shared_counts_agree(self, adata, rows)
+        # Other counts under the same names are other cells; values that are no counts, such as normalised expression,
+        # say nothing about that.
+        if confirmed is None:
+            warn(
+                f"The {adata.n_obs} cells of `adata` were taken for those of the model by their names alone, since it holds no "
+                "counts that could confirm it."
+            )
+        return None if confirmed is False else rows

@@ -114,7 +114,7 @@ class LDVAE(AblationMixin, ExportMixin):
             **{name: value for group in arguments["kwargs"].values() for name, value in group.items()},
         )
         new.module.load_state_dict(model.module.state_dict())
-        new.module.minified_data_type = model.module.minified_data_type
+        new.module.minified_data_type = new.minified_data_type
         new.to_device(model.device)
         new.module.train(model.module.training)
         for name, value in model._get_user_attributes():

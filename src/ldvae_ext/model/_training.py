@@ -92,7 +92,7 @@ class TrainingMixin(LDVAEBase):
             trainer_config=trainer_config,
             **trainer_kwargs,
         )
-        self._note_kl_weight()
+        self._note_kl_weight(warmup_given=kl_warmup is not None)
         return result
 
     def _n_epochs(self, max_epochs: int | None, datamodule: Any) -> int:
@@ -104,14 +104,16 @@ class TrainingMixin(LDVAEBase):
             raise ValueError(msg)
         return get_max_epochs_heuristic(n_obs)
 
-    def _note_kl_weight(self) -> None:
+    def _note_kl_weight(self, *, warmup_given: bool) -> None:
         plan = self.trainer.lightning_module
         # What the last training step multiplied with; the plan's own property already speaks of the next epoch.
         self.kl_weight_ = float(plan.loss_kwargs["kl_weight"])
         if self.kl_weight_ >= _WARMED_UP:
             return
         remedy = (
-            "`train(kl_warmup='auto')` reaches weight 1 at half of `max_epochs`."
+            "A shorter `kl_warmup` than the epochs that were run reaches weight 1."
+            if warmup_given and plan.max_kl_weight >= _WARMED_UP
+            else "`train(kl_warmup='auto')` reaches weight 1 at half of `max_epochs`."
             if plan.max_kl_weight >= _WARMED_UP
             else f"`max_kl_weight={plan.max_kl_weight}` was asked for; with 1 it would be the ELBO."
         )
