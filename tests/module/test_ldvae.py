@@ -25,10 +25,15 @@ def test_modes_come_back_also_after_an_error():
     module = untrained(counts()).module
     module.train()
     module.decoder.eval()
-    with pytest.raises(RuntimeError, match="on the way"), module.evaluating():
-        assert not any(layer.training for layer in module.modules())
-        msg = "on the way"
-        raise RuntimeError(msg)
+
+    def fail():
+        with module.evaluating():
+            assert not any(layer.training for layer in module.modules())
+            msg = "on the way"
+            raise RuntimeError(msg)
+
+    with pytest.raises(RuntimeError, match="on the way"):
+        fail()
     assert module.training
     assert module.z_encoder.encoder.training
     assert not module.decoder.factor_regressor.training
