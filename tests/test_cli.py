@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import anndata as ad
 import numpy as np
@@ -145,6 +146,24 @@ def test_a_failure_on_the_way_leaves_nothing(tmp_path, h5ad, monkeypatch):
     assert result.exit_code == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["counts.h5ad", "res"]
     assert (out / "old.txt").exists()
+
+
+def test_old_results_come_back_if_the_new_ones_cannot_be_put_in_place(tmp_path, h5ad, monkeypatch):
+    out = tmp_path / "res"
+    out.mkdir()
+    (out / "old.txt").write_text("x")
+    rename = Path.rename
+
+    def fail_for_the_new(self, target):
+        if (self / "adata.h5ad").exists():
+            msg = "disk full"
+            raise OSError(msg)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_for_the_new)
+    assert invoke(h5ad, "--max-epochs", 1, "--out", out, "--overwrite").exit_code == 1
+    assert (out / "old.txt").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["counts.h5ad", "res"]
 
 
 def negative(adata):

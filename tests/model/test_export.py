@@ -211,8 +211,22 @@ class TestTargets:
             model.export_to_anndata(adata, key_added="highly_variable")
         with pytest.raises(ValueError, match="would replace scanpy's PCA"):
             model.export_to_anndata(adata, key_added="pca")
+        model.export_to_anndata(adata, key_added="highly_variable", overwrite=True)
         model.export_to_anndata(adata)
         model.export_to_anndata(adata)
+
+    def test_other_cells_in_a_layer_are_told_apart_without_an_x(self):
+        adata = counts(n_batches=3)
+        adata.layers["counts"] = adata.X.copy()
+        LDVAE.setup_anndata(adata, "batch", layer="counts")
+        model = LDVAE(adata, n_latent=2)
+        model.is_trained_ = True
+        other = counts(n_batches=3, seed=5)
+        other.layers["counts"] = other.X
+        del other.X
+        model.export_to_anndata(other, order_by="network")
+        model.export_to_anndata(order_by="network")
+        assert not np.allclose(other.obsm["X_ldvae"], adata.obsm["X_ldvae"])
 
     def test_missing_genes_of_other_cells_are_an_error_and_nothing_is_written(self, model):
         other = counts(n_cells=30, n_batches=3)[:, :18].copy()
