@@ -78,14 +78,13 @@ def run(job: Job, say: Callable[[str], None]) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     # Training, which takes long and may be interrupted in ways that leave no time to clean up, writes nothing.
     _train(model, job)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    work, old = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent)), None
     try:
         model.export_to_anndata(adata)
         ablation = model.ablate()[:, get.factors(adata).index].copy()
         written = _write_results(model, adata, ablation, groupby, work)
         summary = _summary(adata, ablation, groupby)
         work.chmod(0o755)
-        old = None
         if out.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent)) / out.name
             out.rename(old)
@@ -94,6 +93,9 @@ def run(job: Job, say: Callable[[str], None]) -> None:
             shutil.rmtree(old.parent)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
+        if old is not None and old.exists() and not out.exists():
+            old.rename(out)
+            old.parent.rmdir()
         raise
     say(summary)
     for what, name in written:

@@ -103,7 +103,7 @@ class LDVAEBase(RNASeqMixin, VAEMixin, UnsupervisedTrainingMixin, BaseMinifiedMo
         KeyError
             If a layer or a column does not exist.
         ValueError
-            If counts are negative, NaN or infinite, or a column holds NaN. Nothing is written before the checks.
+            If counts are negative, NaN, infinite or all zero, or a column holds NaN. Nothing is written before the checks.
         """
         setup_method_args = cls._get_setup_method_args(**locals())
         minify_type = _get_adata_minify_type(adata)

@@ -84,7 +84,7 @@ class ExportMixin(DecodingMixin, TrainingMixin):
         as_pca
             Whether to write the same as a PCA too, for scanpy's PCA plots.
         overwrite
-            Whether ``as_pca`` may replace an existing PCA.
+            Whether an existing PCA, or a column of ``var`` with the name of the export, may be replaced.
         batch_size
             Cells per minibatch; ``scvi.settings.batch_size`` if None.
 
@@ -118,8 +118,8 @@ class ExportMixin(DecodingMixin, TrainingMixin):
         if keys.info == PCA_INFO:
             msg = f"`key_added={key_added!r}` would replace scanpy's PCA; `as_pca=True` writes one beside the export."
             raise ValueError(msg)
-        if keys.genes in target.var and "decoder" not in target.uns.get(keys.info, {}):
-            msg = f"`adata.var[{keys.genes!r}]` exists and is no export's; choose another `key_added`."
+        if not overwrite and keys.genes in target.var and "decoder" not in target.uns.get(keys.info, {}):
+            msg = f"`adata.var[{keys.genes!r}]` exists and is no export's; choose another `key_added`, or `overwrite=True`."
             raise ValueError(msg)
         if as_pca and not overwrite:
             taken = [
@@ -196,7 +196,8 @@ class ExportMixin(DecodingMixin, TrainingMixin):
         if (rows < 0).any():
             return None
         layer = self.get_setup_arg("layer")
-        if self.minified_data_type is not None or (layer is not None and layer not in adata.layers) or adata.X is None:
+        has_matrix = adata.X is not None if layer is None else layer in adata.layers
+        if self.minified_data_type is not None or not has_matrix:
             confirmed = None
         else:
             confirmed = shared_counts_agree(self, adata, rows)
