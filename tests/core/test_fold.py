@@ -26,7 +26,7 @@ def test_fold_equals_the_layer_written_out(batch_norm, with_bias, n_batches, wit
     n_columns = n_batches if n_batches > 1 else 0
     weight, bias = rng.normal(size=(5, 2 + n_columns)), rng.normal(size=5) if with_bias else None
     raw = RawLinear(weight=weight, bias=bias, batch_norm=batch_norm if with_batch_norm else None)
-    folded, intercept = raw.fold(2)
+    folded, intercept, effects = raw.fold(2)
     assert intercept.shape == (n_batches, 5)
     for b in range(n_batches):
         z = rng.normal(size=2)

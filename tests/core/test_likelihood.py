@@ -59,5 +59,5 @@ def test_mean_dependent_part_differs_from_the_likelihood_by_what_the_mean_does_n
 
 
 def test_unknown_likelihood_is_an_error(values):
-    with pytest.raises(ValueError, match="'nb', 'zinb' or 'poisson'; got 'normal'"):
-        log_likelihood("normal", values["x"], values["mu"], values["theta"])
+    with pytest.raises(ValueError, match="'nb', 'zinb', 'poisson' or 'normal'; got 'beta'"):
+        log_likelihood("beta", values["x"], values["mu"], values["theta"])

@@ -21,6 +21,9 @@ def ablation_effects(
     batch: Any,
     value_k: np.ndarray,
     factors: Sequence[int] | np.ndarray,
+    *,
+    covariates: Any = None,
+    label: Any = None,
 ) -> np.ndarray:
     """Change of each cell's negative log-likelihood when one latent at a time is set to a value.
 
@@ -37,13 +40,15 @@ def ablation_effects(
     mean_nk
         Posterior means (of u under ``"ln"``), shape (cells, factors).
     library_n
-        Library sizes in counts, shape (cells,).
+        Library sizes in counts (size factors under softplus), shape (cells,).
     batch
         See :meth:`ldvae_ext.core.LinearDecoder.batch_codes`.
     value_k
         The value that each latent is set to, shape (factors,).
     factors
         Positions of the latents to ablate, one at a time.
+    covariates, label
+        See :meth:`ldvae_ext.core.LinearDecoder.scale` and :meth:`~ldvae_ext.core.LinearDecoder.theta`.
 
     Returns
     -------
@@ -51,13 +56,15 @@ def ablation_effects(
     """
     x_ng, mean_nk = np.asarray(x_ng, dtype=np.float64), np.asarray(mean_nk, dtype=np.float64)
     library_n1 = np.asarray(library_n, dtype=np.float64).reshape(-1, 1)
-    theta = None if decoder.theta_bg is None else decoder.theta(batch, len(mean_nk))
     z_nk = deterministic_latent(mean_nk, decoder.latent_distribution)
-    dropout_ng = decoder.dropout_logits(z_nk, batch) if decoder.likelihood == "zinb" else None
-    logits_ng = decoder.logits(z_nk, batch)
+    theta = None
+    if decoder.likelihood != "poisson":
+        theta = decoder.theta(batch, len(mean_nk), label=label, z_nk=z_nk, covariates=covariates)
+    dropout_ng = decoder.dropout_logits(z_nk, batch, covariates) if decoder.likelihood == "zinb" else None
+    logits_ng = decoder.logits(z_nk, batch, covariates)
 
     def fit(logits: np.ndarray) -> np.ndarray:
-        rate_ng = softmax(logits, axis=1)
+        rate_ng = decoder.apply_link(logits)
         rate_ng *= library_n1
         return mean_dependent_part(decoder.likelihood, x_ng, rate_ng, theta, dropout_ng)
 
@@ -67,7 +74,7 @@ def ablation_effects(
         if decoder.latent_distribution == "ln":
             moved_nk = mean_nk.copy()
             moved_nk[:, k] = value_k[k]
-            moved_ng = decoder.logits(softmax(moved_nk, axis=1), batch)
+            moved_ng = decoder.logits(softmax(moved_nk, axis=1), batch, covariates)
         else:
             moved_ng = logits_ng - np.outer(mean_nk[:, k] - value_k[k], decoder.weight_gk[:, k])
         effect[:, column] = (full_ng - fit(moved_ng)).sum(axis=1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,45 +11,63 @@ from scipy.special import softmax
 
 from ldvae_ext._validate import check_one_of, listed
 from ldvae_ext.core._arrays import names_array, read_only
-from ldvae_ext.core._batches import batch_codes
+from ldvae_ext.core._design import Covariate, design_matrix, level_codes
+from ldvae_ext.core._information import fisher_shares
+from ldvae_ext.core._storage import FromArrays
 from ldvae_ext.core.fold import RawLinear
-from ldvae_ext.core.posterior import deterministic_latent
 
-LIKELIHOODS = ("nb", "zinb", "poisson")
-DISPERSIONS = ("gene", "gene-batch")
+LIKELIHOODS = ("nb", "zinb", "poisson", "normal")
+DISPERSIONS = ("gene", "gene-batch", "gene-label", "gene-cell")
 LATENT_DISTRIBUTIONS = ("normal", "ln")
+LINKS = ("softmax", "softplus")
+# Affine maps that a decoder can have: log-rate, logits of zero inflation, log of the dispersion.
+HEADS = ("", "dropout_", "dispersion_")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class LinearDecoder:
+class LinearDecoder(FromArrays):
     """An affine map from the latent space to the log-rates of genes, with what a likelihood needs besides.
 
-    For a cell of batch ``b`` with latent ``z`` and library size ``l`` the decoder of an LDVAE in evaluation mode is::
+    For a cell of batch ``b`` with latent ``z``, covariates ``c`` and library size ``l`` the decoder of an LDVAE in
+    evaluation mode is::
 
-        logits = weight_gk @ z + intercept_bg[b],   scale = softmax(logits),   rate = l * scale
+        logits = weight_gk @ z + intercept_bg[b] + covariate_cg.T @ c,   scale = softmax(logits),   rate = l * scale
 
     (Svensson et al. 2020, 10.1093/bioinformatics/btaa169; batch norm folded in, see
-    :meth:`ldvae_ext.core.RawLinear.fold`). All arrays are float64 and read-only.
+    :meth:`ldvae_ext.core.RawLinear.fold`). With size factors the link is ``softplus`` and ``l`` the size factor, as in
+    ``scvi.model.SCVI``. All arrays are float64 and read-only.
 
     Parameters
     ----------
     weight_gk
-        Folded loadings, shape (genes, factors), in log-rate per unit of latent.
+        Folded loadings, shape (genes, factors), in log-rate per unit of latent (under softplus: in its argument).
     intercept_bg
         Folded intercept of each batch, shape (batches, genes), in log-rate.
     genes, batches, factors
         Names along the axes; unique.
     likelihood
-        ``"nb"``, ``"zinb"`` or ``"poisson"``.
+        ``"nb"``, ``"zinb"``, ``"poisson"`` or ``"normal"``.
     dispersion
-        ``"gene"`` or ``"gene-batch"``.
+        ``"gene"``, ``"gene-batch"``, ``"gene-label"`` or ``"gene-cell"``.
     theta_bg
-        Inverse dispersion of the negative binomial, in counts: shape (1, genes) for ``"gene"``, (batches, genes) for
-        ``"gene-batch"``; None under ``"poisson"``. The variance is ``rate + rate^2 / theta``.
+        Inverse dispersion of the negative binomial, in counts, where the variance is ``rate + rate^2 / theta``; the standard
+        deviation under ``"normal"``. Shape (1, genes) for ``"gene"``, (batches, genes) for ``"gene-batch"``, (labels, genes)
+        for ``"gene-label"``; None under ``"poisson"`` and for ``"gene-cell"``.
     latent_distribution
         ``"normal"``, or ``"ln"``, where z = softmax(u) lies on the simplex.
-    dropout_weight_gk, dropout_intercept_bg
+    link
+        ``"softmax"`` or ``"softplus"``.
+    covariates
+        Covariates besides the batch, :class:`ldvae_ext.core.Covariate` each.
+    covariate_cg
+        What a level of a categorical covariate, or one unit of a continuous one, adds to the logits; shape (columns of the
+        covariates, genes). None without covariates.
+    labels
+        Names of the labels; only for ``"gene-label"``.
+    dropout_weight_gk, dropout_intercept_bg, dropout_covariate_cg
         The same for the logits of zero inflation; only under ``"zinb"``.
+    dispersion_weight_gk, dispersion_intercept_bg, dispersion_covariate_cg
+        The same for the log of theta; only for ``"gene-cell"``.
     raw, raw_dropout
         The parts of the network that the folded arrays came from, where there are any.
     """
@@ -64,8 +81,16 @@ class LinearDecoder:
     dispersion: str = "gene"
     theta_bg: np.ndarray | None = None
     latent_distribution: str = "normal"
+    link: str = "softmax"
+    covariates: tuple[Covariate, ...] = ()
+    covariate_cg: np.ndarray | None = None
+    labels: np.ndarray | None = None
     dropout_weight_gk: np.ndarray | None = None
     dropout_intercept_bg: np.ndarray | None = None
+    dropout_covariate_cg: np.ndarray | None = None
+    dispersion_weight_gk: np.ndarray | None = None
+    dispersion_intercept_bg: np.ndarray | None = None
+    dispersion_covariate_cg: np.ndarray | None = None
     raw: RawLinear | None = None
     raw_dropout: RawLinear | None = None
 
@@ -73,18 +98,28 @@ class LinearDecoder:
         check_one_of("likelihood", self.likelihood, LIKELIHOODS)
         check_one_of("dispersion", self.dispersion, DISPERSIONS)
         check_one_of("latent_distribution", self.latent_distribution, LATENT_DISTRIBUTIONS)
+        check_one_of("link", self.link, LINKS)
         self._freeze("weight_gk", (None, None))
         n_genes, n_factors = self.weight_gk.shape
         self._freeze("intercept_bg", (None, n_genes))
-        n_batches = len(self.intercept_bg)
+        n_batches, n_columns = len(self.intercept_bg), sum(c.n_columns for c in self.covariates)
+        object.__setattr__(self, "covariates", tuple(self.covariates))
         for name, length in (("genes", n_genes), ("batches", n_batches), ("factors", n_factors)):
             object.__setattr__(self, name, names_array(getattr(self, name), length, name))
-        self._expect("theta_bg", self.likelihood != "poisson")
-        self._freeze("theta_bg", (n_batches if self.dispersion == "gene-batch" else 1, n_genes))
-        self._expect("dropout_weight_gk", self.likelihood == "zinb")
-        self._expect("dropout_intercept_bg", self.likelihood == "zinb")
-        self._freeze("dropout_weight_gk", (n_genes, n_factors))
-        self._freeze("dropout_intercept_bg", (n_batches, n_genes))
+        has_theta, per_cell = self.likelihood != "poisson", self.dispersion == "gene-cell"
+        self._expect("theta_bg", has_theta and not per_cell)
+        self._expect("labels", has_theta and self.dispersion == "gene-label")
+        if self.labels is not None:
+            object.__setattr__(self, "labels", names_array(self.labels, len(self.labels), "labels"))
+        n_rows = {"gene-batch": n_batches, "gene-label": 0 if self.labels is None else len(self.labels)}
+        self._freeze("theta_bg", (n_rows.get(self.dispersion, 1), n_genes))
+        for head, present in zip(HEADS, (True, self.likelihood == "zinb", has_theta and per_cell), strict=True):
+            self._expect(f"{head}weight_gk", present)
+            self._expect(f"{head}intercept_bg", present)
+            self._expect(f"{head}covariate_cg", present and n_columns > 0)
+            self._freeze(f"{head}weight_gk", (n_genes, n_factors))
+            self._freeze(f"{head}intercept_bg", (n_batches, n_genes))
+            self._freeze(f"{head}covariate_cg", (n_columns, n_genes))
 
     def _freeze(self, name: str, shape: tuple[int | None, ...]) -> None:
         if getattr(self, name) is not None:
@@ -92,14 +127,20 @@ class LinearDecoder:
 
     def _expect(self, name: str, present: bool) -> None:
         if (getattr(self, name) is not None) != present:
-            msg = f"`{name}` must {'' if present else 'not '}be given with `likelihood={self.likelihood!r}`."
+            with_ = f"`likelihood={self.likelihood!r}`"
+            if name in ("theta_bg", "labels") or name.startswith("dispersion"):
+                with_ += f" and `dispersion={self.dispersion!r}`"
+            if name.endswith("covariate_cg"):
+                with_ += f" and {len(self.covariates)} covariates"
+            msg = f"`{name}` must {'' if present else 'not '}be given with {with_}."
             raise ValueError(msg)
 
     def __repr__(self) -> str:
         return (
             f"LinearDecoder({len(self.genes)} genes x {len(self.factors)} factors, {len(self.batches)} batches, "
+            f"{f'{len(self.covariates)} covariates, ' if self.covariates else ''}"
             f"likelihood={self.likelihood!r}, dispersion={self.dispersion!r}, "
-            f"latent_distribution={self.latent_distribution!r})"
+            f"latent_distribution={self.latent_distribution!r}{", link='softplus'" if self.link == 'softplus' else ''})"
         )
 
     def batch_codes(self, batch: Any, n_cells: int) -> np.ndarray:
@@ -123,7 +164,7 @@ class LinearDecoder:
             If a batch is needed or unknown, or if integers are given where batches are named by other integers than
             their codes, so that 1 could mean either.
         """
-        return batch_codes(self.batches, batch, n_cells)
+        return level_codes(self.batches, batch, n_cells)
 
     def _latent(self, z_nk: Any) -> np.ndarray:
         columns = getattr(z_nk, "columns", None)
@@ -136,23 +177,42 @@ class LinearDecoder:
             raise ValueError(msg)
         return z_nk
 
-    def logits(self, z_nk: Any, batch: Any = None) -> np.ndarray:
-        """``z @ weight.T + intercept[batch]``, in log-rate up to a constant per cell.
+    def _affine(self, head: str, z_nk: Any, batch: Any, covariates: Any) -> np.ndarray:
+        z_nk = self._latent(z_nk)
+        weight_gk, intercept_bg = getattr(self, f"{head}weight_gk"), getattr(self, f"{head}intercept_bg")
+        out_ng = z_nk @ weight_gk.T + intercept_bg[self.batch_codes(batch, len(z_nk))]
+        if self.covariates or covariates is not None:
+            design_nc = design_matrix(self.covariates, covariates, len(z_nk))
+            if self.covariates:
+                out_ng += design_nc @ getattr(self, f"{head}covariate_cg")
+        return out_ng
+
+    def logits(self, z_nk: Any, batch: Any = None, covariates: Any = None) -> np.ndarray:
+        """``z @ weight.T + intercept[batch]`` and the effects of covariates, in log-rate up to a constant per cell.
 
         Parameters
         ----------
-        z_nk, batch
+        z_nk, batch, covariates
             See :meth:`scale`.
 
         Returns
         -------
         Shape (cells, genes), float64.
         """
-        z_nk = self._latent(z_nk)
-        return z_nk @ self.weight_gk.T + self.intercept_bg[self.batch_codes(batch, len(z_nk))]
+        return self._affine("", z_nk, batch, covariates)
 
-    def scale(self, z_nk: Any, batch: Any = None) -> np.ndarray:
-        """Share of each gene in a cell's expression: the softmax of :meth:`logits`.
+    def apply_link(self, logits_ng: np.ndarray) -> np.ndarray:
+        """Scale of given logits: their softmax over genes, or softplus.
+
+        Parameters
+        ----------
+        logits_ng
+            Shape (cells, genes).
+        """
+        return softmax(logits_ng, axis=1) if self.link == "softmax" else np.logaddexp(0.0, logits_ng)
+
+    def scale(self, z_nk: Any, batch: Any = None, covariates: Any = None) -> np.ndarray:
+        """Share of each gene in a cell's expression: the softmax of :meth:`logits` (softplus with size factors).
 
         Parameters
         ----------
@@ -160,36 +220,39 @@ class LinearDecoder:
             Latents, shape (cells, factors); under ``"ln"`` points of the simplex.
         batch
             See :meth:`batch_codes`.
+        covariates
+            A mapping or DataFrame from the name of each covariate to its value, one for all cells or one for each: a
+            level, by name or code as for ``batch``, or a number. None if the decoder has none.
 
         Returns
         -------
-        Shape (cells, genes), float64; rows sum to 1. ``px.scale`` of scvi-tools.
+        Shape (cells, genes), float64; rows sum to 1 under softmax. ``px.scale`` of scvi-tools.
         """
-        return softmax(self.logits(z_nk, batch), axis=1)
+        return self.apply_link(self.logits(z_nk, batch, covariates))
 
-    def rate(self, z_nk: Any, batch: Any = None, *, library: Any) -> np.ndarray:
+    def rate(self, z_nk: Any, batch: Any = None, covariates: Any = None, *, library: Any) -> np.ndarray:
         """Mean counts, ``library * scale``.
 
         Parameters
         ----------
-        z_nk, batch
+        z_nk, batch, covariates
             See :meth:`scale`.
         library
-            Library size in counts: one, or one for each cell.
+            Library size in counts, or size factor under softplus: one, or one for each cell.
 
         Returns
         -------
         Shape (cells, genes), float64. ``px.mu`` of scvi-tools (``px.rate`` under ``"poisson"``).
         """
-        scale_ng = self.scale(z_nk, batch)
+        scale_ng = self.scale(z_nk, batch, covariates)
         return scale_ng * np.broadcast_to(np.asarray(library, dtype=np.float64).ravel(), (len(scale_ng),))[:, None]
 
-    def dropout_logits(self, z_nk: Any, batch: Any = None) -> np.ndarray:
+    def dropout_logits(self, z_nk: Any, batch: Any = None, covariates: Any = None) -> np.ndarray:
         """Logits of zero inflation; only under ``"zinb"``.
 
         Parameters
         ----------
-        z_nk, batch
+        z_nk, batch, covariates
             See :meth:`scale`.
 
         Returns
@@ -201,32 +264,44 @@ class LinearDecoder:
         ValueError
             Under another likelihood.
         """
-        if self.dropout_weight_gk is None or self.dropout_intercept_bg is None:
+        if self.likelihood != "zinb":
             msg = f"Only `likelihood='zinb'` has dropout logits; this decoder has {self.likelihood!r}."
             raise ValueError(msg)
-        z_nk = self._latent(z_nk)
-        return z_nk @ self.dropout_weight_gk.T + self.dropout_intercept_bg[self.batch_codes(batch, len(z_nk))]
+        return self._affine("dropout_", z_nk, batch, covariates)
 
-    def theta(self, batch: Any = None, n_cells: int = 1) -> np.ndarray:
-        """Inverse dispersion of the negative binomial, in counts.
+    def theta(
+        self, batch: Any = None, n_cells: int = 1, *, label: Any = None, z_nk: Any = None, covariates: Any = None
+    ) -> np.ndarray:
+        """Inverse dispersion of the negative binomial, in counts; the standard deviation under ``"normal"``.
 
         Parameters
         ----------
         batch, n_cells
             See :meth:`batch_codes`; not needed under ``"gene"``.
+        label
+            One label or one for each cell, by name or code; needed under ``"gene-label"`` only.
+        z_nk, covariates
+            See :meth:`scale`; needed under ``"gene-cell"`` only.
 
         Returns
         -------
-        Shape (1, genes) under ``"gene"``, (cells, genes) under ``"gene-batch"``.
+        Shape (1, genes) under ``"gene"``, (cells, genes) otherwise.
 
         Raises
         ------
         ValueError
             Under ``"poisson"``, which has none.
         """
+        if self.dispersion == "gene-cell" and self.likelihood != "poisson":
+            if z_nk is None:
+                msg = "`z_nk` is needed, since the dispersion depends on the cell (`dispersion='gene-cell'`)."
+                raise ValueError(msg)
+            return np.exp(self._affine("dispersion_", z_nk, batch, covariates))
         if self.theta_bg is None:
             msg = "A Poisson likelihood has no dispersion."
             raise ValueError(msg)
+        if self.labels is not None:
+            return self.theta_bg[level_codes(self.labels, label, n_cells, "label")]
         return self.theta_bg if self.dispersion == "gene" else self.theta_bg[self.batch_codes(batch, n_cells)]
 
     def signs(self) -> np.ndarray:
@@ -245,16 +320,20 @@ class LinearDecoder:
     def centered(self) -> LinearDecoder:
         """The same decoder in the canonical gauge: loadings and intercepts sum to zero over genes.
 
-        The softmax ignores a constant added to all genes of a cell, so each column of the loadings and each
-        intercept is free up to one. Under ``"ln"``, where z sums to 1, a vector added to all columns and taken from
-        the intercepts changes nothing either; there the loadings also sum to zero over factors.
+        The softmax ignores a constant added to all genes of a cell, so each column of the loadings, each intercept and
+        each effect of a covariate is free up to one. Under ``"ln"``, where z sums to 1, a vector added to all columns
+        and taken from the intercepts changes nothing either; there the loadings also sum to zero over factors. A
+        softplus fixes the constant over genes, so that nothing is centred over genes there.
         """
-        weight_gk = self.weight_gk - self.weight_gk.mean(axis=0)
-        intercept_bg = self.intercept_bg - self.intercept_bg.mean(axis=1, keepdims=True)
+        weight_gk, intercept_bg, covariate_cg = self.weight_gk, self.intercept_bg, self.covariate_cg
+        if self.link == "softmax":
+            weight_gk = weight_gk - weight_gk.mean(axis=0)
+            intercept_bg = intercept_bg - intercept_bg.mean(axis=1, keepdims=True)
+            covariate_cg = None if covariate_cg is None else covariate_cg - covariate_cg.mean(axis=1, keepdims=True)
         if self.latent_distribution == "ln":
             common_g = weight_gk.mean(axis=1)
             weight_gk, intercept_bg = weight_gk - common_g[:, None], intercept_bg + common_g
-        return replace(self, weight_gk=weight_gk, intercept_bg=intercept_bg)
+        return replace(self, weight_gk=weight_gk, intercept_bg=intercept_bg, covariate_cg=covariate_cg)
 
     def reordered(
         self, order: Sequence[int] | np.ndarray, signs: Sequence[int] | np.ndarray | None = None
@@ -282,13 +361,9 @@ class LinearDecoder:
         if self.latent_distribution == "ln" and (signs < 0).any():
             msg = "A factor of a logistic-normal latent cannot be turned: -z is no point of the simplex."
             raise ValueError(msg)
-        dropout = self.dropout_weight_gk
-        return replace(
-            self,
-            weight_gk=self.weight_gk[:, order] * signs,
-            dropout_weight_gk=None if dropout is None else dropout[:, order] * signs,
-            factors=self.factors[order],
-        )
+        weights = {f"{head}weight_gk": getattr(self, f"{head}weight_gk") for head in HEADS}
+        turned = {name: weight[:, order] * signs for name, weight in weights.items() if weight is not None}
+        return replace(self, **turned, factors=self.factors[order])
 
     def with_genes_in_order(self, order: np.ndarray) -> LinearDecoder:
         """The same decoder with its genes permuted; the raw parts are left out, since they belong to the network.
@@ -303,14 +378,10 @@ class LinearDecoder:
             raise ValueError(msg)
         if np.array_equal(order, np.arange(len(order))):
             return self
-        along_first = {
-            n: v[order] for n in ("weight_gk", "dropout_weight_gk", "genes") if (v := getattr(self, n)) is not None
-        }
-        along_last = {
-            n: v[:, order]
-            for n in ("intercept_bg", "dropout_intercept_bg", "theta_bg")
-            if (v := getattr(self, n)) is not None
-        }
+        first = ["genes", *(f"{head}weight_gk" for head in HEADS)]
+        last = ["theta_bg", *(f"{head}{part}" for head in HEADS for part in ("intercept_bg", "covariate_cg"))]
+        along_first = {n: v[order] for n in first if (v := getattr(self, n)) is not None}
+        along_last = {n: v[:, order] for n in last if (v := getattr(self, n)) is not None}
         return replace(self, **along_first, **along_last, raw=None, raw_dropout=None)
 
     def gene_information(self) -> np.ndarray:
@@ -319,73 +390,13 @@ class LinearDecoder:
         The Fisher information of a cell's counts, given their total n, about ``z_k`` is ``n Var_rho(L_k)``, the
         variance of the loadings under the expression ``rho``; gene g contributes ``rho_g (L_gk - E_rho[L_k])^2``. Large
         loadings of genes that are hardly expressed say little about a cell, and are known badly. (Counts are taken for
-        multinomial here; over-dispersion is left out.) ``rho`` is the scale at z = 0 (u = 0 under ``"ln"``), averaged over
-        batches.
+        multinomial here, and for Poisson under softplus, where gene g contributes ``rho_g (d log rho_g / d z_k)^2``;
+        over-dispersion is left out.) ``rho`` is the scale at z = 0 (u = 0 under ``"ln"``), averaged over batches, at the
+        mean of a categorical covariate's levels and 0 of a continuous one.
 
         Returns
         -------
         Shape (genes, factors), float64; each column sums to 1, absolutely. The sign says whether the gene's share of
         expression rises or falls with the factor.
         """
-        weight_gk = self.centered().weight_gk
-        origin = deterministic_latent(np.zeros((len(self.batches), len(self.factors))), self.latent_distribution)
-        rho_g = self.scale(origin, self.batches).mean(axis=0)
-        slope_gk = weight_gk - rho_g @ weight_gk
-        information_gk = rho_g[:, None] * slope_gk * np.abs(slope_gk)
-        total_k = np.abs(information_gk).sum(axis=0)
-        return np.divide(information_gk, total_k, out=np.zeros_like(information_gk), where=total_k > 0)
-
-    def to_arrays(self) -> dict[str, Any]:
-        """A flat dictionary of arrays, strings and numbers, without None: what ``.npz`` and ``adata.uns`` can hold."""
-        out: dict[str, Any] = {}
-        for name in _PLAIN:
-            value = getattr(self, name)
-            if value is not None:
-                out[name] = value
-        for name, raw in (("raw", self.raw), ("raw_dropout", self.raw_dropout)):
-            if raw is not None:
-                out.update({f"{name}_{part}": value for part, value in raw.to_arrays().items()})
-        return out
-
-    @classmethod
-    def from_arrays(cls, arrays: Any) -> LinearDecoder:
-        """The decoder that :meth:`to_arrays` took apart, also after h5ad, zarr or ``.npz``."""
-        missing = sorted({"weight_gk", "intercept_bg", "genes", "batches", "factors"} - set(arrays))
-        if missing:
-            msg = f"These arrays hold no decoder: {listed(missing)} missing."
-            raise ValueError(msg)
-        values = {name: arrays[name] for name in _PLAIN if name in arrays}
-        for name in ("likelihood", "dispersion", "latent_distribution"):
-            if name in values:
-                values[name] = str(values[name])
-        return cls(
-            **values,
-            raw=RawLinear.from_arrays(arrays, "raw_"),
-            raw_dropout=RawLinear.from_arrays(arrays, "raw_dropout_"),
-        )
-
-    def save(self, path: str | Path) -> None:
-        """Write the decoder to one ``.npz`` file, without pickle."""
-        with Path(path).open("wb") as file:
-            np.savez_compressed(file, allow_pickle=False, **self.to_arrays())
-
-    @classmethod
-    def load(cls, path: str | Path) -> LinearDecoder:
-        """Read a decoder that :meth:`save` wrote; nothing is unpickled."""
-        with np.load(Path(path), allow_pickle=False) as arrays:
-            return cls.from_arrays({name: arrays[name] for name in arrays.files})
-
-
-_PLAIN = (
-    "weight_gk",
-    "intercept_bg",
-    "genes",
-    "batches",
-    "factors",
-    "likelihood",
-    "dispersion",
-    "theta_bg",
-    "latent_distribution",
-    "dropout_weight_gk",
-    "dropout_intercept_bg",
-)
+        return fisher_shares(self)

@@ -1,13 +1,15 @@
-"""Folding a linear layer and its batch norm into one matrix and one intercept per batch."""
+"""Folding a linear layer and its batch norm into one matrix, one intercept per batch and the effects of covariates."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 
 from ldvae_ext.core._arrays import read_only
+from ldvae_ext.core._design import Covariate
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -40,48 +42,79 @@ class RawLinear:
     Parameters
     ----------
     weight
-        Weight of the linear layer, shape (genes, latents + batch columns). There are no batch columns with one batch.
+        Weight of the linear layer, shape (genes, columns). The columns belong to the latents, the continuous covariates,
+        the batches (none with a single one) and the levels of each categorical covariate (none if it has only one).
     bias
         Bias of the linear layer, shape (genes,), or None.
     batch_norm
         The batch norm behind the linear layer, or None.
+    batch_embedding
+        What each batch feeds into the batch columns, shape (batches, columns); None if that is its one-hot vector.
     """
 
     weight: np.ndarray
     bias: np.ndarray | None = None
     batch_norm: BatchNorm | None = None
+    batch_embedding: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weight", read_only(self.weight, (None, None), "weight"))
         if self.bias is not None:
             object.__setattr__(self, "bias", read_only(self.bias, (len(self.weight),), "bias"))
+        if self.batch_embedding is not None:
+            object.__setattr__(
+                self, "batch_embedding", read_only(self.batch_embedding, (None, None), "batch_embedding")
+            )
 
-    def fold(self, n_latent: int) -> tuple[np.ndarray, np.ndarray]:
-        """Weight and intercepts of the affine map that the layer is in evaluation mode.
+    def fold(self, n_latent: int, covariates: Sequence[Covariate] = ()) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Weight, intercepts and covariate effects of the affine map that the layer is in evaluation mode.
 
         With ``S = diag(gamma / sqrt(running_var + eps))`` (the identity without batch norm), the network computes
-        ``S (W_z z + W_b + bias - running_mean) + beta`` for batch ``b``, hence::
+        ``S (W_z z + W_b + W_c c + bias - running_mean) + beta`` for batch ``b`` and covariates ``c``, hence::
 
-            weight = S W_z,    intercept[b] = S (W_b + bias - running_mean) + beta.
+            weight = S W_z,    intercept[b] = S (W_b + bias - running_mean) + beta,    effect = S W_c.
+
+        Parameters
+        ----------
+        n_latent
+            Number of latents.
+        covariates
+            The covariates, continuous ones first, as in the network.
 
         Returns
         -------
-        ``weight_gk`` of shape (genes, latents) and ``intercept_bg`` of shape (batches, genes), float64, in log-rate.
+        ``weight_gk`` of shape (genes, latents), ``intercept_bg`` of shape (batches, genes) and ``covariate_cg`` of shape
+        (columns of the covariates, genes), float64, in log-rate.
         """
-        weight_gk, weight_gb = self.weight[:, :n_latent], self.weight[:, n_latent:]
-        shift_bg = weight_gb.T.copy() if weight_gb.shape[1] else np.zeros((1, len(self.weight)))
+        slope_g = np.ones(len(self.weight)) if self.batch_norm is None else self.batch_norm.slope
+        n_slopes = sum(covariate.levels is None for covariate in covariates)
+        sizes = [c.n_columns if c.n_columns > 1 else 0 for c in covariates if c.levels is not None]
+        first_batch, first_level = n_latent + n_slopes, self.weight.shape[1] - sum(sizes)
+        columns_gb = self.weight[:, first_batch:first_level]
+
+        effects = [self.weight[:, n_latent:first_batch].T]
+        start = first_level
+        for size in sizes:
+            # A level without company has no column, and no effect.
+            effects.append(self.weight[:, start : start + size].T if size else np.zeros((1, len(self.weight))))
+            start += size
+
+        if self.batch_embedding is not None:
+            shift_bg = self.batch_embedding @ columns_gb.T
+        else:
+            shift_bg = columns_gb.T.copy() if columns_gb.shape[1] else np.zeros((1, len(self.weight)))
         if self.bias is not None:
             shift_bg += self.bias
-        if self.batch_norm is None:
-            return weight_gk, shift_bg
-        slope_g = self.batch_norm.slope
-        return weight_gk * slope_g[:, None], (shift_bg - self.batch_norm.running_mean) * slope_g + self.batch_norm.beta
+        if self.batch_norm is not None:
+            shift_bg = (shift_bg - self.batch_norm.running_mean) * slope_g + self.batch_norm.beta
+        return self.weight[:, :n_latent] * slope_g[:, None], shift_bg, np.concatenate(effects) * slope_g
 
     def to_arrays(self) -> dict[str, Any]:
         """The parts that there are, as a flat dictionary."""
         out: dict[str, Any] = {"weight": self.weight}
-        if self.bias is not None:
-            out["bias"] = self.bias
+        for name in ("bias", "batch_embedding"):
+            if getattr(self, name) is not None:
+                out[name] = getattr(self, name)
         if self.batch_norm is not None:
             out.update({field.name: getattr(self.batch_norm, field.name) for field in fields(BatchNorm)})
         return out
@@ -103,4 +136,5 @@ class RawLinear:
         if f"{prefix}gamma" in arrays:
             parts = {field.name: arrays[f"{prefix}{field.name}"] for field in fields(BatchNorm)}
             batch_norm = BatchNorm(**{**parts, "eps": float(parts["eps"])})
-        return cls(weight=arrays[f"{prefix}weight"], bias=arrays.get(f"{prefix}bias"), batch_norm=batch_norm)
+        given = {name: arrays.get(f"{prefix}{name}") for name in ("weight", "bias", "batch_embedding")}
+        return cls(**given, batch_norm=batch_norm)

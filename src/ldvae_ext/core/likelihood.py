@@ -26,11 +26,12 @@ def log_likelihood(
     Parameters
     ----------
     likelihood
-        ``"nb"``, ``"zinb"`` or ``"poisson"``.
+        ``"nb"``, ``"zinb"``, ``"poisson"`` or ``"normal"``.
     x_ng, mu_ng
         Counts and their means, shape (cells, genes).
     theta
-        Inverse dispersion, broadcast to (cells, genes); not used by ``"poisson"``.
+        Inverse dispersion, broadcast to (cells, genes); the standard deviation under ``"normal"``; not used by
+        ``"poisson"``.
     dropout_ng
         Logits of zero inflation, shape (cells, genes); used by ``"zinb"`` only.
 
@@ -41,6 +42,8 @@ def log_likelihood(
     varying = mean_dependent_part(likelihood, x_ng, mu_ng, theta, dropout_ng)
     if likelihood == "poisson":
         return varying - gammaln(x_ng + 1.0)
+    if likelihood == "normal":
+        return varying - np.log(theta) - 0.5 * np.log(2 * np.pi)
     constant = gammaln(x_ng + theta) - gammaln(theta) - gammaln(x_ng + 1.0)
     if likelihood == "zinb":
         return varying + np.where(x_ng > EPS, constant, 0.0)
@@ -60,6 +63,8 @@ def mean_dependent_part(
     """
     if likelihood == "poisson":
         return xlogy(x_ng, mu_ng) - mu_ng
+    if likelihood == "normal":
+        return -0.5 * np.square((x_ng - mu_ng) / theta)
     log_theta_mu = np.log(theta + mu_ng + EPS)
     if likelihood == "nb":
         return x_ng * np.log(mu_ng + EPS) - (x_ng + theta) * log_theta_mu
@@ -68,5 +73,5 @@ def mean_dependent_part(
         positive = stay_zero + x_ng * (np.log(mu_ng + EPS) - log_theta_mu)
         # softplus(s) = log(1 + e^s)
         return np.where(x_ng > EPS, positive, np.logaddexp(0.0, stay_zero)) - np.logaddexp(0.0, -dropout_ng)
-    msg = f"`likelihood` must be 'nb', 'zinb' or 'poisson'; got {likelihood!r}."
+    msg = f"`likelihood` must be 'nb', 'zinb', 'poisson' or 'normal'; got {likelihood!r}."
     raise ValueError(msg)

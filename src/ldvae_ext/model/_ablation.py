@@ -78,7 +78,15 @@ class AblationMixin(DecodingMixin):
             chunks = track(cells.chunks, description="Ablating", total=cells.n_chunks, disable=silent)
             effects = [
                 ablation_effects(
-                    decoder, c.counts, c.mean, c.library, decoder.batches[c.batch], value_k, chosen
+                    decoder,
+                    c.counts,
+                    c.mean,
+                    c.library,
+                    decoder.batches[c.batch],
+                    value_k,
+                    chosen,
+                    covariates=c.covariates,
+                    label=None if decoder.labels is None else decoder.labels[c.label],
                 ).astype(np.float32)
                 for c in chunks
             ]

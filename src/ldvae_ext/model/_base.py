@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
+import torch
 from anndata import AnnData
 from scvi import REGISTRY_KEYS
 from scvi.data import AnnDataManager
-from scvi.data._constants import ADATA_MINIFY_TYPE
+from scvi.data._constants import _MODEL_NAME_KEY, _SETUP_ARGS_KEY, ADATA_MINIFY_TYPE
 from scvi.data._utils import _get_adata_minify_type
-from scvi.data.fields import CategoricalObsField
+from scvi.data.fields import (
+    CategoricalJointObsField,
+    CategoricalObsField,
+    NumericalJointObsField,
+    NumericalObsField,
+)
 from scvi.model import LinearSCVI
 from scvi.model.base import BaseMinifiedModeModelClass, RNASeqMixin, UnsupervisedTrainingMixin, VAEMixin
 
-from ldvae_ext._validate import check_positive_int
-from ldvae_ext.model._counts import CountsField, check_categories, check_counts, counts_of, library_prior
+from ldvae_ext._validate import check_positive_int, listed, warn
+from ldvae_ext.model._counts import (
+    CountsField,
+    check_categories,
+    check_counts,
+    check_numbers,
+    checked_keys,
+    counts_of,
+    library_prior,
+    mean_expression,
+)
+from ldvae_ext.model._registry import SETUP_ARGUMENTS, covariates_of, has_size_factors
 from ldvae_ext.module import LDVAEModule
+from ldvae_ext.module._options import batch_norm_where
 
 
 class LDVAEBase(RNASeqMixin, VAEMixin, UnsupervisedTrainingMixin, BaseMinifiedModeModelClass):
@@ -38,22 +57,33 @@ class LDVAEBase(RNASeqMixin, VAEMixin, UnsupervisedTrainingMixin, BaseMinifiedMo
         n_layers: int = 1,
         dropout_rate: float = 0.1,
         dispersion: Literal["gene", "gene-batch", "gene-label", "gene-cell"] = "gene",
-        gene_likelihood: Literal["zinb", "nb", "poisson"] = "nb",
+        gene_likelihood: Literal["zinb", "nb", "poisson", "normal"] = "nb",
         use_observed_lib_size: bool = False,
         latent_distribution: Literal["normal", "ln"] = "normal",
         **model_kwargs: Any,
     ) -> None:
         check_positive_int("n_latent", n_latent)
+        from_linear_scvi = registry is not None and registry.get(_MODEL_NAME_KEY) == LinearSCVI.__name__
+        if from_linear_scvi and "use_batch_norm" in model_kwargs:
+            # There any string is taken for True.
+            model_kwargs["use_batch_norm"] = bool(model_kwargs["use_batch_norm"])
         super().__init__(adata, registry)
-
-        library_log_means, library_log_vars = None, None
-        if self.minified_data_type != ADATA_MINIFY_TYPE.LATENT_POSTERIOR and not use_observed_lib_size:
-            batch_n = None if adata is None else self.adata_manager.get_from_registry(REGISTRY_KEYS.BATCH_KEY).ravel()
-            counts = None if adata is None else self.adata_manager.get_from_registry(REGISTRY_KEYS.X_KEY)
-            library_log_means, library_log_vars = library_prior(counts, batch_n, self.summary_stats.n_batch)
+        covariates = covariates_of(self.registry)
+        of_data: dict[str, Any] = {
+            "n_input": self.summary_stats.n_vars,
+            "n_batch": self.summary_stats.n_batch,
+            "n_labels": self.summary_stats.n_labels,
+            "n_continuous_cov": sum(c.levels is None for c in covariates),
+            "n_cats_per_cov": [len(c.levels) for c in covariates if c.levels is not None],
+            "use_size_factor_key": has_size_factors(self.registry),
+        }
+        of_data["library_log_means"], of_data["library_log_vars"] = self._library_prior(
+            of_data["n_batch"], use_observed_lib_size or of_data["use_size_factor_key"]
+        )
+        module_kwargs = _own_kwargs(self._module_cls, model_kwargs, of_data)
+        if registry is None:
+            _warn_about_intercept(**module_kwargs)
         self.module = self._module_cls(
-            n_input=self.summary_stats.n_vars,
-            n_batch=self.summary_stats.n_batch,
             n_hidden=n_hidden,
             n_latent=n_latent,
             n_layers_encoder=n_layers,
@@ -61,11 +91,13 @@ class LDVAEBase(RNASeqMixin, VAEMixin, UnsupervisedTrainingMixin, BaseMinifiedMo
             dispersion=dispersion,
             gene_likelihood=gene_likelihood,
             latent_distribution=latent_distribution,
-            library_log_means=library_log_means,
-            library_log_vars=library_log_vars,
             use_observed_lib_size=use_observed_lib_size,
-            **model_kwargs,
+            **of_data,
+            **module_kwargs,
         )
+        self.module.minified_data_type = self.minified_data_type
+        if module_kwargs.get("bias") == "auto" and adata is not None and self.minified_data_type is None:
+            self.module.start_intercept(torch.from_numpy(self._mean_expression()))
         self._model_summary_string = (
             f"LDVAE model with the following params: \nn_hidden: {n_hidden}, n_latent: {n_latent}, n_layers: {n_layers}, "
             f"dropout_rate: {dropout_rate}, dispersion: {dispersion}, gene_likelihood: {gene_likelihood}, "
@@ -74,6 +106,24 @@ class LDVAEBase(RNASeqMixin, VAEMixin, UnsupervisedTrainingMixin, BaseMinifiedMo
         self.n_latent = n_latent
         self.init_params_ = self._get_init_params(locals())
 
+    def _library_prior(self, n_batch: int, observed: bool) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Prior of the log library; a placeholder where there are no counts to compute it from."""
+        if observed:
+            return None, None
+        manager = self.adata_manager
+        if manager is None or self.minified_data_type == ADATA_MINIFY_TYPE.LATENT_POSTERIOR:
+            return library_prior(None, None, n_batch)
+        batch_n = manager.get_from_registry(REGISTRY_KEYS.BATCH_KEY).ravel()
+        return library_prior(manager.get_from_registry(REGISTRY_KEYS.X_KEY), batch_n, n_batch)
+
+    def _mean_expression(self) -> np.ndarray:
+        """Each gene's share of all counts, or mean counts per size factor; at least that of half a count, shape (genes,)."""
+        counts = self.adata_manager.get_from_registry(REGISTRY_KEYS.X_KEY)
+        size_n = None
+        if self.module.use_size_factor_key:
+            size_n = self.adata_manager.get_from_registry(REGISTRY_KEYS.SIZE_FACTOR_KEY).ravel()
+        return mean_expression(counts, size_n)
+
     @classmethod
     def setup_anndata(
         cls,
@@ -81,6 +131,10 @@ class LDVAEBase(RNASeqMixin, VAEMixin, UnsupervisedTrainingMixin, BaseMinifiedMo
         batch_key: str | None = None,
         labels_key: str | None = None,
         layer: str | None = None,
+        *,
+        size_factor_key: str | None = None,
+        categorical_covariate_keys: list[str] | None = None,
+        continuous_covariate_keys: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
         """Register an AnnData of raw counts, after checking all of them.
@@ -95,6 +149,13 @@ class LDVAEBase(RNASeqMixin, VAEMixin, UnsupervisedTrainingMixin, BaseMinifiedMo
             Categorical column of ``adata.obs`` with a label of each cell.
         layer
             Layer with the counts; ``adata.X`` if None.
+        size_factor_key
+            Column of ``adata.obs`` with a positive size factor of each cell. The mean of a count is then the size factor
+            times softplus of the linear predictor, as in ``scvi.model.SCVI``, and no library size is inferred.
+        categorical_covariate_keys
+            Categorical columns of ``adata.obs`` besides the batch; each level shifts the logits of all genes.
+        continuous_covariate_keys
+            Numeric columns of ``adata.obs``; each enters the logits with a slope for every gene.
         **kwargs
             Passed to ``scvi.data.AnnDataManager.register_fields``.
 
@@ -103,20 +164,38 @@ class LDVAEBase(RNASeqMixin, VAEMixin, UnsupervisedTrainingMixin, BaseMinifiedMo
         KeyError
             If a layer or a column does not exist.
         ValueError
-            If counts are negative, NaN, infinite or all zero, or a column holds NaN. Nothing is written before the checks.
+            If counts are negative, NaN, infinite or all zero, a column holds NaN, or a size factor is not positive. Nothing
+            is written before the checks.
         """
         setup_method_args = cls._get_setup_method_args(**locals())
+        for name in SETUP_ARGUMENTS:
+            if not setup_method_args[_SETUP_ARGS_KEY].get(name):
+                setup_method_args[_SETUP_ARGS_KEY].pop(name, None)
         minify_type = _get_adata_minify_type(adata)
         counts_of(adata, layer)
         if minify_type is None:
             check_counts(adata, layer)
         for name, key in (("batch_key", batch_key), ("labels_key", labels_key)):
             check_categories(adata, name, key)
-        fields = [
+        categorical = checked_keys("categorical_covariate_keys", categorical_covariate_keys)
+        continuous = checked_keys("continuous_covariate_keys", continuous_covariate_keys)
+        for key in categorical:
+            check_categories(adata, "categorical_covariate_keys", key)
+        for key in continuous:
+            check_numbers(adata, "continuous_covariate_keys", key)
+        if size_factor_key is not None:
+            check_numbers(adata, "size_factor_key", size_factor_key, positive=True)
+        fields: list[Any] = [
             CountsField(REGISTRY_KEYS.X_KEY, layer),
             CategoricalObsField(REGISTRY_KEYS.BATCH_KEY, batch_key),
             CategoricalObsField(REGISTRY_KEYS.LABELS_KEY, labels_key),
         ]
+        if size_factor_key is not None:
+            fields.append(NumericalObsField(REGISTRY_KEYS.SIZE_FACTOR_KEY, size_factor_key))
+        if categorical:
+            fields.append(CategoricalJointObsField(REGISTRY_KEYS.CAT_COVS_KEY, categorical))
+        if continuous:
+            fields.append(NumericalJointObsField(REGISTRY_KEYS.CONT_COVS_KEY, continuous))
         if minify_type is not None:
             fields += cls._get_fields_for_adata_minification(minify_type)
         manager = AnnDataManager(fields=fields, setup_method_args=setup_method_args)
@@ -143,3 +222,31 @@ class LDVAEBase(RNASeqMixin, VAEMixin, UnsupervisedTrainingMixin, BaseMinifiedMo
         Genes x latents (``Z_0``, ``Z_1``, ...), in log-rate per unit of latent.
         """
         return pd.DataFrame(self.module.get_loadings(), index=self.get_var_names(), columns=self.latent_names)
+
+
+def _own_kwargs(module_cls: type, model_kwargs: dict[str, Any], of_data: dict[str, Any]) -> dict[str, Any]:
+    """Options of the network that the user chose; raises on unknown ones and on those that the data decide."""
+    decided = [name for name in model_kwargs if name in of_data and model_kwargs[name] != of_data[name]]
+    if decided:
+        msg = f"{listed(decided)}: the registered data decide; see `setup_anndata`."
+        raise TypeError(msg)
+    allowed = sorted(set(inspect.signature(module_cls).parameters) - set(of_data) - {"n_layers_encoder"})
+    unknown = sorted(set(model_kwargs) - set(allowed) - set(of_data))
+    if unknown:
+        msg = f"LDVAE has no argument {listed(unknown)}; its network takes {listed(allowed, 50)}."
+        raise TypeError(msg)
+    return {name: value for name, value in model_kwargs.items() if name not in of_data}
+
+
+def _warn_about_intercept(use_batch_norm: bool | str = True, bias: bool | str = False, **_others: Any) -> None:
+    _, in_decoder = batch_norm_where(use_batch_norm)
+    if not in_decoder and bias is False:
+        warn(
+            f"`use_batch_norm={use_batch_norm!r}` without `bias` leaves genes without an intercept: at z = 0 all are expressed "
+            "alike. `bias='auto'` adds one that starts at the log mean expression."
+        )
+    if in_decoder and bias is True:
+        warn(
+            "`bias=True` before a batch norm does nothing, since the batch norm takes the mean away and has an intercept of "
+            "its own. `use_batch_norm=False` or `bias=False` says what happens."
+        )

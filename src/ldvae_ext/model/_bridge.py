@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from scvi import REGISTRY_KEYS
 from scvi.nn import FCLayers
 
-from ldvae_ext.core import BatchNorm, LinearDecoder, RawLinear
+from ldvae_ext.core import BatchNorm, Covariate, LinearDecoder, RawLinear
 from ldvae_ext.module import LDVAEModule
 
 
@@ -18,7 +18,7 @@ def _array(tensor: torch.Tensor) -> np.ndarray:
     return tensor.detach().cpu().numpy().astype(np.float64)
 
 
-def raw_linear(layers: FCLayers) -> RawLinear:
+def raw_linear(layers: FCLayers, batch_embedding: np.ndarray | None = None) -> RawLinear:
     """The parts of a one-layer linear head; what it is made of is read from the layers, not from a flag."""
     linear, batch_norm = layers.fc_layers[0][0], layers.fc_layers[0][1]
     return RawLinear(
@@ -33,28 +33,47 @@ def raw_linear(layers: FCLayers) -> RawLinear:
             beta=_array(batch_norm.bias),
             eps=batch_norm.eps,
         ),
+        batch_embedding=batch_embedding,
     )
 
 
-def linear_decoder(module: LDVAEModule, genes: np.ndarray, batches: np.ndarray, factors: list[str]) -> LinearDecoder:
+def linear_decoder(
+    module: LDVAEModule,
+    genes: np.ndarray,
+    batches: np.ndarray,
+    factors: list[str],
+    covariates: Sequence[Covariate] = (),
+    labels: np.ndarray | None = None,
+) -> LinearDecoder:
     """The decoder of a network, folded in float64."""
-    n_latent = module.n_latent
+    embedding = None
+    if module.batch_representation == "embedding":
+        embedding = _array(module.get_embedding(REGISTRY_KEYS.BATCH_KEY).weight)
+    raw: dict[str, RawLinear] = {"": raw_linear(module.decoder.factor_regressor, embedding)}
     parts: dict[str, Any] = {}
-    raw = raw_linear(module.decoder.factor_regressor)
-    parts["weight_gk"], parts["intercept_bg"] = raw.fold(n_latent)
     if module.gene_likelihood == "zinb":
-        parts["raw_dropout"] = raw_linear(module.decoder.px_dropout_decoder)
-        parts["dropout_weight_gk"], parts["dropout_intercept_bg"] = parts["raw_dropout"].fold(n_latent)
-    if module.gene_likelihood != "poisson":
+        raw["dropout_"] = parts["raw_dropout"] = raw_linear(module.decoder.px_dropout_decoder, embedding)
+    dispersion = "gene" if module.gene_likelihood == "poisson" else module.dispersion
+    if dispersion == "gene-cell":
+        raw["dispersion_"] = raw_linear(module.decoder.px_r_decoder, embedding)
+    elif module.gene_likelihood != "poisson":
         parts["theta_bg"] = np.exp(_array(module.px_r)).reshape(len(genes), -1).T
+    for head, layer in raw.items():
+        weight_gk, intercept_bg, covariate_cg = layer.fold(module.n_latent, covariates)
+        parts[f"{head}weight_gk"], parts[f"{head}intercept_bg"] = weight_gk, intercept_bg
+        if covariates:
+            parts[f"{head}covariate_cg"] = covariate_cg
     return LinearDecoder(
         genes=genes,
         batches=batches,
         factors=np.array(factors),
         likelihood=module.gene_likelihood,
-        dispersion="gene" if module.gene_likelihood == "poisson" else module.dispersion,
+        dispersion=dispersion,
         latent_distribution=module.latent_distribution,
-        raw=raw,
+        link="softplus" if module.use_size_factor_key else "softmax",
+        covariates=tuple(covariates),
+        labels=labels if dispersion == "gene-label" else None,
+        raw=raw[""],
         **parts,
     )
 
@@ -67,21 +86,54 @@ class EncodedCells(NamedTuple):
     variance: np.ndarray
     """Posterior variances, cells x latents, float32."""
     library: np.ndarray
-    """Library sizes in counts, shape (cells,), float64."""
+    """Library sizes in counts, or size factors, shape (cells,), float64."""
     batch: np.ndarray
     """Batch codes, shape (cells,), int64."""
+    label: np.ndarray
+    """Label codes, shape (cells,), int64."""
+    covariates: dict[str, np.ndarray] | None
+    """Levels and values of the covariates by name, shape (cells,) each; None without covariates."""
     counts: np.ndarray
     """Counts, cells x genes, float32, dense."""
 
 
-def encode(module: LDVAEModule, minibatches: Iterable[dict[str, torch.Tensor]]) -> Iterator[EncodedCells]:
+def _codes(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.cpu().numpy().ravel().astype(np.int64)
+
+
+def _codes_or_zero(tensor: torch.Tensor | Any, n_cells: int) -> np.ndarray:
+    """Codes, which some data modules leave out where there is nothing to tell apart."""
+    return _codes(tensor) if isinstance(tensor, torch.Tensor) else np.zeros(n_cells, dtype=np.int64)
+
+
+def _covariate_values(
+    tensors: dict[str, torch.Tensor], covariates: Sequence[Covariate]
+) -> dict[str, np.ndarray] | None:
+    """Values of continuous covariates and levels, by name, of categorical ones."""
+    values: dict[str, np.ndarray] = {}
+    n_continuous = sum(c.levels is None for c in covariates)
+    for i, covariate in enumerate(covariates):
+        if covariate.levels is None:
+            values[covariate.name] = tensors[REGISTRY_KEYS.CONT_COVS_KEY][:, i].cpu().numpy()
+        else:
+            codes = tensors[REGISTRY_KEYS.CAT_COVS_KEY][:, i - n_continuous]
+            values[covariate.name] = covariate.levels[_codes(codes)]
+    return values or None
+
+
+def encode(
+    module: LDVAEModule, minibatches: Iterable[dict[str, torch.Tensor]], covariates: Sequence[Covariate] = ()
+) -> Iterator[EncodedCells]:
     """Posteriors of the cells, minibatch by minibatch."""
     for tensors in minibatches:
         posterior = module.posterior(tensors)
+        n_cells = len(posterior.mean)
         yield EncodedCells(
             mean=posterior.mean.cpu().numpy(),
             variance=posterior.variance.cpu().numpy(),
             library=np.exp(_array(posterior.log_library)),
-            batch=tensors[REGISTRY_KEYS.BATCH_KEY].cpu().numpy().ravel().astype(np.int64),
+            batch=_codes_or_zero(tensors.get(REGISTRY_KEYS.BATCH_KEY), n_cells),
+            label=_codes_or_zero(tensors.get(REGISTRY_KEYS.LABELS_KEY), n_cells),
+            covariates=_covariate_values(tensors, covariates),
             counts=tensors[REGISTRY_KEYS.X_KEY].cpu().numpy(),
         )

@@ -15,7 +15,15 @@ from scvi.data._utils import _get_adata_minify_type, _validate_adata_dataloader_
 
 from ldvae_ext._validate import listed
 from ldvae_ext.model._bridge import EncodedCells, encode
-from ldvae_ext.model._counts import are_counts, check_categories, check_counts, counts_of, same_counts
+from ldvae_ext.model._counts import (
+    are_counts,
+    check_categories,
+    check_counts,
+    check_numbers,
+    counts_of,
+    same_counts,
+)
+from ldvae_ext.model._registry import covariates_of, has_size_factors, known_levels
 
 if TYPE_CHECKING:
     from ldvae_ext.model._base import LDVAEBase
@@ -57,12 +65,13 @@ def stream_cells(
     """Posteriors and counts of cells, from an AnnData or from a data loader, read once."""
     _validate_adata_dataloader_input(model, adata, dataloader)
     model._check_if_trained(warn=True)
+    covariates = covariates_of(model.registry)
     if dataloader is not None:
         if indices is not None:
             msg = "`indices` choose cells of an AnnData; with `dataloader` it decides which cells come."
             raise ValueError(msg)
         length = len(dataloader) if hasattr(dataloader, "__len__") else None
-        yield CellStream(None, encode(model.module, dataloader), length)
+        yield CellStream(None, encode(model.module, dataloader, covariates), length)
         return
     with readable_cells(model, adata) as cells:
         positions = cell_positions(indices, cells.n_obs)
@@ -71,7 +80,7 @@ def stream_cells(
         loader = model._make_data_loader(cells, indices=positions, batch_size=batch_size, **loader_kwargs)
         # The obs as the user knows it: scvi-tools adds columns to what it registers.
         obs = cast("pd.DataFrame", (cells if adata is None else adata).obs)
-        yield CellStream(obs.iloc[positions], encode(model.module, loader), len(loader))
+        yield CellStream(obs.iloc[positions], encode(model.module, loader, covariates), len(loader))
 
 
 @contextmanager
@@ -163,6 +172,11 @@ def light_cells(model: LDVAEBase, adata: AnnData) -> AnnData:
         layers=None if layer is None else {layer: counts},
     )
     check_counts(light, layer)
-    for name, field in (("batch_key", REGISTRY_KEYS.BATCH_KEY), ("labels_key", REGISTRY_KEYS.LABELS_KEY)):
-        check_categories(light, name, model.get_setup_arg(name), model.get_state_registry(field).categorical_mapping)
+    for key, (argument, levels) in known_levels(model).items():
+        check_categories(light, argument, key, levels)
+    for covariate in covariates_of(model.registry):
+        if covariate.levels is None:
+            check_numbers(light, "continuous_covariate_keys", covariate.name)
+    if has_size_factors(model.registry):
+        check_numbers(light, "size_factor_key", model.get_setup_arg("size_factor_key"), positive=True)
     return light

@@ -124,6 +124,58 @@ def check_categories(adata: AnnData, name: str, key: str | None, known: np.ndarr
             raise ValueError(msg)
 
 
+def checked_keys(name: str, keys: Any) -> list[str]:
+    """The columns that an argument names, as a list."""
+    if keys is None:
+        return []
+    if isinstance(keys, str) or not all(isinstance(key, str) for key in keys):
+        msg = f"`{name}` must be a list of columns of `adata.obs`; got {keys!r}."
+        raise TypeError(msg)
+    if len(set(keys)) < len(keys):
+        msg = f"`{name}` must name each column once; got {listed(keys)}."
+        raise ValueError(msg)
+    return list(keys)
+
+
+def check_numbers(adata: AnnData, name: str, key: str, *, positive: bool = False) -> None:
+    """Raise unless a column of obs exists and holds finite, or positive, numbers."""
+    check_column(adata.obs.columns, name, key)
+    values = adata.obs[key]
+    if not pd.api.types.is_numeric_dtype(values):
+        msg = f"`{name}`: `adata.obs[{key!r}]` must hold numbers; its type is {values.dtype}."
+        raise TypeError(msg)
+    array = np.asarray(values, dtype=np.float64)
+    bad = ~np.isfinite(array) | ((array <= 0) if positive else False)
+    if bad.any():
+        what = "positive" if positive else "finite"
+        msg = f"`{name}`: `adata.obs[{key!r}]` must hold {what} numbers; {int(bad.sum())} of {adata.n_obs} are not, such as {array[bad][0]:g}."
+        raise ValueError(msg)
+
+
+def mean_expression(counts: Any, size_n: np.ndarray | None = None) -> np.ndarray:
+    """Share of each gene in all counts, or its mean of counts over size factors.
+
+    Half a count is added to each gene, so that the logarithm of one that was never seen is finite.
+
+    Parameters
+    ----------
+    counts
+        Cells x genes.
+    size_n
+        Size factors, shape (cells,).
+
+    Returns
+    -------
+    Shape (genes,), float32, positive.
+    """
+    total_g, n_cells = np.full(counts.shape[1], 0.5), 0
+    for start, chunk in _row_chunks(counts):
+        n_cells += chunk.shape[0]
+        weights = np.ones(chunk.shape[0]) if size_n is None else 1 / size_n[start : start + chunk.shape[0]]
+        total_g += np.asarray(chunk.T @ weights, dtype=np.float64).ravel()
+    return (total_g / (np.sum(total_g) if size_n is None else n_cells)).astype(np.float32)
+
+
 def library_prior(counts: Any, batch_n: np.ndarray | None, n_batch: int) -> tuple[np.ndarray, np.ndarray]:
     """Mean and variance of the log library of each batch, of the cells that have counts.
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 from anndata import AnnData
+from scvi import REGISTRY_KEYS
 from scvi.utils import track
 
 from ldvae_ext._validate import listed
@@ -16,6 +17,7 @@ from ldvae_ext.core.posterior import deterministic_latent
 from ldvae_ext.model._base import LDVAEBase
 from ldvae_ext.model._bridge import EncodedCells, linear_decoder
 from ldvae_ext.model._cells import stream_cells
+from ldvae_ext.model._registry import covariates_of, level_names
 
 
 class DecodingMixin(LDVAEBase):
@@ -29,14 +31,21 @@ class DecodingMixin(LDVAEBase):
         A :class:`ldvae_ext.core.LinearDecoder` in the network's order, sign and gauge, folded in float64. Its ``scale``
         equals the ``px.scale`` of the network in evaluation mode to 1e-6 for the same latent.
         """
-        batches = self.get_state_registry("batch").categorical_mapping
-        return linear_decoder(self.module, self.get_var_names(), batches, self.latent_names)
+        return linear_decoder(
+            self.module,
+            self.get_var_names(),
+            level_names(self.registry, REGISTRY_KEYS.BATCH_KEY),
+            self.latent_names,
+            covariates_of(self.registry),
+            level_names(self.registry, REGISTRY_KEYS.LABELS_KEY),
+        )
 
     def decode(
         self,
         z: np.ndarray | pd.DataFrame,
         *,
         batch: Any = None,
+        covariates: Any = None,
         library_size: float | np.ndarray = 1,
         gene_list: list[str] | None = None,
         return_numpy: bool = False,
@@ -50,8 +59,12 @@ class DecodingMixin(LDVAEBase):
             columns ``Z_0``, ``Z_1``, ... in any order. (Exported latents are turned; :func:`ldvae_ext.get.decoder` decodes them.) Under ``latent_distribution="ln"`` points of the simplex.
         batch
             None (only with a single batch), one batch for all cells, or one for each; by name (str) or code (int).
+        covariates
+            A mapping or DataFrame from the name of each registered covariate to its value, one for all cells or one for
+            each; see :meth:`ldvae_ext.core.LinearDecoder.scale`.
         library_size
-            Counts to scale to, one number or one for each cell. With 1, each row is a share of expression.
+            Counts to scale to (size factors where the model has them), one number or one for each cell. With 1, each row
+            is a share of expression.
         gene_list
             Genes to return, in the model's order; all of them if None.
         return_numpy
@@ -70,7 +83,7 @@ class DecodingMixin(LDVAEBase):
             index, z = z.index, z[self.latent_names].to_numpy()
         decoder = self.get_decoder()
         genes = _gene_positions(decoder.genes, gene_list)
-        expression = decoder.rate(z, batch, library=library_size)[:, genes]
+        expression = decoder.rate(z, batch, covariates, library=library_size)[:, genes]
         return expression if return_numpy else pd.DataFrame(expression, index=index, columns=decoder.genes[genes])
 
     def get_normalized_expression(
@@ -190,7 +203,7 @@ class DecodingMixin(LDVAEBase):
             z_nk = deterministic_latent(edit(cells.mean.astype(np.float64)), decoder.latent_distribution)
             library = cells.library if isinstance(library_size, str) else library_size
             batches = [decoder.batches[cells.batch if code is None else code] for code in codes]
-            rates = [decoder.rate(z_nk, batch, library=library)[:, genes] for batch in batches]
+            rates = [decoder.rate(z_nk, batch, cells.covariates, library=library)[:, genes] for batch in batches]
             return np.mean(rates, axis=0)
 
         with stream_cells(self, adata, indices, batch_size, dataloader, data_loader_kwargs) as cells:
@@ -212,7 +225,7 @@ class DecodingMixin(LDVAEBase):
         if not transform_batch:
             msg = "`transform_batch` must name at least one batch; got none."
             raise ValueError(msg)
-        known = list(self.get_state_registry("batch").categorical_mapping)
+        known = list(level_names(self.registry, REGISTRY_KEYS.BATCH_KEY))
         for batch in transform_batch:
             if batch is not None and batch not in known:
                 msg = f"`transform_batch`: {batch!r} is no batch of this model; allowed are {listed(known)}."

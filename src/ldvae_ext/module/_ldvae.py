@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from scvi import REGISTRY_KEYS
+from scvi.distributions import NegativeBinomial, Normal, Poisson, ZeroInflatedNegativeBinomial
 from scvi.module import LDVAE as ScviLDVAE
+from scvi.module import VAE
 from scvi.module._constants import MODULE_KEYS
+from scvi.module.base import auto_move_data
+from scvi.nn import Encoder
+from torch.nn.functional import linear, one_hot
+
+from ldvae_ext.module._decoder import LinearDecoderLayer
+from ldvae_ext.module._options import batch_norm_where, check_options, layer_norm_in_encoder
 
 
 class CellPosterior(NamedTuple):
@@ -19,22 +29,297 @@ class CellPosterior(NamedTuple):
     variance: torch.Tensor
     """Posterior variances, same shape."""
     log_library: torch.Tensor
-    """Log of the library size: observed, or the posterior mean of the log library; shape (cells,)."""
+    """Log of the library size: size factor, observed, or the posterior mean of the log library; shape (cells,)."""
 
 
 class LDVAEModule(ScviLDVAE):
-    """scvi-tools' network of the linearly decoded VAE (``scvi.module.LDVAE``), same parameters and same random draws."""
+    """The network of the linearly decoded VAE: ``scvi.module.LDVAE`` with every option of ``scvi.module.VAE``.
+
+    With the options that LinearSCVI has it is the same network: same parameters under the same names, same random draws.
+    Heads that a configuration never uses (dropout without zero inflation, the library encoder with an observed library or
+    size factors, the dispersion of a Poisson) keep their parameters, which need no gradient, and are never computed.
+
+    Parameters
+    ----------
+    n_input, n_batch, n_labels
+        Numbers of genes, batches and labels.
+    n_hidden, n_latent, n_layers_encoder, dropout_rate
+        Sizes and dropout rate of the encoder.
+    dispersion
+        ``"gene"``, ``"gene-batch"``, ``"gene-label"``, or ``"gene-cell"``: log theta linear in the latent.
+    log_variational
+        Whether the encoder sees ``log(1 + counts)`` rather than counts.
+    gene_likelihood
+        ``"nb"``, ``"zinb"``, ``"poisson"`` or ``"normal"``.
+    use_batch_norm
+        True or ``"both"``; False or ``"encoder"``; ``"decoder"``; ``"none"``.
+    bias
+        Whether the decoder has an intercept before its batch norm, if any. ``"auto"``: a gene intercept (that of the batch
+        norm where there is one), which :meth:`start_intercept` sets.
+    latent_distribution
+        ``"normal"`` or ``"ln"``.
+    use_observed_lib_size
+        Whether the library size is the cell's total rather than a latent variable.
+    n_continuous_cov, n_cats_per_cov
+        Number of continuous covariates; number of levels of each categorical one.
+    encode_covariates
+        Whether the encoders see batch and covariates.
+    deeply_inject_covariates
+        Whether they see them in each hidden layer rather than in the first.
+    batch_representation
+        ``"one-hot"`` or ``"embedding"``.
+    use_layer_norm
+        ``"none"`` or ``"encoder"``.
+    use_size_factor_key
+        Whether cells come with size factors: then the link is softplus.
+    extra_payload_autotune
+        Whether the loss carries what scvi-tools' autotune asks for.
+    library_log_means, library_log_vars
+        Prior of the log library of each batch, shape (1, batches).
+    var_activation
+        What makes the variances of the encoders positive; ``torch.exp`` if None.
+    extra_encoder_kwargs
+        Passed to ``scvi.nn.Encoder``.
+    extra_decoder_kwargs
+        Must be empty: the linear decoder takes none.
+    batch_embedding_kwargs
+        Passed to ``scvi.nn.Embedding``.
+    """
+
+    def __init__(
+        self,
+        n_input: int,
+        n_batch: int = 0,
+        n_labels: int = 0,
+        n_hidden: int = 128,
+        n_latent: int = 10,
+        n_layers_encoder: int = 1,
+        dropout_rate: float = 0.1,
+        dispersion: str = "gene",
+        log_variational: bool = True,
+        gene_likelihood: str = "nb",
+        use_batch_norm: bool | str = True,
+        bias: bool | str = False,
+        latent_distribution: str = "normal",
+        use_observed_lib_size: bool = False,
+        *,
+        n_continuous_cov: int = 0,
+        n_cats_per_cov: Sequence[int] | None = None,
+        encode_covariates: bool = False,
+        deeply_inject_covariates: bool = True,
+        batch_representation: str = "one-hot",
+        use_layer_norm: str = "none",
+        use_size_factor_key: bool = False,
+        extra_payload_autotune: bool = False,
+        library_log_means: np.ndarray | None = None,
+        library_log_vars: np.ndarray | None = None,
+        var_activation: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        extra_encoder_kwargs: dict[str, Any] | None = None,
+        extra_decoder_kwargs: dict[str, Any] | None = None,
+        batch_embedding_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        check_options(locals())
+        encoder_norm, decoder_norm = batch_norm_where(use_batch_norm)
+        encoder_layer_norm = layer_norm_in_encoder(use_layer_norm)
+        has_theta = gene_likelihood != "poisson"
+        # Not LDVAE's own __init__, which would build encoder and decoder without most of the options. The same layers are
+        # drawn in the same order, so that a seed gives LinearSCVI's parameters.
+        VAE.__init__(
+            self,
+            n_input=n_input,
+            n_batch=n_batch,
+            n_labels=n_labels,
+            n_hidden=n_hidden,
+            n_latent=n_latent,
+            n_layers=n_layers_encoder,
+            n_continuous_cov=n_continuous_cov,
+            n_cats_per_cov=list(n_cats_per_cov or []),
+            dropout_rate=dropout_rate,
+            dispersion=dispersion,
+            log_variational=log_variational,
+            gene_likelihood=gene_likelihood,
+            latent_distribution=latent_distribution,
+            encode_covariates=encode_covariates,
+            deeply_inject_covariates=deeply_inject_covariates,
+            batch_representation=batch_representation,
+            use_size_factor_key=use_size_factor_key,
+            use_observed_lib_size=use_observed_lib_size,
+            extra_payload_autotune=extra_payload_autotune,
+            library_log_means=library_log_means,
+            library_log_vars=library_log_vars,
+            batch_embedding_kwargs=batch_embedding_kwargs,
+        )
+        self.use_batch_norm = decoder_norm
+        self.bias = bias
+        levels = list(n_cats_per_cov or [])
+        n_embedded = 0
+        if batch_representation == "embedding":
+            n_embedded = self.get_embedding(REGISTRY_KEYS.BATCH_KEY).embedding_dim
+        else:
+            levels = [n_batch, *levels]
+        self.n_cats_per_cov, self.n_continuous_cov = list(n_cats_per_cov or []), n_continuous_cov
+        encoder_options = {
+            "n_cat_list": levels if encode_covariates else None,
+            "n_hidden": n_hidden,
+            "dropout_rate": dropout_rate,
+            "inject_covariates": deeply_inject_covariates,
+            "use_batch_norm": encoder_norm,
+            "use_layer_norm": encoder_layer_norm,
+            "var_activation": var_activation,
+            "return_dist": True,
+            **(extra_encoder_kwargs or {}),
+        }
+        n_encoded = n_input + (n_continuous_cov + n_embedded) * encode_covariates
+        self.z_encoder = Encoder(
+            n_encoded, n_latent, n_layers=n_layers_encoder, distribution=latent_distribution, **encoder_options
+        )
+        self.l_encoder = Encoder(n_encoded, 1, n_layers=1, **encoder_options)
+        self.decoder = LinearDecoderLayer(
+            n_latent + n_continuous_cov + n_embedded,
+            n_input,
+            levels,
+            use_batch_norm=decoder_norm,
+            bias=bias is True or (bias == "auto" and not decoder_norm),
+            softplus=use_size_factor_key,
+            dropout=gene_likelihood == "zinb",
+            dispersion=has_theta and dispersion == "gene-cell",
+        )
+        if self.use_observed_lib_size:
+            self.l_encoder.requires_grad_(requires_grad=False)
+        if not has_theta and dispersion != "gene-cell":
+            self.px_r.requires_grad_(requires_grad=False)
+
+    @torch.no_grad()
+    def start_intercept(self, mean_g: torch.Tensor) -> None:
+        """Start the gene intercept at the log of the mean expression, for ``bias="auto"``.
+
+        Parameters
+        ----------
+        mean_g
+            Mean expression of each gene, positive, shape (genes,): its share of counts, or counts per size factor.
+        """
+        layer, batch_norm = self.decoder.factor_regressor.fc_layers[0][:2]
+        start_g = torch.log(torch.expm1(mean_g)) if self.use_size_factor_key else torch.log(mean_g)
+        (layer if batch_norm is None else batch_norm).bias.copy_(start_g)
 
     @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Evaluation mode inside, and the modes of all layers as they were afterwards."""
-        were_training = [layer for layer in self.modules() if layer.training]
-        self.eval()
+    def evaluating(self, layers: type[torch.nn.Module] = torch.nn.Module) -> Iterator[None]:
+        """Evaluation mode inside, and the modes of all layers as they were afterwards.
+
+        Parameters
+        ----------
+        layers
+            Class of the layers that change their mode.
+        """
+        were_training = [layer for layer in self.modules() if layer.training and isinstance(layer, layers)]
+        for layer in were_training:
+            layer.training = False
         try:
             yield
         finally:
             for layer in were_training:
                 layer.training = True
+
+    def forward(self, tensors: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+        """scvi-tools' forward pass, which a minibatch of a single cell does not stop.
+
+        One cell has no variance that batch norm could divide by in training: it is normalised with the running
+        statistics, as in evaluation.
+
+        Parameters
+        ----------
+        tensors
+            A minibatch as scvi-tools' data loaders make it.
+        *args, **kwargs
+            As in scvi-tools.
+        """
+        if self.training and len(tensors[REGISTRY_KEYS.X_KEY]) == 1:
+            with self.evaluating(torch.nn.BatchNorm1d):
+                return super().forward(tensors, *args, **kwargs)
+        return super().forward(tensors, *args, **kwargs)
+
+    @auto_move_data
+    def generative(
+        self,
+        z: torch.Tensor,
+        library: torch.Tensor,
+        batch_index: torch.Tensor | None,
+        cont_covs: torch.Tensor | None = None,
+        cat_covs: torch.Tensor | None = None,
+        size_factor: torch.Tensor | None = None,
+        y: torch.Tensor | None = None,
+        transform_batch: int | None = None,
+    ) -> dict[str, torch.distributions.Distribution | None]:
+        """Distribution of the counts given latents, and the priors.
+
+        Parameters
+        ----------
+        z
+            Latents, shape (cells, latents) or (samples, cells, latents).
+        library
+            Log library sizes, shape (cells, 1) or (samples, cells, 1).
+        batch_index, y
+            Codes of batches and labels, shape (cells, 1). Some data modules give no batch where there is one only.
+        cont_covs, cat_covs
+            Values of the continuous covariates, codes of the categorical ones.
+        size_factor
+            Log of the size factors, shape (cells, 1); used instead of ``library`` where cells come with size factors.
+        transform_batch
+            Code of a batch that replaces those of the cells.
+        """
+        if batch_index is None:
+            batch_index = torch.zeros(z.shape[-2], 1, dtype=torch.int64, device=z.device)
+        if transform_batch is not None:
+            batch_index = torch.ones_like(batch_index) * transform_batch
+        continuous = [] if cont_covs is None else [cont_covs]
+        categorical = [] if cat_covs is None else list(torch.split(cat_covs, 1, dim=1))
+        if self.batch_representation == "embedding":
+            continuous.append(self.compute_embedding(REGISTRY_KEYS.BATCH_KEY, batch_index))
+        else:
+            categorical.insert(0, batch_index)
+        inputs = [z, *(value.expand(*z.shape[:-1], -1) for value in continuous)]
+        scale, log_theta, rate, dropout = self.decoder(
+            self.dispersion,
+            torch.cat(inputs, dim=-1) if continuous else z,
+            size_factor if self.use_size_factor_key else library,
+            *categorical,
+        )
+        if log_theta is None and self.gene_likelihood != "poisson":
+            log_theta = self._log_theta(batch_index, y)
+        prior_library = None
+        if not self.use_observed_lib_size:
+            mean, variance = self._compute_local_library_params(batch_index)
+            prior_library = Normal(mean, variance.sqrt())
+        return {
+            MODULE_KEYS.PX_KEY: self._likelihood(scale, rate, log_theta, dropout),
+            MODULE_KEYS.PL_KEY: prior_library,
+            MODULE_KEYS.PZ_KEY: Normal(torch.zeros_like(z), torch.ones_like(z)),
+        }
+
+    def _log_theta(self, batch_index: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
+        if self.dispersion == "gene":
+            return self.px_r
+        codes, n_codes = (y, self.n_labels) if self.dispersion == "gene-label" else (batch_index, self.n_batch)
+        if codes is None:
+            msg = "`dispersion='gene-label'` needs labels; register them with `labels_key`."
+            raise ValueError(msg)
+        return linear(one_hot(codes.squeeze(-1), n_codes).to(self.px_r.dtype), self.px_r)
+
+    def _likelihood(
+        self,
+        scale: torch.Tensor,
+        rate: torch.Tensor,
+        log_theta: torch.Tensor | None,
+        dropout: torch.Tensor | None,
+    ) -> torch.distributions.Distribution:
+        if log_theta is None:
+            return Poisson(rate=rate, scale=scale)
+        theta = torch.exp(log_theta)
+        if self.gene_likelihood == "zinb":
+            return ZeroInflatedNegativeBinomial(mu=rate, theta=theta, zi_logits=dropout, scale=scale)
+        if self.gene_likelihood == "nb":
+            return NegativeBinomial(mu=rate, theta=theta, scale=scale)
+        return Normal(rate, theta, normal_mu=scale)
 
     @torch.inference_mode()
     def posterior(self, tensors: dict[str, torch.Tensor]) -> CellPosterior:
@@ -50,5 +335,17 @@ class LDVAEModule(ScviLDVAE):
         with self.evaluating(), torch.random.fork_rng(devices=on_gpu):
             out = self.inference(**self._get_inference_input(tensors))
         qz, ql = out[MODULE_KEYS.QZ_KEY], out[MODULE_KEYS.QL_KEY]
-        log_library = out[MODULE_KEYS.LIBRARY_KEY] if ql is None else ql.loc
+        if self.use_size_factor_key:
+            log_library = torch.log(tensors[REGISTRY_KEYS.SIZE_FACTOR_KEY])
+        else:
+            log_library = out[MODULE_KEYS.LIBRARY_KEY] if ql is None else ql.loc
         return CellPosterior(qz.loc, qz.scale.square(), log_library.squeeze(-1))
+
+    @torch.inference_mode()
+    def get_loadings(self) -> np.ndarray:
+        """Weights of the linear decoder, folded with its batch norm if it has one; shape (genes, latents)."""
+        layer, batch_norm = self.decoder.factor_regressor.fc_layers[0][:2]
+        weight = layer.weight[:, : self.n_latent]
+        if batch_norm is not None:
+            weight = (batch_norm.weight / torch.sqrt(batch_norm.running_var + batch_norm.eps))[:, None] * weight
+        return weight.detach().cpu().numpy()

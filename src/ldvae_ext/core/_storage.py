@@ -1,0 +1,55 @@
+"""A decoder as plain arrays: for ``.npz`` files and for ``adata.uns``."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from ldvae_ext._validate import listed
+from ldvae_ext.core._design import covariates_from_arrays, covariates_to_arrays
+from ldvae_ext.core.fold import RawLinear
+
+_RAW = ("raw", "raw_dropout")
+_TEXT = ("likelihood", "dispersion", "latent_distribution", "link")
+
+
+class FromArrays:
+    """What lets a frozen decoder be taken apart and put together again."""
+
+    @classmethod
+    def _plain(cls) -> list[str]:
+        return [field.name for field in fields(cls) if field.name not in (*_RAW, "covariates")]  # type: ignore[arg-type]
+
+    def to_arrays(self) -> dict[str, Any]:
+        """A flat dictionary of arrays, strings and numbers, without None: what ``.npz`` and ``adata.uns`` can hold."""
+        out = {name: getattr(self, name) for name in self._plain() if getattr(self, name) is not None}
+        out.update(covariates_to_arrays(self.covariates))  # type: ignore[attr-defined]
+        for name in _RAW:
+            if getattr(self, name) is not None:
+                out.update({f"{name}_{part}": value for part, value in getattr(self, name).to_arrays().items()})
+        return out
+
+    @classmethod
+    def from_arrays(cls, arrays: Any) -> Self:
+        """The decoder that :meth:`to_arrays` took apart, also after h5ad, zarr or ``.npz``."""
+        missing = sorted({"weight_gk", "intercept_bg", "genes", "batches", "factors"} - set(arrays))
+        if missing:
+            msg = f"These arrays hold no decoder: {listed(missing)} missing."
+            raise ValueError(msg)
+        values = {name: str(arrays[name]) if name in _TEXT else arrays[name] for name in cls._plain() if name in arrays}
+        raw = {name: RawLinear.from_arrays(arrays, f"{name}_") for name in _RAW}
+        return cls(**values, **raw, covariates=covariates_from_arrays(arrays))
+
+    def save(self, path: str | Path) -> None:
+        """Write the decoder to one ``.npz`` file, without pickle."""
+        with Path(path).open("wb") as file:
+            np.savez_compressed(file, allow_pickle=False, **self.to_arrays())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a decoder that :meth:`save` wrote; nothing is unpickled."""
+        with np.load(Path(path), allow_pickle=False) as arrays:
+            return cls.from_arrays({name: arrays[name] for name in arrays.files})

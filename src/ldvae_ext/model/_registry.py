@@ -1,0 +1,59 @@
+"""What a model was set up with: batches, labels, covariates, size factors; from AnnData or from a data module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scvi import REGISTRY_KEYS
+
+from ldvae_ext.core import Covariate
+
+if TYPE_CHECKING:
+    from ldvae_ext.model._base import LDVAEBase
+
+# What LinearSCVI does not know. A model that does not use them is saved without them, so that LinearSCVI can open it.
+SETUP_ARGUMENTS = ("size_factor_key", "categorical_covariate_keys", "continuous_covariate_keys")
+
+
+def state_of(registry: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """State registry of a field; empty if there is none."""
+    return registry["field_registries"].get(key, {}).get("state_registry") or {}
+
+
+def level_names(registry: Mapping[str, Any], key: str) -> np.ndarray:
+    """Names of the batches or labels of a registry; ``["0"]`` where nothing was registered."""
+    mapping = state_of(registry, key).get("categorical_mapping")
+    # Data modules keep a dictionary from names to codes, or nothing.
+    return np.asarray(["0"] if mapping is None else list(mapping))
+
+
+def covariates_of(registry: Mapping[str, Any]) -> tuple[Covariate, ...]:
+    """Covariates of a registry, continuous ones first, as in the network."""
+    continuous = state_of(registry, REGISTRY_KEYS.CONT_COVS_KEY).get("columns", ())
+    categorical = state_of(registry, REGISTRY_KEYS.CAT_COVS_KEY)
+    # Data modules say "mapping".
+    levels = categorical.get("mappings", categorical.get("mapping", {}))
+    return (
+        *(Covariate(str(name)) for name in continuous),
+        *(Covariate(str(name), np.asarray(levels[name])) for name in categorical.get("field_keys", ())),
+    )
+
+
+def has_size_factors(registry: Mapping[str, Any]) -> bool:
+    """Whether cells come with size factors."""
+    return bool(registry.get("setup_args", {}).get("size_factor_key"))
+
+
+def known_levels(model: LDVAEBase) -> dict[str, tuple[str, np.ndarray]]:
+    """Argument and levels of each categorical column that unseen cells must have, by column."""
+    known = {}
+    for argument, field in (("batch_key", REGISTRY_KEYS.BATCH_KEY), ("labels_key", REGISTRY_KEYS.LABELS_KEY)):
+        key = model.get_setup_arg(argument)
+        if key is not None:
+            known[key] = (argument, level_names(model.registry, field))
+    for covariate in covariates_of(model.registry):
+        if covariate.levels is not None:
+            known[covariate.name] = ("categorical_covariate_keys", covariate.levels)
+    return known

@@ -1,0 +1,66 @@
+"""Checks of the network's options, and what they mean."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ldvae_ext._validate import check_one_of
+
+BATCH_NORM = ("both", "encoder", "decoder", "none")
+LAYER_NORM = ("none", "encoder")
+CHOICES = {
+    "dispersion": ("gene", "gene-batch", "gene-label", "gene-cell"),
+    "gene_likelihood": ("nb", "zinb", "poisson", "normal"),
+    "latent_distribution": ("normal", "ln"),
+    "batch_representation": ("one-hot", "embedding"),
+}
+
+
+def batch_norm_where(use_batch_norm: bool | str) -> tuple[bool, bool]:
+    """Whether the encoders and the decoder have batch norm.
+
+    True and False speak of the decoder alone, as in LinearSCVI, whose encoders always have it; strings are scVI's.
+    """
+    if use_batch_norm in (True, False):
+        return True, bool(use_batch_norm)
+    check_one_of("use_batch_norm", use_batch_norm, (True, False, *BATCH_NORM))  # type: ignore[arg-type]
+    return use_batch_norm in ("both", "encoder"), use_batch_norm in ("both", "decoder")
+
+
+def layer_norm_in_encoder(use_layer_norm: str) -> bool:
+    """Whether the encoders have layer norm."""
+    if use_layer_norm in ("decoder", "both"):
+        msg = (
+            f"`use_layer_norm={use_layer_norm!r}`: the decoder cannot have layer norm, which divides by a statistic of the "
+            "cell and so is not linear: loadings would mean nothing. Allowed are 'none' and 'encoder'."
+        )
+        raise ValueError(msg)
+    check_one_of("use_layer_norm", use_layer_norm, LAYER_NORM)
+    return use_layer_norm == "encoder"
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Raise on a value that no network can have, and on an option that would be accepted and ignored.
+
+    Parameters
+    ----------
+    options
+        Arguments of :class:`LDVAEModule` by name.
+    """
+    for name, allowed in CHOICES.items():
+        check_one_of(name, options[name], allowed)
+    if options["bias"] not in (True, False, "auto"):
+        msg = f"`bias` must be True, False or 'auto'; got {options['bias']!r}."
+        raise ValueError(msg)
+    if options["extra_decoder_kwargs"]:
+        msg = (
+            f"`extra_decoder_kwargs` ({options['extra_decoder_kwargs']!r}) are for a decoder with hidden layers; the linear "
+            "decoder has none. `bias` and `use_batch_norm` change it."
+        )
+        raise ValueError(msg)
+    if options["batch_embedding_kwargs"] and options["batch_representation"] != "embedding":
+        msg = "`batch_embedding_kwargs` are only of use with `batch_representation='embedding'`."
+        raise ValueError(msg)
+    if options["dispersion"] == "gene-label" and options["n_labels"] < 1:
+        msg = "`dispersion='gene-label'` needs `n_labels`."
+        raise ValueError(msg)
