@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 DEFAULT_KEY = "ldvae"
+ORDERED_KEY = "ordered_latent"
 
 
 @dataclass(frozen=True)
@@ -35,3 +36,4 @@ def export_keys(key_added: str | None = None) -> ExportKeys:
 PCA_LATENT, PCA_LOADINGS, PCA_INFO = "X_pca", "PCs", "pca"
 ABLATION_INFO = "ldvae_ablation"
 SIMULATED_LATENT = "z_true"
+ABUNDANCE = "da_log_probs"

@@ -41,7 +41,7 @@ class FromArrays:
             raise ValueError(msg)
         values = {name: str(arrays[name]) if name in _TEXT else arrays[name] for name in cls._plain() if name in arrays}
         raw = {name: RawLinear.from_arrays(arrays, f"{name}_") for name in _RAW}
-        return cls(**values, **raw, covariates=covariates_from_arrays(arrays))
+        return cls(**{**values, **raw, "covariates": covariates_from_arrays(arrays)})
 
     def save(self, path: str | Path) -> None:
         """Write the decoder to one ``.npz`` file, without pickle."""

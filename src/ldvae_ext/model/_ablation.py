@@ -7,7 +7,6 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 from anndata import AnnData
-from scvi.data._constants import ADATA_MINIFY_TYPE
 from scvi.utils import track
 
 from ldvae_ext._keys import ABLATION_INFO
@@ -30,6 +29,7 @@ class AblationMixin(DecodingMixin):
         mode: Literal["zero", "mean"] = "zero",
         *,
         batch_size: int | None = None,
+        dataloader: Any = None,
         silent: bool = True,
     ) -> AnnData:
         """Change of each cell's negative log-likelihood when one latent at a time is taken out.
@@ -52,6 +52,9 @@ class AblationMixin(DecodingMixin):
             away what varies.
         batch_size
             Cells per minibatch; ``scvi.settings.batch_size`` if None. The result does not depend on it.
+        dataloader
+            Minibatches of cells, instead of ``adata``. Their names are positions, since they bring no obs. ``"mean"`` reads
+            them twice.
         silent
             Whether to hide the progress bar.
 
@@ -65,16 +68,11 @@ class AblationMixin(DecodingMixin):
         ValueError
             If a latent or a mode does not exist, or the model's data are minified without counts.
         """
-        if self.module.minified_data_type == ADATA_MINIFY_TYPE.LATENT_POSTERIOR:
-            msg = (
-                f"Ablation needs counts, which data minified as {ADATA_MINIFY_TYPE.LATENT_POSTERIOR!r} do not have; "
-                f"`minify_adata({ADATA_MINIFY_TYPE.LATENT_POSTERIOR_WITH_COUNTS!r})` keeps them."
-            )
-            raise ValueError(msg)
+        self._check_has_counts("ablate")
         chosen = factor_indices(latents, self.latent_names)
-        value_k = self._ablated_value(adata, mode, batch_size)
+        value_k = self._ablated_value(adata, mode, batch_size, dataloader)
         decoder = self.get_decoder()
-        with stream_cells(self, adata, indices, batch_size) as cells:
+        with stream_cells(self, adata, indices, batch_size, dataloader) as cells:
             chunks = track(cells.chunks, description="Ablating", total=cells.n_chunks, disable=silent)
             effects = [
                 ablation_effects(
@@ -90,7 +88,7 @@ class AblationMixin(DecodingMixin):
                 ).astype(np.float32)
                 for c in chunks
             ]
-            obs = pd.DataFrame(cells.obs).copy()
+            obs = None if cells.obs is None else cells.obs.copy()
         return AnnData(
             X=np.concatenate(effects) if effects else np.empty((0, len(chosen)), dtype=np.float32),
             obs=obs,
@@ -110,6 +108,7 @@ class AblationMixin(DecodingMixin):
         batch_size: int | None = None,
         return_numpy: bool | None = None,
         silent: bool = True,
+        dataloader: Any = None,
     ) -> np.ndarray | pd.DataFrame:
         """Decoded expression with latents taken out, all of them at once.
 
@@ -121,7 +120,7 @@ class AblationMixin(DecodingMixin):
             Latents to take out together: names (``"Z_3"``) or positions.
         mode
             What they are set to; see :meth:`ablate`.
-        adata, indices, transform_batch, gene_list, library_size, batch_size, return_numpy, silent
+        adata, indices, transform_batch, gene_list, library_size, batch_size, return_numpy, silent, dataloader
             As in :meth:`get_normalized_expression`.
 
         Returns
@@ -129,7 +128,7 @@ class AblationMixin(DecodingMixin):
         Cells x genes, float32.
         """
         chosen = factor_indices(latents, self.latent_names)
-        value_k = self._ablated_value(adata, mode, batch_size)
+        value_k = self._ablated_value(adata, mode, batch_size, dataloader)
 
         def without(mean_nk: np.ndarray) -> np.ndarray:
             mean_nk[:, chosen] = value_k[chosen]
@@ -144,16 +143,18 @@ class AblationMixin(DecodingMixin):
             batch_size,
             return_numpy,
             silent,
-            None,
+            dataloader,
             edit=without,
         )
 
-    def _ablated_value(self, adata: AnnData | None, mode: str, batch_size: int | None) -> np.ndarray:
+    def _ablated_value(
+        self, adata: AnnData | None, mode: str, batch_size: int | None, dataloader: Any = None
+    ) -> np.ndarray:
         """What each latent is set to, shape (latents,), float64."""
         check_one_of("mode", mode, MODES)
         total_k, n_cells = np.zeros(self.n_latent), 0
         if mode == "mean":
-            with stream_cells(self, adata, None, batch_size) as cells:
+            with stream_cells(self, adata, None, batch_size, dataloader) as cells:
                 for chunk in cells.chunks:
                     total_k += chunk.mean.sum(axis=0, dtype=np.float64)
                     n_cells += len(chunk.mean)

@@ -34,6 +34,7 @@ from ldvae_ext.model._counts import (
     library_prior,
     mean_expression,
 )
+from ldvae_ext.model._datamodule import start_of
 from ldvae_ext.model._registry import SETUP_ARGUMENTS, covariates_of, has_size_factors
 from ldvae_ext.module import LDVAEModule
 from ldvae_ext.module._options import batch_norm_where
@@ -63,6 +64,9 @@ class LDVAEBase(RNASeqMixin, VAEMixin, UnsupervisedTrainingMixin, BaseMinifiedMo
         **model_kwargs: Any,
     ) -> None:
         check_positive_int("n_latent", n_latent)
+        datamodule = model_kwargs.pop("datamodule", None)
+        if datamodule is not None and adata is None and registry is None:
+            registry = datamodule.registry
         from_linear_scvi = registry is not None and registry.get(_MODEL_NAME_KEY) == LinearSCVI.__name__
         if from_linear_scvi and "use_batch_norm" in model_kwargs:
             # There any string is taken for True.
@@ -98,6 +102,9 @@ class LDVAEBase(RNASeqMixin, VAEMixin, UnsupervisedTrainingMixin, BaseMinifiedMo
         self.module.minified_data_type = self.minified_data_type
         if module_kwargs.get("bias") == "auto" and adata is not None and self.minified_data_type is None:
             self.module.start_intercept(torch.from_numpy(self._mean_expression()))
+        self._has_start = adata is not None
+        if datamodule is not None:
+            self._start_from(datamodule)
         self._model_summary_string = (
             f"LDVAE model with the following params: \nn_hidden: {n_hidden}, n_latent: {n_latent}, n_layers: {n_layers}, "
             f"dropout_rate: {dropout_rate}, dispersion: {dispersion}, gene_likelihood: {gene_likelihood}, "
@@ -115,6 +122,17 @@ class LDVAEBase(RNASeqMixin, VAEMixin, UnsupervisedTrainingMixin, BaseMinifiedMo
             return library_prior(None, None, n_batch)
         batch_n = manager.get_from_registry(REGISTRY_KEYS.BATCH_KEY).ravel()
         return library_prior(manager.get_from_registry(REGISTRY_KEYS.X_KEY), batch_n, n_batch)
+
+    def _start_from(self, datamodule: Any) -> None:
+        """Prior of the log library, and start of the intercept, from the cells of a data module."""
+        wants_intercept = self.module.bias == "auto"
+        if not self._has_start and (wants_intercept or not self.module.use_observed_lib_size):
+            start = start_of(datamodule, self.summary_stats.n_batch)
+            if not self.module.use_observed_lib_size:
+                self.module.set_library_prior(start.log_means, start.log_variances)
+            if wants_intercept:
+                self.module.start_intercept(torch.from_numpy(start.mean_expression))
+        self._has_start = True
 
     def _mean_expression(self) -> np.ndarray:
         """Each gene's share of all counts, or mean counts per size factor; at least that of half a count, shape (genes,)."""
@@ -179,6 +197,10 @@ class LDVAEBase(RNASeqMixin, VAEMixin, UnsupervisedTrainingMixin, BaseMinifiedMo
             check_categories(adata, name, key)
         categorical = checked_keys("categorical_covariate_keys", categorical_covariate_keys)
         continuous = checked_keys("continuous_covariate_keys", continuous_covariate_keys)
+        both = [key for key in continuous if key in categorical]
+        if both:
+            msg = f"{listed(both)}: a covariate is either categorical or continuous, but both arguments name it."
+            raise ValueError(msg)
         for key in categorical:
             check_categories(adata, "categorical_covariate_keys", key)
         for key in continuous:
@@ -206,6 +228,14 @@ class LDVAEBase(RNASeqMixin, VAEMixin, UnsupervisedTrainingMixin, BaseMinifiedMo
             manager.register_fields(adata, **kwargs)
         cls.register_manager(manager)
 
+    def _check_has_counts(self, method: str) -> None:
+        if self.minified_data_type == ADATA_MINIFY_TYPE.LATENT_POSTERIOR:
+            msg = (
+                f"`{method}` needs counts, which data minified as {ADATA_MINIFY_TYPE.LATENT_POSTERIOR!r} do not have; "
+                f"`minify_adata({ADATA_MINIFY_TYPE.LATENT_POSTERIOR_WITH_COUNTS!r})` keeps them."
+            )
+            raise ValueError(msg)
+
     @property
     def latent_names(self) -> list[str]:
         """The latent dimensions in the network's order, ``Z_0`` first."""
@@ -226,7 +256,9 @@ class LDVAEBase(RNASeqMixin, VAEMixin, UnsupervisedTrainingMixin, BaseMinifiedMo
 
 def _own_kwargs(module_cls: type, model_kwargs: dict[str, Any], of_data: dict[str, Any]) -> dict[str, Any]:
     """Options of the network that the user chose; raises on unknown ones and on those that the data decide."""
-    decided = [name for name in model_kwargs if name in of_data and model_kwargs[name] != of_data[name]]
+    decided = [
+        name for name in model_kwargs if name in of_data and not np.array_equal(model_kwargs[name], of_data[name])
+    ]
     if decided:
         msg = f"{listed(decided)}: the registered data decide; see `setup_anndata`."
         raise TypeError(msg)
@@ -240,12 +272,12 @@ def _own_kwargs(module_cls: type, model_kwargs: dict[str, Any], of_data: dict[st
 
 def _warn_about_intercept(use_batch_norm: bool | str = True, bias: bool | str = False, **_others: Any) -> None:
     _, in_decoder = batch_norm_where(use_batch_norm)
-    if not in_decoder and bias is False:
+    if not in_decoder and not bias:
         warn(
             f"`use_batch_norm={use_batch_norm!r}` without `bias` leaves genes without an intercept: at z = 0 all are expressed "
             "alike. `bias='auto'` adds one that starts at the log mean expression."
         )
-    if in_decoder and bias is True:
+    if in_decoder and bias and bias != "auto":
         warn(
             "`bias=True` before a batch norm does nothing, since the batch norm takes the mean away and has an intercept of "
             "its own. `use_batch_norm=False` or `bias=False` says what happens."

@@ -129,7 +129,8 @@ class DecodingMixin(LDVAEBase):
 
         Returns
         -------
-        Cells x genes, float32; see scvi-tools for what sampling can return.
+        Cells x genes, float32; see scvi-tools for what sampling can return. With ``n_samples_overall`` the rows are draws
+        from the group of cells, which have no names.
 
         Raises
         ------
@@ -137,23 +138,29 @@ class DecodingMixin(LDVAEBase):
             If ``use_posterior_mean`` comes with several samples or with weights, or a gene is unknown to the model.
         """
         if not use_posterior_mean:
-            return super().get_normalized_expression(
-                adata,
-                indices,
-                transform_batch,
-                gene_list,
-                library_size,
-                n_samples,
-                n_samples_overall,
-                weights,
-                batch_size,
-                return_mean,
-                return_numpy,
-                silent,
-                dataloader,
-                data_loader_kwargs,
-                **importance_weighting_kwargs,
-            )
+            with self.module.evaluating():
+                out = super().get_normalized_expression(
+                    adata,
+                    indices,
+                    transform_batch,
+                    gene_list,
+                    library_size,
+                    n_samples,
+                    n_samples_overall,
+                    weights,
+                    batch_size,
+                    return_mean,
+                    # scvi-tools would name the draws after cells, of which there are fewer or more.
+                    return_numpy if n_samples_overall is None else True,
+                    silent,
+                    dataloader,
+                    data_loader_kwargs,
+                    **importance_weighting_kwargs,
+                )
+            if n_samples_overall is None or return_numpy or dataloader is not None:
+                return out
+            names = self.get_var_names()
+            return pd.DataFrame(out, columns=names if gene_list is None else names[np.isin(names, gene_list)])
         meaningless = {
             "n_samples": n_samples != 1,
             "n_samples_overall": n_samples_overall is not None,

@@ -5,15 +5,18 @@ from __future__ import annotations
 from copy import deepcopy
 from typing import Any
 
+import torch
 from anndata import AnnData
 from scvi.data._constants import _SETUP_ARGS_KEY
 from scvi.model import LinearSCVI
 
 from ldvae_ext.model._ablation import AblationMixin
 from ldvae_ext.model._export import ExportMixin
+from ldvae_ext.model._minified import MinifiedMixin
+from ldvae_ext.model._weights import WeightsMixin
 
 
-class LDVAE(AblationMixin, ExportMixin):
+class LDVAE(AblationMixin, ExportMixin, MinifiedMixin, WeightsMixin):
     """Linearly decoded VAE (Svensson et al. 2020, 10.1093/bioinformatics/btaa169), to be read.
 
     A drop-in replacement for :class:`scvi.model.LinearSCVI`: same arguments, order and defaults, same network, same
@@ -36,15 +39,19 @@ class LDVAE(AblationMixin, ExportMixin):
     dropout_rate
         Dropout rate of the encoder.
     dispersion
-        ``"gene"``, ``"gene-batch"``, ``"gene-label"`` or ``"gene-cell"``, as in LinearSCVI.
+        ``"gene"``, ``"gene-batch"``, ``"gene-label"``, or ``"gene-cell"``, where the log dispersion is linear in the
+        latent. (LinearSCVI fails with the last two.)
     gene_likelihood
-        ``"nb"``, ``"zinb"`` or ``"poisson"``.
+        ``"nb"``, ``"zinb"``, ``"poisson"`` or ``"normal"``.
     use_observed_lib_size
         Whether the library size is the cell's observed total rather than a latent variable.
     latent_distribution
         ``"normal"``, or ``"ln"`` for a logistic-normal latent, z = softmax(u).
     **model_kwargs
-        Passed to :class:`ldvae_ext.module.LDVAEModule`, such as ``use_batch_norm`` or ``bias``.
+        Options of the network, see :class:`ldvae_ext.module.LDVAEModule`: ``use_batch_norm``, ``bias``, ``log_variational``,
+        ``encode_covariates``, ``deeply_inject_covariates``, ``batch_representation``, ``batch_embedding_kwargs``,
+        ``use_layer_norm``, ``var_activation``, ``extra_encoder_kwargs``, ``extra_payload_autotune``. With
+        ``datamodule=...`` instead of ``adata`` the model is built for a Lightning data module.
 
     Examples
     --------
@@ -85,11 +92,11 @@ class LDVAE(AblationMixin, ExportMixin):
             device=device,
             prefix=prefix,
             backup_url=backup_url,
-            datamodule=datamodule,
             allowed_classes_names_list=[LinearSCVI.__name__, *(allowed_classes_names_list or [])],
         )
-        # scvi-tools forgets this, and then encodes the empty counts of minified data: the same latent for every cell.
-        model.module.minified_data_type = model.minified_data_type
+        if datamodule is not None:
+            # scvi-tools would build the network anew, from those of its options that the class spells out alone.
+            model._datamodule = datamodule
         return model
 
     @classmethod
@@ -106,15 +113,16 @@ class LDVAE(AblationMixin, ExportMixin):
         if model.adata is not None:
             registry = model.registry
             cls.setup_anndata(model.adata, source_registry=registry, **registry[_SETUP_ARGS_KEY])
-        arguments = model.init_params_
-        new = cls(
-            model.adata,
-            None if model.adata is not None else model.registry,
-            **arguments["non_kwargs"],
-            **{name: value for group in arguments["kwargs"].values() for name, value in group.items()},
-        )
+        saved = model.init_params_
+        arguments: dict[str, Any] = {**saved["non_kwargs"]}
+        for group in saved["kwargs"].values():
+            arguments.update(group)
+        if "use_batch_norm" in arguments:
+            arguments["use_batch_norm"] = bool(arguments["use_batch_norm"])  # there any string is taken for True
+        # The parameters that are drawn are replaced at once: the caller's random numbers stay what they would have been.
+        with torch.random.fork_rng(devices=[]):
+            new = cls(model.adata, None if model.adata is not None else model.registry, **arguments)
         new.module.load_state_dict(model.module.state_dict())
-        new.module.minified_data_type = new.minified_data_type
         new.to_device(model.device)
         new.module.train(model.module.training)
         for name, value in model._get_user_attributes():

@@ -53,8 +53,10 @@ class TrainingMixin(LDVAEBase):
             Number of epochs. If None, scvi-tools' heuristic: 400 up to 20,000 cells, fewer beyond.
         accelerator, devices, train_size, validation_size, shuffle_set_split, load_sparse_tensor, batch_size
             As in scvi-tools.
-        early_stopping, datasplitter_kwargs, plan_config, plan_kwargs, datamodule, trainer_config, **trainer_kwargs
+        early_stopping, datasplitter_kwargs, plan_config, plan_kwargs, trainer_config, **trainer_kwargs
             As in scvi-tools.
+        datamodule
+            As in scvi-tools. The prior of a latent library size is computed from its cells before the first epoch.
         kl_warmup
             Number of epochs over which the weight of the KL term rises from 0 to 1. ``"auto"``: half of
             ``max_epochs``. None leaves LinearSCVI's default of 400 epochs, which a shorter training never completes:
@@ -76,6 +78,8 @@ class TrainingMixin(LDVAEBase):
                 kl_warmup = max(1, self._n_epochs(max_epochs, datamodule) // 2)
             check_positive_int("kl_warmup", kl_warmup)
             plan_kwargs["n_epochs_kl_warmup"] = int(kl_warmup)
+        if datamodule is not None and not self.is_trained_:
+            self._start_from(datamodule)
         result = super().train(
             max_epochs=max_epochs,
             accelerator=accelerator,
@@ -98,9 +102,10 @@ class TrainingMixin(LDVAEBase):
     def _n_epochs(self, max_epochs: int | None, datamodule: Any) -> int:
         if max_epochs is not None:
             return max_epochs
-        n_obs = self.adata.n_obs if datamodule is None else getattr(datamodule, "n_obs", None)
+        cells = self.adata if datamodule is None else datamodule
+        n_obs = getattr(cells, "n_obs", None)
         if n_obs is None:
-            msg = "`max_epochs` is needed, since `datamodule` has no `n_obs`."
+            msg = "`max_epochs` is needed, since there is neither an AnnData nor a `datamodule` with `n_obs`."
             raise ValueError(msg)
         return get_max_epochs_heuristic(n_obs)
 

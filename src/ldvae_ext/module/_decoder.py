@@ -37,7 +37,7 @@ class LinearDecoderLayer(LinearDecoderSCVI):
         super().__init__(
             n_input, n_output, n_cat_list=n_cat_list, use_batch_norm=use_batch_norm, use_layer_norm=False, bias=bias
         )
-        self.softplus, self.has_dropout = softplus, dropout
+        self.softplus, self.has_dropout, self.has_dispersion = softplus, dropout, dispersion
         if not dropout:
             self.px_dropout_decoder.requires_grad_(requires_grad=False)
         if dispersion:
@@ -59,7 +59,7 @@ class LinearDecoderLayer(LinearDecoderSCVI):
         Parameters
         ----------
         dispersion
-            Kind of dispersion.
+            Kind of dispersion, as scvi-tools passes it; which heads there are was decided at construction.
         z
             Latents and continuous covariates, and a batch embedding if there is one.
         library
@@ -69,6 +69,6 @@ class LinearDecoderLayer(LinearDecoderSCVI):
         """
         logits = self.factor_regressor(z, *cat_list)
         scale = torch.nn.functional.softplus(logits) if self.softplus else torch.softmax(logits, dim=-1)
-        log_theta = self.px_r_decoder(z, *cat_list) if dispersion == "gene-cell" else None
+        log_theta = self.px_r_decoder(z, *cat_list) if self.has_dispersion else None
         dropout = self.px_dropout_decoder(z, *cat_list) if self.has_dropout else None
         return scale, log_theta, torch.exp(library) * scale, dropout

@@ -150,7 +150,7 @@ class LDVAEModule(ScviLDVAE):
             batch_embedding_kwargs=batch_embedding_kwargs,
         )
         self.use_batch_norm = decoder_norm
-        self.bias = bias
+        self.bias = bias = bias if isinstance(bias, str) else bool(bias)
         levels = list(n_cats_per_cov or [])
         n_embedded = 0
         if batch_representation == "embedding":
@@ -199,8 +199,23 @@ class LDVAEModule(ScviLDVAE):
             Mean expression of each gene, positive, shape (genes,): its share of counts, or counts per size factor.
         """
         layer, batch_norm = self.decoder.factor_regressor.fc_layers[0][:2]
-        start_g = torch.log(torch.expm1(mean_g)) if self.use_size_factor_key else torch.log(mean_g)
+        start_g = torch.log(mean_g)
+        if self.use_size_factor_key:
+            # The inverse of softplus, log(e^m - 1) = m + log(1 - e^-m), which the first form overflows on.
+            start_g = mean_g + torch.log(-torch.expm1(-mean_g))
         (layer if batch_norm is None else batch_norm).bias.copy_(start_g)
+
+    @torch.no_grad()
+    def set_library_prior(self, log_means: np.ndarray, log_variances: np.ndarray) -> None:
+        """Prior of the log library of each batch.
+
+        Parameters
+        ----------
+        log_means, log_variances
+            Shape (1, batches).
+        """
+        self.library_log_means.copy_(torch.from_numpy(log_means))
+        self.library_log_vars.copy_(torch.from_numpy(log_variances))
 
     @contextmanager
     def evaluating(self, layers: type[torch.nn.Module] = torch.nn.Module) -> Iterator[None]:
@@ -340,6 +355,54 @@ class LDVAEModule(ScviLDVAE):
         else:
             log_library = out[MODULE_KEYS.LIBRARY_KEY] if ql is None else ql.loc
         return CellPosterior(qz.loc, qz.scale.square(), log_library.squeeze(-1))
+
+    @torch.inference_mode()
+    @auto_move_data
+    def marginal_ll(
+        self,
+        tensors: dict[str, torch.Tensor],
+        n_mc_samples: int,
+        return_mean: bool = False,
+        n_mc_samples_per_pass: int = 1,
+    ) -> torch.Tensor | float:
+        """Marginal log-likelihood of each cell by importance sampling from its posterior, in nats.
+
+        ``log mean_s p(x | u_s, l_s) p(u_s) p(l_s) / (q(u_s | x) q(l_s | x))``. scvi-tools' own for a normal latent. Under
+        ``"ln"``, where z = softmax(u), the densities are those of u; scvi-tools evaluates them at z.
+
+        Parameters
+        ----------
+        tensors
+            A minibatch as scvi-tools' data loaders make it.
+        n_mc_samples
+            Number of samples.
+        return_mean
+            Whether to return the mean over cells.
+        n_mc_samples_per_pass
+            Samples that are held at once.
+        """
+        if self.latent_distribution != "ln":
+            return super().marginal_ll(tensors, n_mc_samples, return_mean, n_mc_samples_per_pass)
+        encoded = self.inference(**self._get_inference_input(tensors, full_forward_pass=True))
+        inputs = self._get_generative_input(tensors, encoded)
+        qz, ql = encoded[MODULE_KEYS.QZ_KEY], encoded[MODULE_KEYS.QL_KEY]
+        log_weights = []
+        for start in range(0, n_mc_samples, n_mc_samples_per_pass):
+            n_samples = min(n_mc_samples_per_pass, n_mc_samples - start)
+            u = qz.sample((n_samples,))
+            inputs[MODULE_KEYS.Z_KEY] = self.z_encoder.z_transformation(u)
+            library = (
+                encoded[MODULE_KEYS.LIBRARY_KEY].expand(n_samples, -1, -1) if ql is None else ql.sample((n_samples,))
+            )
+            inputs[MODULE_KEYS.LIBRARY_KEY] = library
+            decoded = self.generative(**inputs)
+            log_weight = decoded[MODULE_KEYS.PX_KEY].log_prob(tensors[REGISTRY_KEYS.X_KEY]).sum(dim=-1)
+            log_weight += (Normal(0.0, 1.0).log_prob(u) - qz.log_prob(u)).sum(dim=-1)
+            if ql is not None:
+                log_weight += (decoded[MODULE_KEYS.PL_KEY].log_prob(library) - ql.log_prob(library)).sum(dim=-1)
+            log_weights.append(log_weight)
+        result = torch.logsumexp(torch.cat(log_weights), dim=0) - np.log(n_mc_samples)
+        return result.mean().item() if return_mean else result.cpu()
 
     @torch.inference_mode()
     def get_loadings(self) -> np.ndarray:

@@ -1,0 +1,65 @@
+"""What a model is started with, read from a Lightning data module rather than from an AnnData."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from scvi import REGISTRY_KEYS
+
+
+class Start(NamedTuple):
+    """Statistics of all cells that a data module trains or validates on."""
+
+    log_means: np.ndarray
+    """Mean of the log library of each batch, shape (1, batches)."""
+    log_variances: np.ndarray
+    """Variance of the same."""
+    mean_expression: np.ndarray
+    """Share of each gene in all counts (mean counts per size factor where there are any), shape (genes,), float32."""
+
+
+def start_of(datamodule: Any, n_batch: int) -> Start:
+    """Read the cells of a data module once.
+
+    Parameters
+    ----------
+    datamodule
+        A Lightning data module whose minibatches are those of scvi-tools.
+    n_batch
+        Number of batches.
+    """
+    n_b, sum_b, square_b = np.zeros(n_batch), np.zeros(n_batch), np.zeros(n_batch)
+    total_g: Any = 0.5
+    n_cells, has_size = 0, False
+    for tensors in _minibatches(datamodule):
+        counts = tensors[REGISTRY_KEYS.X_KEY].double()
+        batch = tensors.get(REGISTRY_KEYS.BATCH_KEY)
+        codes = np.zeros(len(counts), dtype=np.int64) if batch is None else batch.cpu().numpy().ravel().astype(np.int64)
+        totals = counts.sum(dim=1).cpu().numpy()
+        seen = totals > 0
+        logs = np.log(totals[seen])
+        for sums, values in ((n_b, np.ones_like(logs)), (sum_b, logs), (square_b, logs**2)):
+            sums += np.bincount(codes[seen], weights=values, minlength=n_batch)
+        size = tensors.get(REGISTRY_KEYS.SIZE_FACTOR_KEY)
+        has_size = size is not None
+        total_g = total_g + (counts if size is None else counts / size).sum(dim=0).cpu().numpy()
+        n_cells += len(counts)
+    some = np.maximum(n_b, 1)
+    means = np.where(n_b > 0, sum_b / some, 0.0)
+    variances = np.where(n_b > 0, square_b / some - means**2, 1.0)
+    expression = total_g / (n_cells if has_size else np.sum(total_g))
+    return Start(means[None], variances[None], np.asarray(expression, dtype=np.float32))
+
+
+def _minibatches(datamodule: Any) -> Iterator[dict[str, torch.Tensor]]:
+    """All cells that are trained or validated on, without moving the random state of the training to come."""
+    random_state = np.random.get_state()  # noqa: NPY002 - data loaders may draw from it
+    with torch.random.fork_rng():
+        datamodule.setup("fit")
+        for loader in (datamodule.train_dataloader(), datamodule.val_dataloader()):
+            for minibatch in loader if loader is not None else ():
+                yield datamodule.on_before_batch_transfer(minibatch, 0)
+    np.random.set_state(random_state)  # noqa: NPY002

@@ -1,0 +1,292 @@
+"""scVI's tasks, as scvi-tools does them where it is right, and right where it is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import wraps
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from anndata import AnnData
+from scipy.stats import spearmanr
+from scvi.data._utils import _validate_adata_dataloader_input
+from scvi.model.base import RNASeqMixin, VAEMixin
+from scvi.module._constants import MODULE_KEYS
+
+from ldvae_ext._validate import check_one_of
+from ldvae_ext.core import log_likelihood
+from ldvae_ext.core.posterior import deterministic_latent
+from ldvae_ext.model._base import LDVAEBase
+from ldvae_ext.model._bridge import EncodedCells
+from ldvae_ext.model._cells import stream_cells
+
+
+def _stock(method: Callable[..., Any], *, needs_counts: bool = False) -> Callable[..., Any]:
+    """A method of scvi-tools, run in evaluation mode, with an error that helps where counts are missing."""
+
+    @wraps(method)
+    def run(self: LDVAEBase, *args: Any, **kwargs: Any) -> Any:
+        if needs_counts:
+            self._check_has_counts(method.__name__)
+        with self.module.evaluating():
+            return method(self, *args, **kwargs)
+
+    return run
+
+
+class TasksMixin(LDVAEBase):
+    """Everything that scVI can be asked."""
+
+    get_elbo = _stock(VAEMixin.get_elbo, needs_counts=True)
+    get_marginal_ll = _stock(VAEMixin.get_marginal_ll, needs_counts=True)
+    get_latent_library_size = _stock(RNASeqMixin.get_latent_library_size, needs_counts=True)
+    get_aggregated_posterior = _stock(VAEMixin.get_aggregated_posterior)
+    differential_expression = _stock(RNASeqMixin.differential_expression)
+    posterior_predictive_sample = _stock(RNASeqMixin.posterior_predictive_sample)
+
+    def _batches_of(
+        self, adata: AnnData | None, indices: Any, batch_size: int | None, dataloader: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        """Minibatches of cells, as scvi-tools' getters make them."""
+        _validate_adata_dataloader_input(self, adata, dataloader)
+        if dataloader is not None:
+            return dataloader
+        adata = self._validate_anndata(adata)
+        return self._make_data_loader(adata=adata, indices=indices, batch_size=batch_size, **kwargs)
+
+    def get_latent_representation(
+        self,
+        adata: AnnData | None = None,
+        indices: Any = None,
+        give_mean: bool = True,
+        mc_samples: int = 5_000,
+        batch_size: int | None = None,
+        return_dist: bool = False,
+        dataloader: Iterator[dict[str, torch.Tensor | None]] | None = None,
+        *,
+        use_posterior_mean: bool = False,
+        **data_loader_kwargs: Any,
+    ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+        """Latents of cells, as LinearSCVI returns them.
+
+        Under ``latent_distribution="ln"`` that is the mean of softmax(u) over ``mc_samples`` random draws, another at each
+        call; ``use_posterior_mean=True`` gives softmax of the mean of u, which is what the rest of this package decodes.
+
+        Parameters
+        ----------
+        adata, indices, give_mean, mc_samples, batch_size, return_dist, dataloader, **data_loader_kwargs
+            As in :meth:`scvi.model.LinearSCVI.get_latent_representation`.
+        use_posterior_mean
+            Whether to return the latent that stands for a cell without sampling. Of no consequence for a normal latent.
+
+        Returns
+        -------
+        Cells x latents, float32, in the network's order; with ``return_dist`` the means and variances (of u under
+        ``"ln"``).
+        """
+        is_deterministic = use_posterior_mean and not return_dist and self.module.latent_distribution == "ln"
+        if is_deterministic and not give_mean:
+            msg = "`use_posterior_mean=True` asks for no sample, `give_mean=False` for one."
+            raise ValueError(msg)
+        with self.module.evaluating():
+            out = super().get_latent_representation(
+                adata,
+                indices,
+                give_mean,
+                mc_samples,
+                batch_size,
+                return_dist or is_deterministic,
+                dataloader,
+                **data_loader_kwargs,
+            )
+        return deterministic_latent(out[0], "ln") if is_deterministic else out
+
+    def get_reconstruction_error(
+        self,
+        adata: AnnData | None = None,
+        indices: Any = None,
+        batch_size: int | None = None,
+        dataloader: Iterator[dict[str, torch.Tensor | None]] | None = None,
+        return_mean: bool = True,
+        data_loader_kwargs: dict | None = None,
+        *,
+        use_posterior_mean: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, torch.Tensor]:
+        """Negative log-likelihood of the counts given the latent, in nats per cell: *lower* is better.
+
+        (The docstring of scvi-tools says the contrary.) By default latent and library are one random draw from each
+        cell's posterior, another at each call; ``use_posterior_mean=True`` takes their posterior means instead and
+        gives the same number each time.
+
+        Parameters
+        ----------
+        adata, indices, batch_size, dataloader, return_mean, data_loader_kwargs, **kwargs
+            As in :meth:`scvi.model.LinearSCVI.get_reconstruction_error`.
+        use_posterior_mean
+            Whether to take posterior means instead of a draw.
+
+        Returns
+        -------
+        ``{"reconstruction_loss": tensor}``: the mean over cells, or shape (cells,).
+        """
+        self._check_has_counts("get_reconstruction_error")
+        if not use_posterior_mean:
+            with self.module.evaluating():
+                return super().get_reconstruction_error(
+                    adata, indices, batch_size, dataloader, return_mean, data_loader_kwargs, **kwargs
+                )
+        if kwargs:
+            msg = f"`use_posterior_mean=True` does not run the network's forward pass, which {sorted(kwargs)} are for."
+            raise TypeError(msg)
+        with stream_cells(self, adata, indices, batch_size, dataloader, data_loader_kwargs) as cells:
+            error_n = np.concatenate([-self._log_likelihood_at_mean(chunk) for chunk in cells.chunks])
+        return {"reconstruction_loss": torch.from_numpy(error_n).mean() if return_mean else torch.from_numpy(error_n)}
+
+    def _log_likelihood_at_mean(self, cells: EncodedCells) -> np.ndarray:
+        decoder = self.get_decoder()
+        z_nk = deterministic_latent(cells.mean.astype(np.float64), decoder.latent_distribution)
+        mu_ng, theta, dropout_ng = self._parameters_given(z_nk, cells, cells.library)
+        return log_likelihood(decoder.likelihood, cells.counts.astype(np.float64), mu_ng, theta, dropout_ng).sum(axis=1)
+
+    def _parameters_given(
+        self, z_nk: np.ndarray, cells: EncodedCells, library: Any
+    ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+        """Mean, dispersion and dropout logits of given latents in the batches of given cells."""
+        decoder = self.get_decoder()
+        batch, label = decoder.batches[cells.batch], None if decoder.labels is None else decoder.labels[cells.label]
+        mu_ng = decoder.rate(z_nk, batch, cells.covariates, library=library)
+        theta = None
+        if decoder.likelihood != "poisson":
+            theta = decoder.theta(batch, len(z_nk), label=label, z_nk=z_nk, covariates=cells.covariates)
+        is_inflated = decoder.likelihood == "zinb"
+        return mu_ng, theta, decoder.dropout_logits(z_nk, batch, cells.covariates) if is_inflated else None
+
+    def get_likelihood_parameters(
+        self,
+        adata: AnnData | None = None,
+        indices: Any = None,
+        n_samples: int | None = 1,
+        give_mean: bool | None = False,
+        batch_size: int | None = None,
+        dataloader: Iterator[dict[str, torch.Tensor | None]] | None = None,
+        **data_loader_kwargs: Any,
+    ) -> dict[str, np.ndarray]:
+        """Parameters of the distribution of the counts, for latents drawn from each cell's posterior.
+
+        Parameters
+        ----------
+        adata, indices, n_samples, give_mean, batch_size, dataloader, **data_loader_kwargs
+            As in :meth:`scvi.model.LinearSCVI.get_likelihood_parameters`. For parameters without sampling, see
+            :meth:`get_decoder`.
+
+        Returns
+        -------
+        ``"mean"``, ``"dispersions"`` (not under ``"poisson"``; standard deviations under ``"normal"``) and, under
+        ``"zinb"``, ``"dropout"``: shape (cells, genes), or (samples, cells, genes).
+        """
+        with self.module.evaluating():
+            if self.module.gene_likelihood in ("nb", "zinb"):
+                return super().get_likelihood_parameters(
+                    adata, indices, n_samples, give_mean, batch_size, dataloader, **data_loader_kwargs
+                )
+            means, deviations = [], []
+            for tensors in self._batches_of(adata, indices, batch_size, dataloader, data_loader_kwargs):
+                px = self._sampled_distribution(tensors, n_samples or 1)
+                means.append(px.mean.cpu().numpy())
+                deviations.append(px.stddev.cpu().numpy())
+        out = {"mean": np.concatenate(means, axis=-2)}
+        if self.module.gene_likelihood == "normal":
+            out["dispersions"] = np.concatenate(deviations, axis=-2)
+        return {k: v.mean(axis=0) for k, v in out.items()} if give_mean and (n_samples or 1) > 1 else out
+
+    @torch.inference_mode()
+    def _sampled_distribution(
+        self, tensors: dict[str, torch.Tensor], n_samples: int, transform_batch: Any = None
+    ) -> Any:
+        _, generative = self.module.forward(
+            tensors,
+            inference_kwargs={"n_samples": n_samples},
+            generative_kwargs={"transform_batch": transform_batch},
+            compute_loss=False,
+        )
+        return generative[MODULE_KEYS.PX_KEY]
+
+    def _get_denoised_samples(
+        self,
+        adata: AnnData | None = None,
+        indices: Any = None,
+        n_samples: int = 25,
+        batch_size: int = 64,
+        rna_size_factor: int = 1000,
+        transform_batch: Any = None,
+        dataloader: Any = None,
+        **data_loader_kwargs: Any,
+    ) -> np.ndarray:
+        """Samples of the rate before the Poisson noise; under a Poisson likelihood that is the decoded expression."""
+        check_one_of("gene_likelihood", self.module.gene_likelihood, ("nb", "zinb", "poisson"))
+        if self.module.gene_likelihood != "poisson" and dataloader is None:
+            return super()._get_denoised_samples(
+                adata, indices, n_samples, batch_size, rna_size_factor, transform_batch, **data_loader_kwargs
+            )
+        samples = []
+        for tensors in self._batches_of(adata, indices, batch_size, dataloader, data_loader_kwargs):
+            px = self._sampled_distribution(tensors, n_samples, transform_batch)
+            rate = rna_size_factor * px.scale
+            if self.module.gene_likelihood != "poisson":
+                theta = px.theta.expand_as(rate)
+                rate = torch.distributions.Gamma(theta, theta / rate).sample()
+            samples.append(rate.cpu().numpy())
+        joined = np.concatenate(samples, axis=-2)
+        return joined if n_samples == 1 else joined.transpose(1, 2, 0)
+
+    def get_feature_correlation_matrix(
+        self,
+        adata: AnnData | None = None,
+        indices: Any = None,
+        n_samples: int = 10,
+        batch_size: int = 64,
+        rna_size_factor: int = 1000,
+        transform_batch: Any = None,
+        correlation_type: Literal["spearman", "pearson"] = "spearman",
+        silent: bool = True,
+        *,
+        dataloader: Any = None,
+    ) -> pd.DataFrame:
+        """Correlation of genes over cells and draws from their posteriors, before Poisson noise.
+
+        Parameters
+        ----------
+        adata, indices, n_samples, batch_size, rna_size_factor, transform_batch, correlation_type, silent
+            As in :meth:`scvi.model.LinearSCVI.get_feature_correlation_matrix`.
+        dataloader
+            Minibatches of cells, instead of ``adata``; each cell is decoded in its own batch.
+
+        Returns
+        -------
+        Genes x genes.
+
+        Raises
+        ------
+        ValueError
+            Under ``gene_likelihood="normal"``, which has no rate before the noise of counting.
+        """
+        check_one_of("gene_likelihood", self.module.gene_likelihood, ("nb", "zinb", "poisson"))
+        check_one_of("correlation_type", correlation_type, ("spearman", "pearson"))
+        with self.module.evaluating():
+            if dataloader is None:
+                return super().get_feature_correlation_matrix(
+                    adata, indices, n_samples, batch_size, rna_size_factor, transform_batch, correlation_type, silent
+                )
+            if adata is not None or indices is not None or transform_batch is not None:
+                msg = "`dataloader` decides on the cells and their batches: leave out `adata`, `indices`, `transform_batch`."
+                raise ValueError(msg)
+            rates = self._get_denoised_samples(
+                n_samples=n_samples, rna_size_factor=rna_size_factor, dataloader=dataloader
+            )
+        flat = rates if n_samples == 1 else rates.transpose(2, 0, 1).reshape(-1, rates.shape[1])
+        matrix = np.corrcoef(flat, rowvar=False) if correlation_type == "pearson" else spearmanr(flat).statistic
+        names = self.get_var_names()
+        return pd.DataFrame(matrix, index=names, columns=names)
