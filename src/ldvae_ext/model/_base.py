@@ -15,7 +15,6 @@ from scvi.data import AnnDataManager
 from scvi.data._constants import _MODEL_NAME_KEY, _SETUP_ARGS_KEY, ADATA_MINIFY_TYPE
 from scvi.data._utils import _get_adata_minify_type
 from scvi.data.fields import (
-    CategoricalJointObsField,
     CategoricalObsField,
     NumericalJointObsField,
     NumericalObsField,
@@ -26,6 +25,7 @@ from scvi.model.base import BaseMinifiedModeModelClass, RNASeqMixin, Unsupervise
 from ldvae_ext._validate import check_positive_int, listed, warn
 from ldvae_ext.model._counts import (
     CountsField,
+    CovariatesField,
     check_categories,
     check_counts,
     check_numbers,
@@ -215,7 +215,7 @@ class LDVAEBase(RNASeqMixin, VAEMixin, UnsupervisedTrainingMixin, BaseMinifiedMo
         if size_factor_key is not None:
             fields.append(NumericalObsField(REGISTRY_KEYS.SIZE_FACTOR_KEY, size_factor_key))
         if categorical:
-            fields.append(CategoricalJointObsField(REGISTRY_KEYS.CAT_COVS_KEY, categorical))
+            fields.append(CovariatesField(REGISTRY_KEYS.CAT_COVS_KEY, categorical))
         if continuous:
             fields.append(NumericalJointObsField(REGISTRY_KEYS.CONT_COVS_KEY, continuous))
         if minify_type is not None:
@@ -227,6 +227,18 @@ class LDVAEBase(RNASeqMixin, VAEMixin, UnsupervisedTrainingMixin, BaseMinifiedMo
             )
             manager.register_fields(adata, **kwargs)
         cls.register_manager(manager)
+
+    def _validate_anndata(self, adata: AnnData | None = None, *args: Any, **kwargs: Any) -> AnnData:
+        """As in scvi-tools, which takes genes in another order for the model's."""
+        if adata is not None and adata is not self.adata:
+            own, given = np.asarray(self.get_var_names()).astype(str), np.asarray(adata.var_names).astype(str)
+            if len(own) == len(given) and (own != given).any() and set(own) == set(given):
+                msg = (
+                    "`adata` has the model's genes in another order, and this method reads them by position; "
+                    "`adata[:, model.get_var_names()]` has them in the model's."
+                )
+                raise ValueError(msg)
+        return super()._validate_anndata(adata, *args, **kwargs)
 
     def _check_has_counts(self, method: str) -> None:
         if self.minified_data_type == ADATA_MINIFY_TYPE.LATENT_POSTERIOR:

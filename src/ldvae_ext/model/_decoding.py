@@ -18,6 +18,7 @@ from ldvae_ext.model._base import LDVAEBase
 from ldvae_ext.model._bridge import EncodedCells, linear_decoder
 from ldvae_ext.model._cells import stream_cells
 from ldvae_ext.model._registry import covariates_of, level_names
+from ldvae_ext.model._tasks import quiet
 
 
 class DecodingMixin(LDVAEBase):
@@ -137,8 +138,11 @@ class DecodingMixin(LDVAEBase):
         ValueError
             If ``use_posterior_mean`` comes with several samples or with weights, or a gene is unknown to the model.
         """
+        if weights == "importance" and self.module.gene_likelihood == "normal":
+            msg = "`weights='importance'` weighs by the likelihood of counts; `gene_likelihood='normal'` has none."
+            raise ValueError(msg)
         if not use_posterior_mean:
-            with self.module.evaluating():
+            with self.module.evaluating(), quiet(indices, None if dataloader is None else batch_size):
                 out = super().get_normalized_expression(
                     adata,
                     indices,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any, Literal
 
@@ -30,10 +32,19 @@ def _stock(method: Callable[..., Any], *, needs_counts: bool = False) -> Callabl
     def run(self: LDVAEBase, *args: Any, **kwargs: Any) -> Any:
         if needs_counts:
             self._check_has_counts(method.__name__)
-        with self.module.evaluating():
+        with self.module.evaluating(), quiet(kwargs.get("indices"), kwargs.get("batch_size")):
             return method(self, *args, **kwargs)
 
     return run
+
+
+@contextmanager
+def quiet(*given: Any) -> Iterator[None]:
+    """Without scvi-tools' word on arguments beside a data loader, which it also says of its own defaults."""
+    with warnings.catch_warnings():
+        if all(value is None for value in given):
+            warnings.filterwarnings("ignore", "Using .* after custom Dataloader", UserWarning)
+        yield
 
 
 class TasksMixin(LDVAEBase):
@@ -90,7 +101,7 @@ class TasksMixin(LDVAEBase):
         if is_deterministic and not give_mean:
             msg = "`use_posterior_mean=True` asks for no sample, `give_mean=False` for one."
             raise ValueError(msg)
-        with self.module.evaluating():
+        with self.module.evaluating(), quiet(indices, None if dataloader is None else batch_size):
             out = super().get_latent_representation(
                 adata,
                 indices,
@@ -187,7 +198,7 @@ class TasksMixin(LDVAEBase):
         ``"mean"``, ``"dispersions"`` (not under ``"poisson"``; standard deviations under ``"normal"``) and, under
         ``"zinb"``, ``"dropout"``: shape (cells, genes), or (samples, cells, genes).
         """
-        with self.module.evaluating():
+        with self.module.evaluating(), quiet(indices, None if dataloader is None else batch_size):
             if self.module.gene_likelihood in ("nb", "zinb"):
                 return super().get_likelihood_parameters(
                     adata, indices, n_samples, give_mean, batch_size, dataloader, **data_loader_kwargs
@@ -226,7 +237,6 @@ class TasksMixin(LDVAEBase):
         **data_loader_kwargs: Any,
     ) -> np.ndarray:
         """Samples of the rate before the Poisson noise; under a Poisson likelihood that is the decoded expression."""
-        check_one_of("gene_likelihood", self.module.gene_likelihood, ("nb", "zinb", "poisson"))
         if self.module.gene_likelihood != "poisson" and dataloader is None:
             return super()._get_denoised_samples(
                 adata, indices, n_samples, batch_size, rna_size_factor, transform_batch, **data_loader_kwargs
@@ -273,7 +283,9 @@ class TasksMixin(LDVAEBase):
         ValueError
             Under ``gene_likelihood="normal"``, which has no rate before the noise of counting.
         """
-        check_one_of("gene_likelihood", self.module.gene_likelihood, ("nb", "zinb", "poisson"))
+        if self.module.gene_likelihood == "normal":
+            msg = "The correlation is of rates before the noise of counting; `gene_likelihood='normal'` counts nothing."
+            raise ValueError(msg)
         check_one_of("correlation_type", correlation_type, ("spearman", "pearson"))
         with self.module.evaluating():
             if dataloader is None:

@@ -15,7 +15,7 @@ from ldvae_ext.core import log_likelihood
 from ldvae_ext.core.importance import importance_weights, latent_log_density
 from ldvae_ext.model._bridge import EncodedCells
 from ldvae_ext.model._cells import stream_cells
-from ldvae_ext.model._tasks import TasksMixin
+from ldvae_ext.model._tasks import TasksMixin, quiet
 
 
 class WeightsMixin(TasksMixin):
@@ -37,8 +37,8 @@ class WeightsMixin(TasksMixin):
         """Importance weights of latents for a group of cells.
 
         scvi-tools' own for a normal latent, a negative binomial and the softmax. For a logistic-normal latent the densities
-        are those of z on the simplex (scvi-tools takes the density of u at z); for Poisson, normal and size factors, which
-        scvi-tools cannot weigh, the likelihood is the model's.
+        are those of z on the simplex (scvi-tools takes the density of u at z); for Poisson and size factors, which scvi-tools
+        cannot weigh, the likelihood is the model's.
 
         Parameters
         ----------
@@ -148,7 +148,7 @@ class WeightsMixin(TasksMixin):
         None: cells x samples are written to ``adata.obsm["da_log_probs"]``, or to that of ``adata_sub``; with ``dataloader``
         they are returned.
         """
-        with self.module.evaluating():
+        with self.module.evaluating(), quiet():
             if self.module.latent_distribution != "ln" or (adata is None and self.adata is None):
                 return super().differential_abundance(
                     adata, adata_sub, sample_key, batch_size, num_cells_posterior, dof, dataloader

@@ -62,7 +62,7 @@ def order_latents(
     Raises
     ------
     TypeError
-        If ``model`` is no such model, or its posterior no such Gaussian.
+        If ``model`` is no such model, its posterior no such Gaussian, or ``adata`` no AnnData or MuData.
     RuntimeError
         If the model has not been trained.
     ValueError
@@ -89,6 +89,9 @@ def order_latents(
     if target is None:
         msg = "This model has no data of its own: give `adata`."
         raise ValueError(msg)
+    if not isinstance(target, (AnnData, MuData)):
+        msg = f"`adata` must be an AnnData or a MuData; got {type(target).__name__}."
+        raise TypeError(msg)
     model._check_if_trained(warn=False)
     _check_free(target, keys)
     if target.n_obs == 0:
@@ -124,10 +127,8 @@ def order_latents(
 def _check_model(model: Any) -> None:
     """Raise unless ``model`` is one that can give the mean and variance of each cell's posterior."""
     getter = getattr(model, "get_latent_representation", None)
-    able = (
-        isinstance(model, BaseModelClass) and "return_dist" in inspect.signature(getter).parameters if getter else False
-    )
-    if not able:
+    arguments = () if getter is None else inspect.signature(getter).parameters
+    if not isinstance(model, BaseModelClass) or "return_dist" not in arguments:
         given = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
         msg = (
             "`model` must be a trained scvi-tools model whose `get_latent_representation` has `return_dist`, as SCVI, SCANVI, "
