@@ -20,7 +20,7 @@ from scvi.data.fields import (
     NumericalObsField,
 )
 from scvi.model import LinearSCVI
-from scvi.model.base import BaseMinifiedModeModelClass, RNASeqMixin, UnsupervisedTrainingMixin, VAEMixin
+from scvi.model.base import BaseMinifiedModeModelClass, EmbeddingMixin, RNASeqMixin, UnsupervisedTrainingMixin, VAEMixin
 
 from ldvae_ext._validate import check_positive_int, listed, warn
 from ldvae_ext.model._counts import (
@@ -35,12 +35,12 @@ from ldvae_ext.model._counts import (
     mean_expression,
 )
 from ldvae_ext.model._datamodule import start_of
-from ldvae_ext.model._registry import SETUP_ARGUMENTS, covariates_of, has_size_factors
+from ldvae_ext.model._registry import EMPTY_REGISTRY, SETUP_ARGUMENTS, covariates_of, has_size_factors, registry_of
 from ldvae_ext.module import LDVAEModule
 from ldvae_ext.module._options import batch_norm_where
 
 
-class LDVAEBase(RNASeqMixin, VAEMixin, UnsupervisedTrainingMixin, BaseMinifiedModeModelClass):
+class LDVAEBase(EmbeddingMixin, RNASeqMixin, VAEMixin, UnsupervisedTrainingMixin, BaseMinifiedModeModelClass):
     """What every part of LDVAE builds on: scvi-tools' base classes, put together as in LinearSCVI."""
 
     module: LDVAEModule
@@ -65,8 +65,11 @@ class LDVAEBase(RNASeqMixin, VAEMixin, UnsupervisedTrainingMixin, BaseMinifiedMo
     ) -> None:
         check_positive_int("n_latent", n_latent)
         datamodule = model_kwargs.pop("datamodule", None)
-        if datamodule is not None and adata is None and registry is None:
-            registry = datamodule.registry
+        if adata is None and registry is None:
+            if datamodule is None:
+                self._await_datamodule(locals())
+                return
+            registry = registry_of(datamodule)
         from_linear_scvi = registry is not None and registry.get(_MODEL_NAME_KEY) == LinearSCVI.__name__
         if from_linear_scvi and "use_batch_norm" in model_kwargs:
             # There any string is taken for True.
@@ -113,6 +116,30 @@ class LDVAEBase(RNASeqMixin, VAEMixin, UnsupervisedTrainingMixin, BaseMinifiedMo
         self.n_latent = n_latent
         self.init_params_ = self._get_init_params(locals())
 
+    def _await_datamodule(self, arguments: dict[str, Any]) -> None:
+        """As SCVI without data: the network is built by ``train(datamodule=...)``."""
+        super().__init__(None, EMPTY_REGISTRY)
+        self._module_init_on_train, self.module = True, None  # type: ignore[assignment]
+        self.init_params_ = self._get_init_params(arguments)
+        self._model_summary_string = "LDVAE model without data; its network is built by `train(datamodule=...)`."
+        warn("Without `adata` the network is built when `train(datamodule=...)` brings cells.")
+
+    def _start_from(self, datamodule: Any) -> None:
+        """Network, prior of the log library, and start of the intercept, from the cells of a data module."""
+        if self.module is None:
+            saved = self.init_params_
+            arguments: dict[str, Any] = {**saved["non_kwargs"], **saved["kwargs"]["model_kwargs"]}
+            type(self).__init__(self, datamodule=datamodule, **arguments)
+            return
+        wants_intercept = self.module.bias == "auto"
+        if not self._has_start and (wants_intercept or not self.module.use_observed_lib_size):
+            start = start_of(datamodule, self.summary_stats.n_batch)
+            if not self.module.use_observed_lib_size:
+                self.module.set_library_prior(start.log_means, start.log_variances)
+            if wants_intercept:
+                self.module.start_intercept(torch.from_numpy(start.mean_expression))
+        self._has_start = True
+
     def _library_prior(self, n_batch: int, observed: bool) -> tuple[np.ndarray | None, np.ndarray | None]:
         """Prior of the log library; a placeholder where there are no counts to compute it from."""
         if observed:
@@ -122,17 +149,6 @@ class LDVAEBase(RNASeqMixin, VAEMixin, UnsupervisedTrainingMixin, BaseMinifiedMo
             return library_prior(None, None, n_batch)
         batch_n = manager.get_from_registry(REGISTRY_KEYS.BATCH_KEY).ravel()
         return library_prior(manager.get_from_registry(REGISTRY_KEYS.X_KEY), batch_n, n_batch)
-
-    def _start_from(self, datamodule: Any) -> None:
-        """Prior of the log library, and start of the intercept, from the cells of a data module."""
-        wants_intercept = self.module.bias == "auto"
-        if not self._has_start and (wants_intercept or not self.module.use_observed_lib_size):
-            start = start_of(datamodule, self.summary_stats.n_batch)
-            if not self.module.use_observed_lib_size:
-                self.module.set_library_prior(start.log_means, start.log_variances)
-            if wants_intercept:
-                self.module.start_intercept(torch.from_numpy(start.mean_expression))
-        self._has_start = True
 
     def _mean_expression(self) -> np.ndarray:
         """Each gene's share of all counts, or mean counts per size factor; at least that of half a count, shape (genes,)."""

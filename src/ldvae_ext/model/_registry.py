@@ -17,6 +17,32 @@ if TYPE_CHECKING:
 SETUP_ARGUMENTS = ("size_factor_key", "categorical_covariate_keys", "continuous_covariate_keys")
 
 
+EMPTY_REGISTRY: dict[str, Any] = {"field_registries": {}, "setup_args": {}}
+
+
+def registry_of(datamodule: Any) -> dict[str, Any]:
+    """Registry of a data module; one with numbers for names if it only says how many there are."""
+    given = getattr(datamodule, "registry", None)
+    if given is not None:
+        return given
+    sizes = {key: int(getattr(datamodule, key, 1)) for key in ("n_batch", "n_labels")}
+    genes = np.array([str(i) for i in range(datamodule.n_vars)])
+    fields: dict[str, Any] = {
+        REGISTRY_KEYS.X_KEY: {
+            "data_registry": {"attr_name": "X", "attr_key": None},
+            "state_registry": {"n_vars": len(genes), "column_names": genes},
+            "summary_stats": {"n_vars": len(genes)},
+        }
+    }
+    for key, size in zip((REGISTRY_KEYS.BATCH_KEY, REGISTRY_KEYS.LABELS_KEY), sizes, strict=True):
+        fields[key] = {
+            "data_registry": {"attr_name": "obs", "attr_key": f"_scvi_{key}"},
+            "state_registry": {"categorical_mapping": np.arange(sizes[size]), "original_key": None},
+            "summary_stats": {size: sizes[size]},
+        }
+    return {"setup_method_name": "setup_datamodule", "setup_args": {"layer": None}, "field_registries": fields}
+
+
 def state_of(registry: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     """State registry of a field; empty if there is none."""
     return registry["field_registries"].get(key, {}).get("state_registry") or {}
@@ -50,7 +76,7 @@ def known_levels(model: LDVAEBase) -> dict[str, tuple[str, np.ndarray]]:
     """Argument and levels of each categorical column that unseen cells must have, by column."""
     known = {}
     for argument, field in (("batch_key", REGISTRY_KEYS.BATCH_KEY), ("labels_key", REGISTRY_KEYS.LABELS_KEY)):
-        key = model.get_setup_arg(argument)
+        key = model.registry["setup_args"].get(argument)
         if key is not None:
             known[key] = (argument, level_names(model.registry, field))
     for covariate in covariates_of(model.registry):

@@ -67,6 +67,10 @@ class TrainingMixin(LDVAEBase):
         ValueError
             If ``kl_warmup`` comes together with a warm-up in ``plan_kwargs``.
         """
+        if datamodule is None and self.adata is None:
+            msg = "This model has no AnnData to train on: give `datamodule`."
+            raise ValueError(msg)
+        max_epochs = self._n_epochs(max_epochs, datamodule)
         plan_kwargs = merge_kwargs(plan_config, plan_kwargs, name="plan")
         if kl_warmup is not None:
             given = [name for name in ("n_epochs_kl_warmup", "n_steps_kl_warmup") if name in plan_kwargs]
@@ -75,7 +79,7 @@ class TrainingMixin(LDVAEBase):
                 raise ValueError(msg)
             if isinstance(kl_warmup, str):
                 check_one_of("kl_warmup", kl_warmup, ("auto",))
-                kl_warmup = max(1, self._n_epochs(max_epochs, datamodule) // 2)
+                kl_warmup = max(1, max_epochs // 2)
             check_positive_int("kl_warmup", kl_warmup)
             plan_kwargs["n_epochs_kl_warmup"] = int(kl_warmup)
         if datamodule is not None and not self.is_trained_:
@@ -105,7 +109,7 @@ class TrainingMixin(LDVAEBase):
         cells = self.adata if datamodule is None else datamodule
         n_obs = getattr(cells, "n_obs", None)
         if n_obs is None:
-            msg = "`max_epochs` is needed, since there is neither an AnnData nor a `datamodule` with `n_obs`."
+            msg = "`max_epochs` is needed, since `datamodule` has no `n_obs`."
             raise ValueError(msg)
         return get_max_epochs_heuristic(n_obs)
 
