@@ -67,3 +67,11 @@ def test_bad_sizes_are_named():
         datasets.simulate(10, 0)
     with pytest.raises(ValueError, match="`likelihood` must be one of 'nb', 'zinb', 'poisson'; got 'normal'"):
         datasets.simulate(likelihood="normal")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("theta", 0), ("dropout", 0), ("dropout", 1.0), ("median_library", np.inf)]
+)
+def test_simulation_says_which_number_is_none(name, value):
+    with pytest.raises(ValueError, match=f"`{name}` must be above 0"):
+        datasets.simulate(likelihood="zinb", **{name: value})

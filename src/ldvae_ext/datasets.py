@@ -12,7 +12,6 @@ from scipy import sparse
 from ldvae_ext._keys import SIMULATED_LATENT
 from ldvae_ext._validate import check_one_of, check_positive_int
 from ldvae_ext.core import LinearDecoder
-from ldvae_ext.core.decoder import LIKELIHOODS
 
 __all__ = ["pbmc68k", "simulate"]
 
@@ -96,7 +95,15 @@ def simulate(
     """
     for name, value in (("n_cells", n_cells), ("n_genes", n_genes), ("n_latent", n_latent), ("n_batches", n_batches)):
         check_positive_int(name, value)
-    check_one_of("likelihood", likelihood, LIKELIHOODS)
+    check_one_of("likelihood", likelihood, ("nb", "zinb", "poisson"))
+    for name, value, most in (
+        ("theta", theta, np.inf),
+        ("median_library", median_library, np.inf),
+        ("dropout", dropout, 1),
+    ):
+        if not 0 < value < most:
+            msg = f"`{name}` must be above 0{' and below 1' if most == 1 else ' and finite'}; got {value!r}."
+            raise ValueError(msg)
     rng = np.random.default_rng(seed)
     n_program = max(1, n_genes // 10)
     weight_gk = np.zeros((n_genes, n_latent))

@@ -10,7 +10,7 @@ from scvi.model import LinearSCVI
 
 from ldvae_ext.model import LDVAE
 from ldvae_ext.model import _counts as module_under_test
-from tests.helpers import TRAIN, counts
+from tests.helpers import TRAIN, counts, untrained
 
 
 def with_value(value, *, layer=None, form=sparse.csr_matrix):
@@ -115,3 +115,26 @@ def test_a_number_of_latents_that_is_none(n_latent):
     LDVAE.setup_anndata(adata)
     with pytest.raises(ValueError, match="`n_latent` must be an integer of at least 1; got"):
         LDVAE(adata, n_latent=n_latent)
+
+
+def test_cells_are_chosen_by_position_or_mask():
+    model = untrained(counts())
+    for indices in (["cell1", "cell2"], [0.0, 1.0]):
+        with pytest.raises(TypeError, match=r"`indices` must be positions .* or a mask"):
+            model.get_latent_kl(indices=indices)
+    assert model.get_latent_kl(indices=[]).shape == (0, 4)
+
+
+def test_cells_keep_their_names():
+    model = untrained(counts())
+    with pytest.raises(ValueError, match="in another order than their names"):
+        model.get_normalized_expression(use_posterior_mean=True, data_loader_kwargs={"shuffle": True})
+
+
+def test_genes_in_another_order_are_not_read_by_position():
+    adata = counts()
+    model = untrained(adata)
+    turned = adata[:, ::-1].copy()
+    with pytest.raises(ValueError, match="genes in another order"):
+        model.get_elbo(turned)
+    np.testing.assert_array_equal(model.get_latent_kl(turned), model.get_latent_kl())

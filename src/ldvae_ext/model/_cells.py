@@ -39,6 +39,9 @@ def cell_positions(indices: Any, n_cells: int) -> np.ndarray:
             msg = f"`indices` as a mask must have one value for each of {n_cells} cells; got shape {indices.shape}."
             raise ValueError(msg)
         return np.flatnonzero(indices)
+    if not np.issubdtype(indices.dtype, np.integer) and indices.size:
+        msg = f"`indices` must be positions (integers) or a mask (bool) of {n_cells} cells; got {indices.dtype} such as {indices.flat[0]!r}."
+        raise TypeError(msg)
     return indices.ravel().astype(np.int64)
 
 
@@ -73,6 +76,9 @@ def stream_cells(
         length = len(dataloader) if hasattr(dataloader, "__len__") else None
         yield CellStream(None, encode(model.module, dataloader, covariates), length)
         return
+    if (data_loader_kwargs or {}).get("shuffle"):
+        msg = "`data_loader_kwargs={'shuffle': True}` would return cells in another order than their names."
+        raise ValueError(msg)
     with readable_cells(model, adata) as cells:
         positions = cell_positions(indices, cells.n_obs)
         # A generator of its own, since a torch data loader draws a seed from the global one even if it does not shuffle.
