@@ -57,9 +57,17 @@ def counts(n_cells: int = 60, n_genes: int = 20, n_batches: int = 1, seed: int =
     )
 
 
-def untrained(adata: ad.AnnData, n_latent: int = 4, *, cls: type = LDVAE, seed: int = 0, **kwargs: Any) -> Any:
+def untrained(
+    adata: ad.AnnData,
+    n_latent: int = 4,
+    *,
+    cls: type = LDVAE,
+    seed: int = 0,
+    setup: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> Any:
     """A model with random parameters *and* random batch-norm statistics, in evaluation mode."""
-    cls.setup_anndata(adata, batch_key="batch")
+    cls.setup_anndata(adata, **{"batch_key": "batch", **(setup or {})})
     scvi.settings.seed = seed
     model = cls(adata, n_latent=n_latent, **kwargs)
     generator = torch.Generator().manual_seed(seed)

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ldvae_ext.core import LinearDecoder, ablation_effects, log_likelihood
+from tests.core.decoders import cells, full_decoder
 
 
 @st.composite
@@ -116,3 +117,39 @@ def test_effects_do_not_depend_on_how_cells_are_cut_into_chunks(likelihood):
         for s in (slice(0, 1), slice(1, 40), slice(40, 64))
     ]
     np.testing.assert_allclose(np.concatenate(pieces), whole, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("link", ["softmax", "softplus"])
+@pytest.mark.parametrize("latent", ["normal", "ln"])
+@pytest.mark.parametrize("dispersion", ["gene", "gene-batch", "gene-label", "gene-cell"])
+@pytest.mark.parametrize("likelihood", ["nb", "zinb", "poisson", "normal"])
+def test_effects_with_covariates_labels_and_links_equal_the_definition(link, latent, dispersion, likelihood):
+    """Two whole likelihoods subtracted, with the dispersion and dropout of the unablated cell in both."""
+    decoder = full_decoder(link=link, latent_distribution=latent, dispersion=dispersion, likelihood=likelihood)
+    rng, c = np.random.default_rng(3), cells(decoder)
+    mean, library, value = rng.normal(size=(7, 3)), rng.gamma(2.0, 5.0, 7), np.array([0.0, 0.4, -1.0])
+    x = rng.poisson(3.0, (7, 9)).astype(float)
+
+    def z_of(u):
+        return np.exp(u) / np.exp(u).sum(axis=1, keepdims=True) if latent == "ln" else u
+
+    where = {"batch": c["batch"], "covariates": c["covariates"]}
+    theta = dropout = None
+    if likelihood != "poisson":
+        theta = decoder.theta(**where, n_cells=7, label=c["label"], z_nk=z_of(mean))
+    if likelihood == "zinb":
+        dropout = decoder.dropout_logits(z_of(mean), **where)
+
+    def nll(u):
+        rate = decoder.rate(z_of(u), **where, library=library)
+        return -log_likelihood(likelihood, x, rate, theta, dropout).sum(axis=1)
+
+    got = ablation_effects(
+        decoder, x, mean, library, c["batch"], value, [2, 0], covariates=c["covariates"], label=c["label"]
+    )
+    for column, k in enumerate([2, 0]):
+        moved = mean.copy()
+        moved[:, k] = value[k]
+        np.testing.assert_allclose(got[:, column], nll(moved) - nll(mean), rtol=1e-8, atol=1e-8)
+    with pytest.raises(ValueError, match="missing 'age'"):
+        ablation_effects(decoder, x, mean, library, c["batch"], value, [0], label=c["label"])

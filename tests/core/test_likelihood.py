@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from scvi.distributions import NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
+from scvi.distributions import NegativeBinomial, Normal, Poisson, ZeroInflatedNegativeBinomial
 
 from ldvae_ext.core import log_likelihood
 from ldvae_ext.core.likelihood import mean_dependent_part
@@ -61,3 +61,13 @@ def test_mean_dependent_part_differs_from_the_likelihood_by_what_the_mean_does_n
 def test_unknown_likelihood_is_an_error(values):
     with pytest.raises(ValueError, match="'nb', 'zinb', 'poisson' or 'normal'; got 'beta'"):
         log_likelihood("beta", values["x"], values["mu"], values["theta"])
+
+
+def test_normal_is_that_of_scipy_and_of_scvi_tools(values):
+    x, mu, sd = values["x"] - 3.5, values["mu"], values["theta"]
+    got = log_likelihood("normal", x, mu, sd)
+    np.testing.assert_allclose(got, stats.norm.logpdf(x, mu, sd), rtol=1e-10, atol=1e-10)
+    expected = Normal(torch.as_tensor(mu), torch.as_tensor(sd)).log_prob(torch.as_tensor(x)).numpy()
+    np.testing.assert_allclose(got, expected, rtol=1e-10, atol=1e-10)
+    by_parts = mean_dependent_part("normal", x, mu + 1, sd) - mean_dependent_part("normal", x, mu, sd)
+    np.testing.assert_allclose(by_parts, log_likelihood("normal", x, mu + 1, sd) - got, rtol=1e-9, atol=1e-9)

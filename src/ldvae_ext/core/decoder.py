@@ -209,7 +209,10 @@ class LinearDecoder(FromArrays):
         logits_ng
             Shape (cells, genes).
         """
-        return softmax(logits_ng, axis=1) if self.link == "softmax" else np.logaddexp(0.0, logits_ng)
+        if self.link == "softmax":
+            return softmax(logits_ng, axis=1)
+        # torch's softplus, which is the identity beyond 20.
+        return np.where(logits_ng > 20.0, logits_ng, np.logaddexp(0.0, logits_ng))
 
     def scale(self, z_nk: Any, batch: Any = None, covariates: Any = None) -> np.ndarray:
         """Share of each gene in a cell's expression: the softmax of :meth:`logits` (softplus with size factors).

@@ -10,6 +10,9 @@ from scvi.nn import FCLayers
 
 from ldvae_ext.model._tasks import TasksMixin
 
+# Of scvi-tools' layers; that of a frozen one is set to 0, after it has moved.
+_MOMENTUM = 0.01
+
 
 class BatchNormMixin(TasksMixin):
     """What batch norm's running statistics are worth after a short training."""
@@ -24,7 +27,7 @@ class BatchNormMixin(TasksMixin):
         batch_norm = self.module.decoder.factor_regressor.fc_layers[0][1]
         if batch_norm is None:
             return 0.0
-        return float((1 - batch_norm.momentum) ** int(batch_norm.num_batches_tracked))
+        return float((1 - _MOMENTUM) ** int(batch_norm.num_batches_tracked))
 
     def recalibrate_batch_norm(
         self,

@@ -11,12 +11,14 @@ from scvi.data._constants import _SETUP_ARGS_KEY
 from scvi.model import LinearSCVI
 
 from ldvae_ext.model._ablation import AblationMixin
+from ldvae_ext.model._batch_norm import BatchNormMixin
 from ldvae_ext.model._export import ExportMixin
 from ldvae_ext.model._minified import MinifiedMixin
+from ldvae_ext.model._query import QueryMixin
 from ldvae_ext.model._weights import WeightsMixin
 
 
-class LDVAE(AblationMixin, ExportMixin, MinifiedMixin, WeightsMixin):
+class LDVAE(AblationMixin, ExportMixin, BatchNormMixin, MinifiedMixin, WeightsMixin, QueryMixin):
     """Linearly decoded VAE (Svensson et al. 2020, 10.1093/bioinformatics/btaa169), to be read.
 
     A drop-in replacement for :class:`scvi.model.LinearSCVI`: same arguments, order and defaults, same network, same
@@ -97,6 +99,7 @@ class LDVAE(AblationMixin, ExportMixin, MinifiedMixin, WeightsMixin):
         if datamodule is not None:
             # scvi-tools would build the network anew, from those of its options that the class spells out alone.
             model._datamodule = datamodule
+        model._freeze_reference()
         return model
 
     @classmethod
@@ -128,4 +131,5 @@ class LDVAE(AblationMixin, ExportMixin, MinifiedMixin, WeightsMixin):
         for name, value in model._get_user_attributes():
             if name.endswith("_") and name not in ("registry_", "init_params_"):
                 setattr(new, name, deepcopy(value))
+        new._freeze_reference()
         return new

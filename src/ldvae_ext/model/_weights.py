@@ -36,9 +36,9 @@ class WeightsMixin(TasksMixin):
     ) -> np.ndarray:
         """Importance weights of latents for a group of cells.
 
-        scvi-tools' own for a normal latent, a negative binomial and the softmax. For a logistic-normal latent the densities
-        are those of z on the simplex (scvi-tools takes the density of u at z); for Poisson and size factors, which scvi-tools
-        cannot weigh, the likelihood is the model's.
+        scvi-tools' own for a normal latent, a negative binomial and the softmax, unless they are truncated. For a
+        logistic-normal latent the densities are those of z on the simplex (scvi-tools takes the density of u at z); for Poisson
+        and size factors, which scvi-tools cannot weigh, the likelihood is the model's.
 
         Parameters
         ----------
@@ -50,7 +50,7 @@ class WeightsMixin(TasksMixin):
         max_cells
             Number of anchor cells at most.
         truncation
-            Whether weights above their mean are cut to it (Ionides 2008).
+            Whether weights above their mean are cut to it (Ionides 2008). (scvi-tools raises those below the mean to it.)
         n_mc_samples, n_mc_samples_per_pass
             For the anchors' marginal likelihood.
         **data_loader_kwargs
@@ -62,7 +62,7 @@ class WeightsMixin(TasksMixin):
         """
         module, indices = self.module, np.asarray(indices)
         is_negative_binomial = module.gene_likelihood in ("nb", "zinb") and not module.use_size_factor_key
-        if is_negative_binomial and module.latent_distribution == "normal":
+        if is_negative_binomial and module.latent_distribution == "normal" and not truncation:
             return super().get_importance_weights(
                 adata,
                 indices,

@@ -19,6 +19,7 @@ from torch.nn.functional import linear, one_hot
 
 from ldvae_ext.module._decoder import LinearDecoderLayer
 from ldvae_ext.module._options import batch_norm_where, check_options, layer_norm_in_encoder
+from ldvae_ext.module._query import QueryModule
 
 
 class CellPosterior(NamedTuple):
@@ -32,7 +33,7 @@ class CellPosterior(NamedTuple):
     """Log of the library size: size factor, observed, or the posterior mean of the log library; shape (cells,)."""
 
 
-class LDVAEModule(ScviLDVAE):
+class LDVAEModule(QueryModule, ScviLDVAE):
     """The network of the linearly decoded VAE: ``scvi.module.LDVAE`` with every option of ``scvi.module.VAE``.
 
     With the options that LinearSCVI has it is the same network: same parameters under the same names, same random draws.

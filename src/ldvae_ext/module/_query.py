@@ -32,13 +32,18 @@ class Freezing(NamedTuple):
     freeze_library_encoder: bool = True
 
 
-class QueryModule(torch.nn.Module):
-    """A network of which parts may be frozen."""
+class QueryModule:
+    """What a network needs of which parts may be frozen; stands before the network's class."""
 
     learnable: dict[str, torch.Tensor] | None = None
     """Which entries of each parameter may change in training; None if all of them, as in a model that is no query."""
 
-    def train(self, mode: bool = True) -> QueryModule:
+    @property
+    def can_learn(self) -> bool:
+        """Whether training could change anything."""
+        return self.learnable is None or any(mask.any() for mask in self.learnable.values())
+
+    def train(self: Any, mode: bool = True) -> Any:
         """Set training or evaluation mode; frozen batch norms, known by their momentum of 0, stay in evaluation mode.
 
         Parameters
@@ -46,7 +51,7 @@ class QueryModule(torch.nn.Module):
         mode
             Whether to train.
         """
-        super().train(mode)
+        super().train(mode)  # type: ignore[misc]
         for layer in self.modules():
             if isinstance(layer, torch.nn.BatchNorm1d) and layer.momentum == 0:
                 layer.training = False
@@ -72,8 +77,8 @@ class QueryTrainingPlan(TrainingPlan):
         If nothing is left to learn.
     """
 
-    def __init__(self, module: QueryModule, **kwargs: Any) -> None:
-        if module.learnable is not None and not any(mask.any() for mask in module.learnable.values()):
+    def __init__(self, module: Any, **kwargs: Any) -> None:
+        if not module.can_learn:
             msg = (
                 "Nothing is left to learn: the reference knows all batches and levels of the query, and everything else is "
                 "frozen. The model can be used as it is; to train it, load the query with `unfrozen=True`, or with one of "
@@ -82,8 +87,16 @@ class QueryTrainingPlan(TrainingPlan):
             raise ValueError(msg)
         super().__init__(module, **kwargs)
 
-    def on_train_start(self) -> None:
+    def on_fit_start(self) -> None:
         """Training mode, which a network out of ``load_query_data`` or ``load`` is not in and lightning does not set."""
+        super().on_fit_start()
+        if self.module.learnable is not None:
+            # All layers, for now: lightning would warn of those in evaluation mode.
+            for layer in self.module.modules():
+                layer.training = True
+
+    def on_train_start(self) -> None:
+        """Training mode for what learns, evaluation mode for frozen batch norms."""
         super().on_train_start()
         if self.module.learnable is not None:
             self.module.train()
@@ -95,7 +108,7 @@ class QueryTrainingPlan(TrainingPlan):
         # torch.compile puts a prefix before the names.
         parameters = {name.removeprefix("_orig_mod."): value for name, value in self.module.named_parameters()}
         kept = [
-            (parameters[name], mask, parameters[name].detach().clone())
+            (parameters[name], mask.to(parameters[name].device), parameters[name].detach().clone())
             for name, mask in learnable.items()
             if parameters[name].requires_grad and not mask.all()
         ]
@@ -107,7 +120,7 @@ class QueryTrainingPlan(TrainingPlan):
 @torch.no_grad()
 def _restore(kept: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], *_of_hook: Any) -> None:
     for value, mask, reference in kept:
-        value.copy_(torch.where(mask.to(value.device), value, reference.to(value.device)))
+        value.copy_(torch.where(mask, value, reference))
 
 
 def _linears(module: torch.nn.Module) -> Iterator[tuple[str, FCLayers, int]]:
@@ -195,7 +208,7 @@ def take_over(module: Any, state: dict[str, torch.Tensor], reference: Levels, *,
         old, new = (_category_levels(module, each, layers, i) for each in (reference, levels))
         state[f"{name}.weight"] = _widened(state[f"{name}.weight"], old, new)
     n_new = levels.n_batch - reference.n_batch
-    if module.px_r.ndim > 1:
+    if module.dispersion in ("gene-batch", "gene-label"):
         state["px_r"] = _extended(state["px_r"], module.px_r.shape[1] - state["px_r"].shape[1], dim=1)
     if _embedding_name() in state:
         state[_embedding_name()] = _extended(state[_embedding_name()], n_new, dim=0)
@@ -273,7 +286,7 @@ def _masks(module: Any, reference: Levels, options: Freezing) -> dict[str, torch
         name = f"{name}.weight"
         old, new = (_category_levels(module, each, layers, i) for each in (reference, levels))
         masks[name] = masks[name] | _new_columns(masks[name], old, new)
-    if module.px_r.ndim > 1:
+    if module.dispersion in ("gene-batch", "gene-label"):
         n_known = reference.n_labels if module.dispersion == "gene-label" else reference.n_batch
         masks["px_r"][:, n_known:] = True
     if _embedding_name() in masks:
@@ -283,15 +296,14 @@ def _masks(module: Any, reference: Levels, options: Freezing) -> dict[str, torch
 
 def _learns(name: str, options: Freezing) -> bool:
     """Whether a parameter learns also where it belongs to what the reference knows."""
-    part, *_, layer, _ = ["", *name.split(".")][-4:] if "." not in name else name.split(".")
     if options.unfrozen:
         return True
-    if part == "l_encoder":
+    if name.startswith("l_encoder."):
         return not options.freeze_library_encoder
     if "fc_layers" not in name:
         return False
-    if layer == "1":
+    if name.split(".")[-2] == "1":
         return not _is_frozen_norm(name, options)
-    if part == "decoder":
+    if name.startswith("decoder."):
         return not options.freeze_decoder_first_layer
     return ".Layer 0." in name and not options.freeze_expression
