@@ -96,13 +96,13 @@ def simulate(
     for name, value in (("n_cells", n_cells), ("n_genes", n_genes), ("n_latent", n_latent), ("n_batches", n_batches)):
         check_positive_int(name, value)
     check_one_of("likelihood", likelihood, ("nb", "zinb", "poisson"))
-    for name, value, most in (
+    for name, number, most in (
         ("theta", theta, np.inf),
         ("median_library", median_library, np.inf),
         ("dropout", dropout, 1),
     ):
-        if not 0 < value < most:
-            msg = f"`{name}` must be above 0{' and below 1' if most == 1 else ' and finite'}; got {value!r}."
+        if not 0 < number < most:
+            msg = f"`{name}` must be above 0{' and below 1' if most == 1 else ' and finite'}; got {number!r}."
             raise ValueError(msg)
     rng = np.random.default_rng(seed)
     n_program = max(1, n_genes // 10)

@@ -325,3 +325,10 @@ class TestIntercept:
         stock = LinearSCVI(adata, n_latent=4, bias=True, use_batch_norm=False)
         stock.module.load_state_dict(model.module.state_dict(), strict=True)
         np.testing.assert_array_equal(stock.module.eval().get_loadings(), model.get_loadings())
+
+
+def test_arguments_of_the_encoder_have_one_place():
+    adata = counts()
+    LDVAE.setup_anndata(adata)
+    with pytest.raises(ValueError, match="`extra_encoder_kwargs` may not hold 'use_batch_norm'"):
+        LDVAE(adata, extra_encoder_kwargs={"use_batch_norm": False})

@@ -9,6 +9,7 @@ from typing import Any, Self
 import numpy as np
 
 from ldvae_ext._validate import listed
+from ldvae_ext.core._arrays import read_only
 from ldvae_ext.core._design import covariates_from_arrays, covariates_to_arrays
 from ldvae_ext.core.fold import RawLinear
 
@@ -17,7 +18,11 @@ _TEXT = ("likelihood", "dispersion", "latent_distribution", "link")
 
 
 class FromArrays:
-    """What lets a frozen decoder be taken apart and put together again."""
+    """What lets a decoder be frozen, taken apart and put together again."""
+
+    def _freeze(self, name: str, shape: tuple[int | None, ...]) -> None:
+        if getattr(self, name) is not None:
+            object.__setattr__(self, name, read_only(getattr(self, name), shape, name))
 
     @classmethod
     def _plain(cls) -> list[str]:

@@ -10,7 +10,7 @@ import numpy as np
 from scipy.special import softmax
 
 from ldvae_ext._validate import check_one_of, listed
-from ldvae_ext.core._arrays import names_array, read_only
+from ldvae_ext.core._arrays import names_array
 from ldvae_ext.core._design import Covariate, design_matrix, level_codes
 from ldvae_ext.core._information import fisher_shares
 from ldvae_ext.core._storage import FromArrays
@@ -121,18 +121,12 @@ class LinearDecoder(FromArrays):
             self._freeze(f"{head}intercept_bg", (n_batches, n_genes))
             self._freeze(f"{head}covariate_cg", (n_columns, n_genes))
 
-    def _freeze(self, name: str, shape: tuple[int | None, ...]) -> None:
-        if getattr(self, name) is not None:
-            object.__setattr__(self, name, read_only(getattr(self, name), shape, name))
-
     def _expect(self, name: str, present: bool) -> None:
         if (getattr(self, name) is not None) != present:
-            with_ = f"`likelihood={self.likelihood!r}`"
-            if name in ("theta_bg", "labels") or name.startswith("dispersion"):
-                with_ += f" and `dispersion={self.dispersion!r}`"
-            if name.endswith("covariate_cg"):
-                with_ += f" and {len(self.covariates)} covariates"
-            msg = f"`{name}` must {'' if present else 'not '}be given with {with_}."
+            kind = (
+                f"`likelihood={self.likelihood!r}`, `dispersion={self.dispersion!r}`, {len(self.covariates)} covariates"
+            )
+            msg = f"`{name}` must {'' if present else 'not '}be given with {kind}."
             raise ValueError(msg)
 
     def __repr__(self) -> str:

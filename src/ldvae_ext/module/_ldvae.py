@@ -18,6 +18,7 @@ from scvi.nn import Encoder
 from torch.nn.functional import linear, one_hot
 
 from ldvae_ext.module._decoder import LinearDecoderLayer
+from ldvae_ext.module._marginal import log_marginal
 from ldvae_ext.module._options import batch_norm_where, check_options, layer_norm_in_encoder
 from ldvae_ext.module._query import QueryModule
 
@@ -384,25 +385,7 @@ class LDVAEModule(QueryModule, ScviLDVAE):
         """
         if self.latent_distribution != "ln":
             return super().marginal_ll(tensors, n_mc_samples, return_mean, n_mc_samples_per_pass)
-        encoded = self.inference(**self._get_inference_input(tensors, full_forward_pass=True))
-        inputs = self._get_generative_input(tensors, encoded)
-        qz, ql = encoded[MODULE_KEYS.QZ_KEY], encoded[MODULE_KEYS.QL_KEY]
-        log_weights = []
-        for start in range(0, n_mc_samples, n_mc_samples_per_pass):
-            n_samples = min(n_mc_samples_per_pass, n_mc_samples - start)
-            u = qz.sample((n_samples,))
-            inputs[MODULE_KEYS.Z_KEY] = self.z_encoder.z_transformation(u)
-            library = (
-                encoded[MODULE_KEYS.LIBRARY_KEY].expand(n_samples, -1, -1) if ql is None else ql.sample((n_samples,))
-            )
-            inputs[MODULE_KEYS.LIBRARY_KEY] = library
-            decoded = self.generative(**inputs)
-            log_weight = decoded[MODULE_KEYS.PX_KEY].log_prob(tensors[REGISTRY_KEYS.X_KEY]).sum(dim=-1)
-            log_weight += (Normal(0.0, 1.0).log_prob(u) - qz.log_prob(u)).sum(dim=-1)
-            if ql is not None:
-                log_weight += (decoded[MODULE_KEYS.PL_KEY].log_prob(library) - ql.log_prob(library)).sum(dim=-1)
-            log_weights.append(log_weight)
-        result = torch.logsumexp(torch.cat(log_weights), dim=0) - np.log(n_mc_samples)
+        result = log_marginal(self, tensors, n_mc_samples, n_mc_samples_per_pass)
         return result.mean().item() if return_mean else result.cpu()
 
     @torch.inference_mode()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ldvae_ext._validate import check_one_of
+from ldvae_ext._validate import check_one_of, listed
 
 BATCH_NORM = ("both", "encoder", "decoder", "none")
 LAYER_NORM = ("none", "encoder")
@@ -14,6 +14,22 @@ CHOICES = {
     "latent_distribution": ("normal", "ln"),
     "batch_representation": ("one-hot", "embedding"),
 }
+
+# What the network hands to its encoders itself.
+ENCODER_OPTIONS = (
+    "n_input",
+    "n_output",
+    "n_cat_list",
+    "n_layers",
+    "n_hidden",
+    "dropout_rate",
+    "distribution",
+    "inject_covariates",
+    "use_batch_norm",
+    "use_layer_norm",
+    "var_activation",
+    "return_dist",
+)
 
 
 def batch_norm_where(use_batch_norm: bool | str) -> tuple[bool, bool]:
@@ -57,6 +73,10 @@ def check_options(options: dict[str, Any]) -> None:
             f"`extra_decoder_kwargs` ({options['extra_decoder_kwargs']!r}) are for a decoder with hidden layers; the linear "
             "decoder has none. `bias` and `use_batch_norm` change it."
         )
+        raise ValueError(msg)
+    doubled = sorted(set(options["extra_encoder_kwargs"] or {}) & set(ENCODER_OPTIONS))
+    if doubled:
+        msg = f"`extra_encoder_kwargs` may not hold {listed(doubled)}, for which there are arguments."
         raise ValueError(msg)
     if options["batch_embedding_kwargs"] and options["batch_representation"] != "embedding":
         msg = "`batch_embedding_kwargs` are only of use with `batch_representation='embedding'`."
