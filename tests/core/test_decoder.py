@@ -147,7 +147,7 @@ def test_a_decoder_keeps_its_own_copy():
         ({"genes": ["a"]}, "`genes` must hold 2 names; got 1"),
         (
             {"theta_bg": np.ones((1, 2))},
-            "`theta_bg` must not be given with `likelihood='poisson'` and `dispersion='gene'`",
+            "`theta_bg` must not be given with `likelihood='poisson'`, `dispersion='gene'`",
         ),
         ({"weight_gk": np.full((2, 1), np.nan)}, "`weight_gk` must be finite; 2 of 2 values are not"),
         ({"intercept_bg": np.zeros((1, 3))}, r"`intercept_bg` must have shape \(None, 2\); got \(1, 3\)"),

@@ -292,6 +292,13 @@ def test_with_nothing_to_learn_the_model_is_the_reference():
         model.train(1, **FAST)
 
 
+def test_a_frozen_batch_norm_is_not_estimated_anew():
+    model = map_query(trained(cells(["a"])), cells(["b"], seed=1))
+    model.train(2, **FAST)
+    with pytest.raises(ValueError, match="belongs to a reference"):
+        model.recalibrate_batch_norm()
+
+
 class Stock(ArchesMixin, LinearSCVI):
     """LinearSCVI with scvi-tools' own query mapping, as far as that runs at all."""
 

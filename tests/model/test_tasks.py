@@ -9,6 +9,7 @@ import scvi
 import torch
 from scipy import stats
 from scvi.criticism import PosteriorPredictiveCheck
+from sklearn.covariance import EllipticEnvelope
 
 from ldvae_ext.model import LDVAE
 from tests.helpers import TRAIN, counts
@@ -65,6 +66,17 @@ def test_differential_expression_in_every_mode(model):
             table = model.differential_expression(groupby="type", group1="B", silent=True, **options)
         assert sorted(table.index) == sorted(model.adata.var_names)
         assert np.isfinite(table["bayes_factor"]).all()
+
+
+def test_outliers_under_ln_are_sought_among_gaussian_vectors(monkeypatch):
+    model = trained(latent_distribution="ln")
+    u = model.get_latent_representation(return_dist=True)[0]
+    seen = []
+    monkeypatch.setattr(EllipticEnvelope, "fit_predict", lambda _, x: seen.append(x) or np.ones(len(x)))
+    model.differential_expression(groupby="type", group1="B", silent=True, filter_outlier_cells=True)
+    is_b = (model.adata.obs["type"] == "B").to_numpy()
+    np.testing.assert_allclose(seen[0], u[is_b], rtol=1e-5)
+    assert "get_latent_representation" not in vars(model)
 
 
 def test_differential_expression_finds_a_planted_gene():

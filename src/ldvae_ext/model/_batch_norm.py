@@ -61,12 +61,19 @@ class BatchNormMixin(TasksMixin):
         Raises
         ------
         ValueError
-            If the decoder has no batch norm, or no cells were held out.
+            If the decoder has no batch norm, one that query mapping has frozen, or no cells were held out.
         """
         decoder = self.module.decoder
         heads = [decoder.factor_regressor, *([decoder.px_dropout_decoder] if decoder.has_dropout else [])]
         if heads[0].fc_layers[0][1] is None:
             msg = "The decoder of this model has no batch norm."
+            raise ValueError(msg)
+        if (
+            getattr(self, "query_", None)
+            and self.module.learnable is not None
+            and heads[0].fc_layers[0][1].momentum == 0
+        ):
+            msg = "The batch norm of this model belongs to a reference that query mapping keeps as it is."
             raise ValueError(msg)
         indices = getattr(self, "train_indices_", None) if indices is None else indices
         held_out = getattr(self, "validation_indices_", None) if validation_indices is None else validation_indices

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, Literal
 
 import numpy as np
@@ -47,6 +47,26 @@ def quiet(*given: Any) -> Iterator[None]:
         yield
 
 
+def _with_u(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of scvi-tools that looks at latents as Gaussian vectors: under ``"ln"`` it is shown u.
+
+    On the simplex their covariance is singular, which the search for outliers cannot take.
+    """
+
+    @wraps(method)
+    def run(self: LDVAEBase, *args: Any, **kwargs: Any) -> Any:
+        if self.module.latent_distribution != "ln":
+            return method(self, *args, **kwargs)
+        of_u = partial(self.get_latent_representation, return_dist=True)
+        self.get_latent_representation = lambda *a, **k: of_u(*a, **k)[0]
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            del self.get_latent_representation
+
+    return run
+
+
 class TasksMixin(LDVAEBase):
     """Everything that scVI can be asked."""
 
@@ -54,7 +74,7 @@ class TasksMixin(LDVAEBase):
     get_marginal_ll = _stock(VAEMixin.get_marginal_ll, needs_counts=True)
     get_latent_library_size = _stock(RNASeqMixin.get_latent_library_size, needs_counts=True)
     get_aggregated_posterior = _stock(VAEMixin.get_aggregated_posterior)
-    differential_expression = _stock(RNASeqMixin.differential_expression)
+    differential_expression = _with_u(_stock(RNASeqMixin.differential_expression))
     posterior_predictive_sample = _stock(RNASeqMixin.posterior_predictive_sample)
 
     def _batches_of(
