@@ -136,3 +136,18 @@ def test_names_and_codes_say_the_same(seed, n_cells):
     np.testing.assert_array_equal(by_code, by_name)
     np.testing.assert_array_equal(by_code[:, 1:4].argmax(axis=1), codes)
     np.testing.assert_array_equal(by_code[:, 1:].sum(axis=1), 2)
+
+
+def test_a_table_may_hold_more_and_a_mapping_may_not():
+    values = {"age": [1.0, 2.0], "cell_type": ["B", "T"]}
+    np.testing.assert_array_equal(design_matrix([Covariate("age")], pd.DataFrame(values), 2), [[1.0], [2.0]])
+    with pytest.raises(ValueError, match="unknown 'cell_type'"):
+        design_matrix([Covariate("age")], values, 2)
+
+
+@pytest.mark.parametrize(
+    ("value", "got"), [("old", "'old'"), ([1.0, 2.0, 3.0], "3 values"), ([1.0, np.nan], "not all finite")]
+)
+def test_a_number_that_is_none_is_shown(value, got):
+    with pytest.raises(ValueError, match=f"'age' must be one finite number or one for each of 2 cells; got .*{got}"):
+        design_matrix([Covariate("age")], {"age": value}, 2)

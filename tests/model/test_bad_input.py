@@ -138,3 +138,37 @@ def test_genes_in_another_order_are_not_read_by_position():
     with pytest.raises(ValueError, match="genes in another order"):
         model.get_elbo(turned)
     np.testing.assert_array_equal(model.get_latent_kl(turned), model.get_latent_kl())
+
+
+def test_columns_and_groups_of_a_comparison_are_named():
+    model = untrained(counts(n_batches=3))
+    with pytest.raises(KeyError, match="`groupby`: 'cell_type' is not a column"):
+        model.differential_expression(groupby="cell_type", group1="T")
+    with pytest.raises(ValueError, match=r"`group1` must be one of .*'b1'.*; got 'b3'"):
+        model.differential_expression(groupby="batch", group1="b3")
+    with pytest.raises(ValueError, match="`group2` must be one of"):
+        model.differential_expression(groupby="batch", group1=["b1", "b2"], group2="b3")
+    with pytest.raises(KeyError, match="`sample_key`: 'donor' is not a column"):
+        model.differential_abundance(sample_key="donor")
+
+
+def test_setup_names_an_argument_that_it_does_not_have():
+    with pytest.raises(TypeError, match="has no argument 'batchkey'; it takes 'adata', 'batch_key'"):
+        LDVAE.setup_anndata(counts(), batchkey="batch")
+
+
+def test_genes_named_alike_are_told_of_at_the_start():
+    adata = counts()
+    adata.var_names = ["gene0", *adata.var_names[:-1]]
+    with pytest.warns(UserWarning, match="'gene0' occurs more than once"):
+        LDVAE.setup_anndata(adata)
+
+
+def test_latents_batches_and_covariates_with_other_indices_are_not_mixed():
+    adata = counts(n_batches=3)
+    model = untrained(adata)
+    z = pd.DataFrame(np.eye(4), columns=model.latent_names, index=adata.obs_names[:4])
+    batch = adata.obs["batch"].iloc[:4]
+    assert model.decode(z, batch=batch).index.equals(z.index)
+    with pytest.raises(ValueError, match="`batch` must have the index of `z`"):
+        model.decode(z, batch=batch.iloc[::-1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+import scvi
 import torch
 from scipy.special import logsumexp, softmax
 from scipy.stats import norm
@@ -123,3 +124,17 @@ def test_truncated_weights_are_cut_from_above():
     assert weights[LinearSCVI, True].min() > whole.min() + 1e-3, "scvi-tools raises the small ones instead"
     cut = np.minimum(whole, 1 / 60)
     np.testing.assert_allclose(weights[LDVAE, True], cut / cut.sum(), rtol=1e-3, atol=1e-9)
+
+
+def test_marginal_likelihood_is_the_mean_over_cells_whatever_the_minibatches():
+    for cls in (LDVAE, LinearSCVI):
+        model = untrained(counts(), use_observed_lib_size=True, cls=cls)
+        for batch_size in (60, 59, 40):
+            scvi.settings.seed = 0
+            each = model.get_marginal_ll(n_mc_samples=5, batch_size=batch_size, return_mean=False).numpy()
+            scvi.settings.seed = 0
+            mean = model.get_marginal_ll(n_mc_samples=5, batch_size=batch_size)
+            assert mean.ndim == 0
+            # LinearSCVI's is the mean of the means of the minibatches.
+            is_right = cls is LDVAE or batch_size == 60
+            assert np.isclose(mean, each.mean(), rtol=1e-6) == is_right

@@ -83,7 +83,7 @@ def design_matrix(covariates: Sequence[Covariate], values: Any, n_cells: int) ->
     covariates
         The covariates, in the order of the columns.
     values
-        A mapping or DataFrame from names to values, one for all cells or one for each.
+        A mapping or DataFrame from names to values, one for all cells or one for each; a DataFrame may have more columns.
     n_cells
         Number of cells.
 
@@ -94,6 +94,8 @@ def design_matrix(covariates: Sequence[Covariate], values: Any, n_cells: int) ->
     names = [covariate.name for covariate in covariates]
     given = [] if values is None else list(values)
     missing, unknown = [n for n in names if n not in given], [n for n in given if n not in names]
+    if hasattr(values, "columns"):
+        unknown = []  # a table, such as the obs of cells, may hold more
     if missing or unknown:
         msg = (
             f"`covariates` must hold {listed(names) or 'nothing'}: missing {listed(missing) or 'none'}, "
@@ -104,9 +106,13 @@ def design_matrix(covariates: Sequence[Covariate], values: Any, n_cells: int) ->
     column = 0
     for covariate in covariates:
         if covariate.levels is None:
-            value = np.asarray(values[covariate.name], dtype=np.float64).ravel()
-            if value.size not in (1, n_cells) or not np.isfinite(value).all():
-                msg = f"`covariates`: {covariate.name!r} must be one finite number or one for each of {n_cells} cells."
+            value = _numbers(values[covariate.name])
+            if value is None or value.size not in (1, n_cells) or not np.isfinite(value).all():
+                got = f"{values[covariate.name]!r}" if value is None or value.size == 1 else f"{value.size} values"
+                msg = (
+                    f"`covariates`: {covariate.name!r} must be one finite number or one for each of {n_cells} cells; got {got}"
+                    f"{'' if value is None or np.isfinite(value).all() else ', not all finite'}."
+                )
                 raise ValueError(msg)
             design_nc[:, column] = value
         else:
@@ -138,6 +144,13 @@ def covariates_from_arrays(arrays: Any) -> tuple[Covariate, ...]:
         own, levels = (None, levels) if n_levels < 0 else (levels[:n_levels], levels[n_levels:])
         covariates.append(Covariate(str(name), own))
     return tuple(covariates)
+
+
+def _numbers(value: Any) -> np.ndarray | None:
+    try:
+        return np.asarray(value, dtype=np.float64).ravel()
+    except (TypeError, ValueError):
+        return None
 
 
 def _is_number(name: str) -> bool:

@@ -218,8 +218,8 @@ class LinearDecoder(FromArrays):
         batch
             See :meth:`batch_codes`.
         covariates
-            A mapping or DataFrame from the name of each covariate to its value, one for all cells or one for each: a
-            level, by name or code as for ``batch``, or a number. None if the decoder has none.
+            A mapping or DataFrame (which may hold more) from the name of each covariate to its value, one for all cells or
+            one for each: a level, by name or code as for ``batch``, or a number. None if the decoder has none.
 
         Returns
         -------

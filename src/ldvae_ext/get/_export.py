@@ -19,7 +19,10 @@ STATISTICS = ("kl", "kl_share", "active_unit")
 def export_of(adata: AnnData, key: str = DEFAULT_KEY) -> tuple[ExportKeys, Any]:
     """Keys and ``uns`` entry of an export, or an error that says how to make one."""
     keys = export_keys(key)
-    if keys.info not in adata.uns or "decoder" not in adata.uns[keys.info]:
+    if keys.info in adata.uns and "decoder" not in adata.uns[keys.info]:
+        msg = f"`adata.uns[{keys.info!r}]` holds no decoder, so it was not written by `LDVAE.export_to_anndata`."
+        raise KeyError(msg)
+    if keys.info not in adata.uns:
         msg = f"No export {key!r} in `adata.uns`, which has {listed(adata.uns)}; `LDVAE.export_to_anndata` writes one."
         raise KeyError(msg)
     return keys, adata.uns[keys.info]

@@ -191,7 +191,7 @@ class LDVAEBase(EmbeddingMixin, RNASeqMixin, VAEMixin, UnsupervisedTrainingMixin
         continuous_covariate_keys
             Numeric columns of ``adata.obs``; each enters the logits with a slope for every gene.
         **kwargs
-            Passed to ``scvi.data.AnnDataManager.register_fields``.
+            For scvi-tools itself: ``source_registry``, ``extend_categories``, ``allow_missing_labels``.
 
         Raises
         ------
@@ -202,6 +202,10 @@ class LDVAEBase(EmbeddingMixin, RNASeqMixin, VAEMixin, UnsupervisedTrainingMixin
             is written before the checks.
         """
         setup_method_args = cls._get_setup_method_args(**locals())
+        unknown = sorted(set(kwargs) - {"source_registry", "extend_categories", "allow_missing_labels"})
+        if unknown:
+            msg = f"`setup_anndata` has no argument {listed(unknown)}; it takes {listed(inspect.signature(cls.setup_anndata).parameters, 20)}."
+            raise TypeError(msg)
         for name in SETUP_ARGUMENTS:
             if not setup_method_args[_SETUP_ARGS_KEY].get(name):
                 setup_method_args[_SETUP_ARGS_KEY].pop(name, None)
@@ -209,6 +213,12 @@ class LDVAEBase(EmbeddingMixin, RNASeqMixin, VAEMixin, UnsupervisedTrainingMixin
         counts_of(adata, layer)
         if minify_type is None:
             check_counts(adata, layer)
+        if not adata.var_names.is_unique:
+            again = adata.var_names[adata.var_names.duplicated()][0]
+            warn(
+                f"`adata.var_names` are not unique; {again!r} occurs more than once. The model trains, but cannot be read by the "
+                "names of genes: `adata.var_names_make_unique()` before the set-up."
+            )
         for name, key in (("batch_key", batch_key), ("labels_key", labels_key)):
             check_categories(adata, name, key)
         categorical = checked_keys("categorical_covariate_keys", categorical_covariate_keys)

@@ -74,9 +74,18 @@ class DecodingMixin(LDVAEBase):
         Returns
         -------
         Cells x genes, float64. The index is that of ``z`` if it is a DataFrame.
+
+        Raises
+        ------
+        ValueError
+            If a batch or covariate is missing or unknown, or ``z``, ``batch`` and ``covariates`` are indexed otherwise.
         """
         index = None
         if isinstance(z, pd.DataFrame):
+            for name, value in (("batch", batch), ("covariates", covariates)):
+                if isinstance(value, (pd.Series, pd.DataFrame)) and not value.index.equals(z.index):
+                    msg = f"`{name}` must have the index of `z`, in its order; `{name}.loc[z.index]` brings it there."
+                    raise ValueError(msg)
             odd = sorted(map(str, set(z.columns) ^ set(self.latent_names)))
             if odd or len(z.columns) != self.n_latent:
                 msg = f"The columns of `z` must be {listed(self.latent_names)}; missing or unknown: {listed(odd)}."

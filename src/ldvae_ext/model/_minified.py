@@ -29,17 +29,31 @@ class MinifiedMixin(TasksMixin):
             which likelihoods and ablations need.
         use_latent_qzm_key, use_latent_qzv_key
             Keys of ``adata.obsm`` with means and variances of the posteriors, as ``get_latent_representation(return_dist=True)``
-            returns them.
+            returns them. Where neither exists, they are computed. (scvi-tools needs them to be there.)
         """
+        keys = (use_latent_qzm_key, use_latent_qzv_key)
+        computed = not any(key in self.adata.obsm for key in keys)
+        if computed:
+            posterior = self.get_latent_representation(return_dist=True)
+            self.adata.obsm.update(dict(zip(keys, posterior, strict=True)))
+        whole = self.adata
+        try:
+            self._minify(minified_data_type, *keys)
+        finally:
+            if computed:
+                for key in keys:
+                    del whole.obsm[key]
+
+    def _minify(self, minified_data_type: str, *keys: str) -> None:
         if self.module.use_observed_lib_size:
-            super().minify_adata(minified_data_type, use_latent_qzm_key, use_latent_qzv_key)
+            super().minify_adata(minified_data_type, *keys)
             return
         with stream_cells(self) as cells:
             library = [size for chunk in cells.chunks for size in chunk.library]
         # scvi-tools refuses by this flag, and fills the field with totals.
         self.module.use_observed_lib_size = True
         try:
-            super().minify_adata(minified_data_type, use_latent_qzm_key, use_latent_qzv_key)
+            super().minify_adata(minified_data_type, *keys)
         finally:
             self.module.use_observed_lib_size = False
         self.adata.obs[self._OBSERVED_LIB_SIZE_KEY] = library

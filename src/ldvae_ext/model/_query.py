@@ -19,7 +19,7 @@ from scvi.model._utils import parse_device_args
 from scvi.model.base import ArchesMixin
 from scvi.model.base._save_load import _load_saved_files
 
-from ldvae_ext._validate import listed
+from ldvae_ext._validate import listed, warn
 from ldvae_ext.model._base import LDVAEBase
 from ldvae_ext.model._datamodule import start_of
 from ldvae_ext.model._registry import covariates_of, level_names, state_of
@@ -170,6 +170,8 @@ class QueryMixin(LDVAEBase, ArchesMixin):
             if not model.module.use_observed_lib_size:
                 start = start_of(datamodule, model.module.n_batch)
                 model.module.set_library_prior(start.log_means, start.log_variances)
+        if not reference.attributes.get("is_trained_", False):
+            warn("The reference has not been trained: what the query is mapped onto are its random starting values.")
         known = [len(levels) for levels in reference.levels().values()]
         levels = Levels(known[0], known[1], tuple(known[2:]))
         take_over(model.module, reference.state, levels, library_known=adata is not None or datamodule is not None)

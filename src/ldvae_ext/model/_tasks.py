@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial, wraps
+from inspect import signature
 from typing import Any, Literal
 
 import numpy as np
@@ -17,7 +18,7 @@ from scvi.data._utils import _validate_adata_dataloader_input
 from scvi.model.base import RNASeqMixin, VAEMixin
 from scvi.module._constants import MODULE_KEYS
 
-from ldvae_ext._validate import check_one_of
+from ldvae_ext._validate import check_column, check_one_of
 from ldvae_ext.core import log_likelihood
 from ldvae_ext.core.posterior import deterministic_latent
 from ldvae_ext.model._base import LDVAEBase
@@ -67,14 +68,33 @@ def _with_u(method: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def _with_groups(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of scvi-tools that compares groups of cells, with an error for a group that there is not."""
+
+    @wraps(method)
+    def run(self: LDVAEBase, *args: Any, **kwargs: Any) -> Any:
+        given = signature(method).bind(self, *args, **kwargs).arguments
+        adata, groupby = given.get("adata", self.adata), given.get("groupby")
+        if adata is not None and groupby is not None:
+            check_column(adata.obs.columns, "groupby", groupby)
+            groups = list(adata.obs[groupby].unique())
+            for name in ("group1", "group2"):
+                asked = given.get(name)
+                for group in [asked] if isinstance(asked, str) or not isinstance(asked, Iterable) else asked:
+                    if group is not None:
+                        check_one_of(name, group, groups)
+        return method(self, *args, **kwargs)
+
+    return run
+
+
 class TasksMixin(LDVAEBase):
     """Everything that scVI can be asked."""
 
     get_elbo = _stock(VAEMixin.get_elbo, needs_counts=True)
-    get_marginal_ll = _stock(VAEMixin.get_marginal_ll, needs_counts=True)
     get_latent_library_size = _stock(RNASeqMixin.get_latent_library_size, needs_counts=True)
     get_aggregated_posterior = _stock(VAEMixin.get_aggregated_posterior)
-    differential_expression = _with_u(_stock(RNASeqMixin.differential_expression))
+    differential_expression = _with_u(_with_groups(_stock(RNASeqMixin.differential_expression)))
     posterior_predictive_sample = _stock(RNASeqMixin.posterior_predictive_sample)
 
     def _batches_of(
@@ -86,6 +106,45 @@ class TasksMixin(LDVAEBase):
             return dataloader
         adata = self._validate_anndata(adata)
         return self._make_data_loader(adata=adata, indices=indices, batch_size=batch_size, **kwargs)
+
+    def get_marginal_ll(
+        self,
+        adata: AnnData | None = None,
+        indices: Any = None,
+        n_mc_samples: int = 1_000,
+        batch_size: int | None = None,
+        return_mean: bool = True,
+        dataloader: Iterator[dict[str, torch.Tensor | None]] | None = None,
+        data_loader_kwargs: dict | None = None,
+        **kwargs: Any,
+    ) -> np.float64 | torch.Tensor:
+        """Marginal log-likelihood by importance sampling, in nats per cell: higher is better.
+
+        Parameters
+        ----------
+        adata, indices, n_mc_samples, batch_size, dataloader, data_loader_kwargs, **kwargs
+            As in :meth:`scvi.model.LinearSCVI.get_marginal_ll`.
+        return_mean
+            Whether to return the mean over cells. (scvi-tools takes the mean of the minibatches' means, in which a cell
+            of a small last minibatch counts more.)
+
+        Returns
+        -------
+        The mean, or shape (cells,).
+        """
+        self._check_has_counts("get_marginal_ll")
+        with self.module.evaluating(), quiet(indices, None if dataloader is None else batch_size):
+            of_cells = super().get_marginal_ll(
+                adata,
+                indices,
+                n_mc_samples,
+                batch_size,
+                return_mean=False,
+                dataloader=dataloader,
+                data_loader_kwargs=data_loader_kwargs,
+                **kwargs,
+            )
+        return np.mean(of_cells.numpy(), dtype=np.float64) if return_mean else of_cells
 
     def get_latent_representation(
         self,

@@ -149,14 +149,16 @@ class WeightsMixin(TasksMixin):
         they are returned.
         """
         with self.module.evaluating(), quiet():
+            given = self.adata if adata is None else adata
+            if given is not None:
+                check_column(given.obs.columns, "sample_key", cast("str", sample_key))
             if self.module.latent_distribution != "ln" or (adata is None and self.adata is None):
                 return super().differential_abundance(
                     adata, adata_sub, sample_key, batch_size, num_cells_posterior, dof, dataloader
                 )
             adata = self._validate_anndata(adata)
             adata_sub = adata if adata_sub is None else self._validate_anndata(adata_sub)
-            for cells in (adata, adata_sub):
-                check_column(cells.obs.columns, "sample_key", cast("str", sample_key))
+            check_column(adata_sub.obs.columns, "sample_key", cast("str", sample_key))
             u_nk, _ = self.get_latent_representation(adata_sub, batch_size=batch_size, return_dist=True)
             u_blocks = torch.from_numpy(u_nk).to(self.device).split(batch_size)
             columns = {}

@@ -54,7 +54,7 @@ def training_curves(
         If it has none of these metrics.
     """
     if not isinstance(history, Mapping):
-        msg = f"`history` must be the `history` of a trained model, a mapping; got {history!r}."
+        msg = f"`history` must be `model.history` of a trained model, a mapping; got {type(history).__name__}."
         raise TypeError(msg)
     wanted = [f"{metric}_{cells}" for metric in _TITLES for cells in _STYLES]
     if not any(name in history for name in wanted):
