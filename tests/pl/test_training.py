@@ -102,7 +102,7 @@ def test_no_label_overlaps_another_or_is_cut_off(n_epochs, validation):
 
 @pytest.mark.parametrize("wrong", [None, [1, 2]])
 def test_an_untrained_model_has_no_history(wrong):
-    with pytest.raises(TypeError, match="`history` must be `model.history` of a trained model"):
+    with pytest.raises(TypeError, match=r"`history` must be `model.history` of a trained model"):
         pl.training_curves(wrong)
     assert not plt.get_fignums()
 
