@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from copy import deepcopy
 from typing import Any, Literal
 
 import numpy as np
@@ -118,7 +119,7 @@ class LDVAEBase(EmbeddingMixin, RNASeqMixin, VAEMixin, UnsupervisedTrainingMixin
 
     def _await_datamodule(self, arguments: dict[str, Any]) -> None:
         """As SCVI without data: the network is built by ``train(datamodule=...)``."""
-        super().__init__(None, EMPTY_REGISTRY)
+        super().__init__(None, deepcopy(EMPTY_REGISTRY))
         self._module_init_on_train, self.module = True, None  # type: ignore[assignment]
         self.init_params_ = self._get_init_params(arguments)
         self._model_summary_string = "LDVAE model without data; its network is built by `train(datamodule=...)`."
