@@ -13,7 +13,7 @@ import torch
 from anndata import AnnData
 from scvi import REGISTRY_KEYS
 from scvi.data import AnnDataManager
-from scvi.data._constants import _MODEL_NAME_KEY, _SETUP_ARGS_KEY, ADATA_MINIFY_TYPE
+from scvi.data._constants import _SETUP_ARGS_KEY, ADATA_MINIFY_TYPE
 from scvi.data._utils import _get_adata_minify_type
 from scvi.data.fields import (
     CategoricalObsField,
@@ -36,6 +36,7 @@ from ldvae_ext.model._counts import (
     mean_expression,
 )
 from ldvae_ext.model._datamodule import start_of
+from ldvae_ext.model._linear_scvi import as_linear_scvi_knows, as_linear_scvi_meant, is_of_linear_scvi
 from ldvae_ext.model._registry import EMPTY_REGISTRY, SETUP_ARGUMENTS, covariates_of, has_size_factors, registry_of
 from ldvae_ext.module import LDVAEModule
 from ldvae_ext.module._options import batch_norm_where
@@ -71,10 +72,8 @@ class LDVAEBase(EmbeddingMixin, RNASeqMixin, VAEMixin, UnsupervisedTrainingMixin
                 self._await_datamodule(locals())
                 return
             registry = registry_of(datamodule)
-        from_linear_scvi = registry is not None and registry.get(_MODEL_NAME_KEY) == LinearSCVI.__name__
-        if from_linear_scvi and "use_batch_norm" in model_kwargs:
-            # There any string is taken for True.
-            model_kwargs["use_batch_norm"] = bool(model_kwargs["use_batch_norm"])
+        if is_of_linear_scvi(registry):
+            model_kwargs = as_linear_scvi_meant(model_kwargs)
         super().__init__(adata, registry)
         covariates = covariates_of(self.registry)
         of_data: dict[str, Any] = {
@@ -104,7 +103,8 @@ class LDVAEBase(EmbeddingMixin, RNASeqMixin, VAEMixin, UnsupervisedTrainingMixin
             **module_kwargs,
         )
         self.module.minified_data_type = self.minified_data_type
-        if module_kwargs.get("bias") == "auto" and adata is not None and self.minified_data_type is None:
+        # With a registry this is a saved model, whose parameters come next.
+        if self.module.bias == "auto" and adata is not None and registry is None and self.minified_data_type is None:
             self.module.start_intercept(torch.from_numpy(self._mean_expression()))
         self._has_start = adata is not None
         if datamodule is not None:
@@ -115,6 +115,7 @@ class LDVAEBase(EmbeddingMixin, RNASeqMixin, VAEMixin, UnsupervisedTrainingMixin
             f"latent_distribution: {latent_distribution}"
         )
         self.n_latent = n_latent
+        model_kwargs = as_linear_scvi_knows(model_kwargs)
         self.init_params_ = self._get_init_params(locals())
 
     def _await_datamodule(self, arguments: dict[str, Any]) -> None:

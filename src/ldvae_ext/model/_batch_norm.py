@@ -17,15 +17,18 @@ _MOMENTUM = 0.01
 class BatchNormMixin(TasksMixin):
     """What batch norm's running statistics are worth after a short training."""
 
+    # Ends in an underscore to be saved with the model, as scvi-tools saves such attributes.
+    batch_norm_is_recalibrated_: bool = False
+
     @property
     def batch_norm_initial_share(self) -> float:
         """Share of the running statistics of the decoder that are still their initial values (mean 0, variance 1).
 
         They move by 1 % with each minibatch, so that after n of them ``0.99^n`` is left: half after 69 minibatches, a
-        thousandth after 690. 0 without batch norm in the decoder.
+        thousandth after 690. 0 without batch norm in the decoder, or after :meth:`recalibrate_batch_norm` kept new ones.
         """
         batch_norm = self.module.decoder.factor_regressor.fc_layers[0][1]
-        if batch_norm is None:
+        if batch_norm is None or self.batch_norm_is_recalibrated_:
             return 0.0
         return float((1 - _MOMENTUM) ** int(batch_norm.num_batches_tracked))
 
@@ -61,7 +64,8 @@ class BatchNormMixin(TasksMixin):
         Raises
         ------
         ValueError
-            If the decoder has no batch norm, one that query mapping has frozen, or no cells were held out.
+            If the decoder has no batch norm, one that query mapping has frozen, or no cells were held out, or
+            those of another AnnData are not named.
         """
         decoder = self.module.decoder
         heads = [decoder.factor_regressor, *([decoder.px_dropout_decoder] if decoder.has_dropout else [])]
@@ -74,6 +78,9 @@ class BatchNormMixin(TasksMixin):
             and heads[0].fc_layers[0][1].momentum == 0
         ):
             msg = "The batch norm of this model belongs to a reference that query mapping keeps as it is."
+            raise ValueError(msg)
+        if adata is not None and adata is not self.adata and (indices is None or validation_indices is None):
+            msg = "`indices` and `validation_indices` are needed for an AnnData other than the model's."
             raise ValueError(msg)
         indices = getattr(self, "train_indices_", None) if indices is None else indices
         held_out = getattr(self, "validation_indices_", None) if validation_indices is None else validation_indices
@@ -93,6 +100,7 @@ class BatchNormMixin(TasksMixin):
         if not after < before:
             for head, values in zip(heads, old, strict=True):
                 _set_statistics(head, *values)
+        self.batch_norm_is_recalibrated_ = self.batch_norm_is_recalibrated_ or after < before
         return {"before": before, "after": after, "kept": after < before}
 
     @torch.inference_mode()

@@ -101,9 +101,14 @@ def _codes(tensor: torch.Tensor) -> np.ndarray:
     return tensor.cpu().numpy().ravel().astype(np.int64)
 
 
-def _codes_or_zero(tensor: torch.Tensor | Any, n_cells: int) -> np.ndarray:
+def _codes_or_zero(tensors: dict[str, Any], key: str, n_levels: int, n_cells: int) -> np.ndarray:
     """Codes, which some data modules leave out where there is nothing to tell apart."""
-    return _codes(tensor) if isinstance(tensor, torch.Tensor) else np.zeros(n_cells, dtype=np.int64)
+    if isinstance(tensors.get(key), torch.Tensor):
+        return _codes(tensors[key])
+    if n_levels > 1:
+        msg = f"A minibatch has no {key!r} codes; the model knows {n_levels} of them."
+        raise ValueError(msg)
+    return np.zeros(n_cells, dtype=np.int64)
 
 
 def _covariate_values(
@@ -125,6 +130,7 @@ def encode(
     module: LDVAEModule, minibatches: Iterable[dict[str, torch.Tensor]], covariates: Sequence[Covariate] = ()
 ) -> Iterator[EncodedCells]:
     """Posteriors of the cells, minibatch by minibatch."""
+    n_labels = module.n_labels if module.dispersion == "gene-label" else 1
     for tensors in minibatches:
         posterior = module.posterior(tensors)
         n_cells = len(posterior.mean)
@@ -132,8 +138,8 @@ def encode(
             mean=posterior.mean.cpu().numpy(),
             variance=posterior.variance.cpu().numpy(),
             library=np.exp(_array(posterior.log_library)),
-            batch=_codes_or_zero(tensors.get(REGISTRY_KEYS.BATCH_KEY), n_cells),
-            label=_codes_or_zero(tensors.get(REGISTRY_KEYS.LABELS_KEY), n_cells),
+            batch=_codes_or_zero(tensors, REGISTRY_KEYS.BATCH_KEY, module.n_batch, n_cells),
+            label=_codes_or_zero(tensors, REGISTRY_KEYS.LABELS_KEY, n_labels, n_cells),
             covariates=_covariate_values(tensors, covariates),
             counts=tensors[REGISTRY_KEYS.X_KEY].cpu().numpy(),
         )

@@ -216,8 +216,13 @@ def library_prior(counts: Any, batch_n: np.ndarray | None, n_batch: int) -> tupl
         counts = counts.to_numpy()
     for code in np.unique(batch_n):
         totals = np.asarray(counts[np.flatnonzero(batch_n == code)].sum(axis=1)).ravel()
-        logs = np.log(totals[totals > 0])
-        if logs.size:
-            means[0, code] = np.mean(logs).astype(np.float32)
-            variances[0, code] = np.var(logs).astype(np.float32) or 1.0
+        means[0, code], variances[0, code] = prior_of_totals(totals)
     return means, variances
+
+
+def prior_of_totals(totals: np.ndarray) -> tuple[float, float]:
+    """Mean and variance of the log of those totals of a batch that are not zero; see :func:`library_prior`."""
+    logs = np.log(totals[totals > 0])
+    if not logs.size:
+        return 0.0, 1.0
+    return float(np.mean(logs).astype(np.float32)), float(np.var(logs).astype(np.float32)) or 1.0

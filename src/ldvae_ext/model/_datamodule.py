@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from scvi import REGISTRY_KEYS
 
+from ldvae_ext.model._counts import prior_of_totals
+
 
 class Start(NamedTuple):
     """Statistics of all cells that a data module trains or validates on."""
@@ -31,35 +33,32 @@ def start_of(datamodule: Any, n_batch: int) -> Start:
     n_batch
         Number of batches.
     """
-    n_b, sum_b, square_b = np.zeros(n_batch), np.zeros(n_batch), np.zeros(n_batch)
     total_g: Any = 0.5
     n_cells, has_size = 0, False
+    totals, codes = [], []
     for tensors in _minibatches(datamodule):
         counts = tensors[REGISTRY_KEYS.X_KEY].double()
         batch = tensors.get(REGISTRY_KEYS.BATCH_KEY)
-        codes = np.zeros(len(counts), dtype=np.int64) if batch is None else batch.cpu().numpy().ravel().astype(np.int64)
-        totals = counts.sum(dim=1).cpu().numpy()
-        seen = totals > 0
-        logs = np.log(totals[seen])
-        for sums, values in ((n_b, np.ones_like(logs)), (sum_b, logs), (square_b, logs**2)):
-            sums += np.bincount(codes[seen], weights=values, minlength=n_batch)
+        codes.append(np.zeros(len(counts)) if batch is None else batch.cpu().numpy().ravel())
+        totals.append(counts.sum(dim=1).cpu().numpy())
         size = tensors.get(REGISTRY_KEYS.SIZE_FACTOR_KEY)
         has_size = size is not None
         total_g = total_g + (counts if size is None else counts / size).sum(dim=0).cpu().numpy()
         n_cells += len(counts)
-    some = np.maximum(n_b, 1)
-    means = np.where(n_b > 0, sum_b / some, 0.0)
-    variances = np.where(n_b > 0, square_b / some - means**2, 1.0)
+    total_n, code_n = np.concatenate(totals), np.concatenate(codes)
+    priors = np.array([prior_of_totals(total_n[code_n == code]) for code in range(n_batch)])
     expression = total_g / (n_cells if has_size else np.sum(total_g))
-    return Start(means[None], variances[None], np.asarray(expression, dtype=np.float32))
+    return Start(priors[None, :, 0], priors[None, :, 1], np.asarray(expression, dtype=np.float32))
 
 
 def _minibatches(datamodule: Any) -> Iterator[dict[str, torch.Tensor]]:
     """All cells that are trained or validated on, without moving the random state of the training to come."""
     random_state = np.random.get_state()  # noqa: NPY002 - data loaders may draw from it
-    with torch.random.fork_rng():
-        datamodule.setup("fit")
-        for loader in (datamodule.train_dataloader(), datamodule.val_dataloader()):
-            for minibatch in loader if loader is not None else ():
-                yield datamodule.on_before_batch_transfer(minibatch, 0)
-    np.random.set_state(random_state)  # noqa: NPY002
+    try:
+        with torch.random.fork_rng():
+            datamodule.setup("fit")
+            for loader in (datamodule.train_dataloader(), datamodule.val_dataloader()):
+                for minibatch in loader if loader is not None else ():
+                    yield datamodule.on_before_batch_transfer(minibatch, 0)
+    finally:
+        np.random.set_state(random_state)  # noqa: NPY002

@@ -13,6 +13,7 @@ from scvi.model import LinearSCVI
 from ldvae_ext.model._ablation import AblationMixin
 from ldvae_ext.model._batch_norm import BatchNormMixin
 from ldvae_ext.model._export import ExportMixin
+from ldvae_ext.model._linear_scvi import as_linear_scvi_meant
 from ldvae_ext.model._minified import MinifiedMixin
 from ldvae_ext.model._query import QueryMixin
 from ldvae_ext.model._weights import WeightsMixin
@@ -120,8 +121,7 @@ class LDVAE(AblationMixin, ExportMixin, BatchNormMixin, MinifiedMixin, WeightsMi
         arguments: dict[str, Any] = {**saved["non_kwargs"]}
         for group in saved["kwargs"].values():
             arguments.update(group)
-        if "use_batch_norm" in arguments:
-            arguments["use_batch_norm"] = bool(arguments["use_batch_norm"])  # there any string is taken for True
+        arguments = as_linear_scvi_meant(arguments)
         # The parameters that are drawn are replaced at once: the caller's random numbers stay what they would have been.
         with torch.random.fork_rng(devices=[]):
             new = cls(model.adata, None if model.adata is not None else model.registry, **arguments)

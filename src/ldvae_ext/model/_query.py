@@ -22,6 +22,7 @@ from scvi.model.base._save_load import _load_saved_files
 from ldvae_ext._validate import listed, warn
 from ldvae_ext.model._base import LDVAEBase
 from ldvae_ext.model._datamodule import start_of
+from ldvae_ext.model._linear_scvi import as_linear_scvi_meant, is_of_linear_scvi
 from ldvae_ext.model._registry import covariates_of, level_names, state_of
 from ldvae_ext.module._query import Freezing, Levels, QueryTrainingPlan, freeze, take_over
 
@@ -162,6 +163,8 @@ class QueryMixin(LDVAEBase, ArchesMixin):
         arguments = dict(reference.attributes["init_params_"]["non_kwargs"])
         for group in reference.attributes["init_params_"]["kwargs"].values():
             arguments.update(group)
+        if is_of_linear_scvi(reference.registry):
+            arguments = as_linear_scvi_meant(arguments)
         # With an AnnData, a registry says only whose arguments these are. All that is drawn at random is replaced.
         with torch.random.fork_rng(devices=[]):
             model = cls(adata, reference.registry if registry is None else registry, **arguments)

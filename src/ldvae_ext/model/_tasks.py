@@ -48,7 +48,7 @@ def quiet(*given: Any) -> Iterator[None]:
         yield
 
 
-def _with_u(method: Callable[..., Any]) -> Callable[..., Any]:
+def with_u(method: Callable[..., Any]) -> Callable[..., Any]:
     """A method of scvi-tools that looks at latents as Gaussian vectors: under ``"ln"`` it is shown u.
 
     On the simplex their covariance is singular, which the search for outliers cannot take.
@@ -94,7 +94,7 @@ class TasksMixin(LDVAEBase):
     get_elbo = _stock(VAEMixin.get_elbo, needs_counts=True)
     get_latent_library_size = _stock(RNASeqMixin.get_latent_library_size, needs_counts=True)
     get_aggregated_posterior = _stock(VAEMixin.get_aggregated_posterior)
-    differential_expression = _with_u(_with_groups(_stock(RNASeqMixin.differential_expression)))
+    differential_expression = with_u(_with_groups(_stock(RNASeqMixin.differential_expression)))
     posterior_predictive_sample = _stock(RNASeqMixin.posterior_predictive_sample)
 
     def _batches_of(
@@ -126,7 +126,8 @@ class TasksMixin(LDVAEBase):
             As in :meth:`scvi.model.LinearSCVI.get_marginal_ll`.
         return_mean
             Whether to return the mean over cells. (scvi-tools takes the mean of the minibatches' means, in which a cell
-            of a small last minibatch counts more.)
+            of a small last minibatch counts more.) Under a normal latent the estimate itself is scvi-tools', which is off by
+            log(samples drawn / n_mc_samples) if ``n_mc_samples`` is no multiple of ``n_mc_samples_per_pass``.
 
         Returns
         -------

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 from anndata import AnnData
+from scvi.model.base import VAEMixin
 
 from ldvae_ext._keys import ABUNDANCE
 from ldvae_ext._validate import check_column
@@ -15,7 +16,7 @@ from ldvae_ext.core import log_likelihood
 from ldvae_ext.core.importance import importance_weights, latent_log_density
 from ldvae_ext.model._bridge import EncodedCells
 from ldvae_ext.model._cells import stream_cells
-from ldvae_ext.model._tasks import TasksMixin, quiet
+from ldvae_ext.model._tasks import TasksMixin, quiet, with_u
 
 
 class WeightsMixin(TasksMixin):
@@ -148,13 +149,16 @@ class WeightsMixin(TasksMixin):
         None: cells x samples are written to ``adata.obsm["da_log_probs"]``, or to that of ``adata_sub``; with ``dataloader``
         they are returned.
         """
+        if dataloader is not None and self.adata is not None:
+            msg = "`dataloader` is for a model without an AnnData; this one compares the cells of `adata`."
+            raise ValueError(msg)
         with self.module.evaluating(), quiet():
             given = self.adata if adata is None else adata
             if given is not None:
                 check_column(given.obs.columns, "sample_key", cast("str", sample_key))
-            if self.module.latent_distribution != "ln" or (adata is None and self.adata is None):
-                return super().differential_abundance(
-                    adata, adata_sub, sample_key, batch_size, num_cells_posterior, dof, dataloader
+            if self.module.latent_distribution != "ln" or given is None:
+                return with_u(VAEMixin.differential_abundance)(
+                    self, adata, adata_sub, sample_key, batch_size, num_cells_posterior, dof, dataloader
                 )
             adata = self._validate_anndata(adata)
             adata_sub = adata if adata_sub is None else self._validate_anndata(adata_sub)

@@ -18,6 +18,7 @@ from scvi.nn import Encoder
 from torch.nn.functional import linear, one_hot
 
 from ldvae_ext.module._decoder import LinearDecoderLayer
+from ldvae_ext.module._loading import StrictLoading
 from ldvae_ext.module._marginal import log_marginal
 from ldvae_ext.module._options import batch_norm_where, check_options, layer_norm_in_encoder
 from ldvae_ext.module._query import QueryModule
@@ -34,7 +35,7 @@ class CellPosterior(NamedTuple):
     """Log of the library size: size factor, observed, or the posterior mean of the log library; shape (cells,)."""
 
 
-class LDVAEModule(QueryModule, ScviLDVAE):
+class LDVAEModule(StrictLoading, QueryModule, ScviLDVAE):
     """The network of the linearly decoded VAE: ``scvi.module.LDVAE`` with every option of ``scvi.module.VAE``.
 
     With the options that LinearSCVI has it is the same network: same parameters under the same names, same random draws.
@@ -80,12 +81,10 @@ class LDVAEModule(QueryModule, ScviLDVAE):
         Prior of the log library of each batch, shape (1, batches).
     var_activation
         What makes the variances of the encoders positive; ``torch.exp`` if None.
-    extra_encoder_kwargs
-        Passed to ``scvi.nn.Encoder``.
     extra_decoder_kwargs
         Must be empty: the linear decoder takes none.
-    batch_embedding_kwargs
-        Passed to ``scvi.nn.Embedding``.
+    extra_encoder_kwargs, batch_embedding_kwargs
+        Passed to ``scvi.nn.Encoder`` and ``scvi.nn.Embedding``.
     """
 
     def __init__(
@@ -284,6 +283,9 @@ class LDVAEModule(QueryModule, ScviLDVAE):
         transform_batch
             Code of a batch that replaces those of the cells.
         """
+        if batch_index is None and self.n_batch > 1:
+            msg = f"A minibatch has no batch codes; the model knows {self.n_batch} batches."
+            raise ValueError(msg)
         if batch_index is None:
             batch_index = torch.zeros(z.shape[-2], 1, dtype=torch.int64, device=z.device)
         if transform_batch is not None:

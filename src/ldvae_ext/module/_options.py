@@ -37,7 +37,7 @@ def batch_norm_where(use_batch_norm: bool | str) -> tuple[bool, bool]:
 
     True and False speak of the decoder alone, as in LinearSCVI, whose encoders always have it; strings are scVI's.
     """
-    if use_batch_norm in (True, False):
+    if use_batch_norm in (True, False, None):
         return True, bool(use_batch_norm)
     check_one_of("use_batch_norm", use_batch_norm, (True, False, *BATCH_NORM))  # type: ignore[arg-type]
     return use_batch_norm in ("both", "encoder"), use_batch_norm in ("both", "decoder")
@@ -65,7 +65,7 @@ def check_options(options: dict[str, Any]) -> None:
     """
     for name, allowed in CHOICES.items():
         check_one_of(name, options[name], allowed)
-    if options["bias"] not in (True, False, "auto"):
+    if options["bias"] not in (True, False, None, "auto"):
         msg = f"`bias` must be True, False or 'auto'; got {options['bias']!r}."
         raise ValueError(msg)
     if options["extra_decoder_kwargs"]:

@@ -1,0 +1,48 @@
+"""Arguments that LinearSCVI was given, and what they mean there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from scvi.data._constants import _MODEL_NAME_KEY
+from scvi.model import LinearSCVI
+
+# Options of the network that LinearSCVI accepts and ignores, since it builds its encoders and decoder anew.
+_IGNORED = (
+    "batch_embedding_kwargs",
+    "batch_representation",
+    "deeply_inject_covariates",
+    "encode_covariates",
+    "extra_decoder_kwargs",
+    "extra_encoder_kwargs",
+    "n_cats_per_cov",
+    "n_continuous_cov",
+    "n_labels",
+    "use_layer_norm",
+    "var_activation",
+)
+
+
+def is_of_linear_scvi(registry: Mapping[str, Any] | None) -> bool:
+    """Whether a registry was written by LinearSCVI."""
+    return registry is not None and registry.get(_MODEL_NAME_KEY) == LinearSCVI.__name__
+
+
+def as_linear_scvi_meant(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of LinearSCVI, those left out that it ignores; of ``use_batch_norm`` and ``bias`` it asks if they are true."""
+    kept = {name: value for name, value in arguments.items() if name not in _IGNORED}
+    return {name: bool(value) if name in ("use_batch_norm", "bias") else value for name, value in kept.items()}
+
+
+def as_linear_scvi_knows(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same network in words that LinearSCVI understands too, where it has them.
+
+    A start of the intercept has been made once the network is there, and need not be asked for again.
+    """
+    known = dict(arguments)
+    if known.get("use_batch_norm") in ("both", "encoder"):
+        known["use_batch_norm"] = known["use_batch_norm"] == "both"
+    if known.get("bias") == "auto":
+        known["bias"] = known.get("use_batch_norm", True) in (False, "none")
+    return known
