@@ -19,7 +19,7 @@ from scvi.model.base import RNASeqMixin, VAEMixin
 from scvi.module._constants import MODULE_KEYS
 
 from ldvae_ext._validate import check_column, check_one_of
-from ldvae_ext.core import log_likelihood
+from ldvae_ext.core import LinearDecoder, log_likelihood
 from ldvae_ext.core.posterior import deterministic_latent
 from ldvae_ext.model._base import LDVAEBase
 from ldvae_ext.model._bridge import EncodedCells
@@ -233,27 +233,9 @@ class TasksMixin(LDVAEBase):
             msg = f"`use_posterior_mean=True` does not run the network's forward pass, which {sorted(kwargs)} are for."
             raise TypeError(msg)
         with stream_cells(self, adata, indices, batch_size, dataloader, data_loader_kwargs) as cells:
-            error_n = np.concatenate([-self._log_likelihood_at_mean(chunk) for chunk in cells.chunks])
+            decoder = self.get_decoder()
+            error_n = np.concatenate([-_log_likelihood_at_mean(decoder, chunk) for chunk in cells.chunks])
         return {"reconstruction_loss": torch.from_numpy(error_n).mean() if return_mean else torch.from_numpy(error_n)}
-
-    def _log_likelihood_at_mean(self, cells: EncodedCells) -> np.ndarray:
-        decoder = self.get_decoder()
-        z_nk = deterministic_latent(cells.mean.astype(np.float64), decoder.latent_distribution)
-        mu_ng, theta, dropout_ng = self._parameters_given(z_nk, cells, cells.library)
-        return log_likelihood(decoder.likelihood, cells.counts.astype(np.float64), mu_ng, theta, dropout_ng).sum(axis=1)
-
-    def _parameters_given(
-        self, z_nk: np.ndarray, cells: EncodedCells, library: Any
-    ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
-        """Mean, dispersion and dropout logits of given latents in the batches of given cells."""
-        decoder = self.get_decoder()
-        batch, label = decoder.batches[cells.batch], None if decoder.labels is None else decoder.labels[cells.label]
-        mu_ng = decoder.rate(z_nk, batch, cells.covariates, library=library)
-        theta = None
-        if decoder.likelihood != "poisson":
-            theta = decoder.theta(batch, len(z_nk), label=label, z_nk=z_nk, covariates=cells.covariates)
-        is_inflated = decoder.likelihood == "zinb"
-        return mu_ng, theta, decoder.dropout_logits(z_nk, batch, cells.covariates) if is_inflated else None
 
     def get_likelihood_parameters(
         self,
@@ -382,3 +364,22 @@ class TasksMixin(LDVAEBase):
         matrix = np.corrcoef(flat, rowvar=False) if correlation_type == "pearson" else spearmanr(flat).statistic
         names = self.get_var_names()
         return pd.DataFrame(matrix, index=names, columns=names)
+
+
+def _log_likelihood_at_mean(decoder: LinearDecoder, cells: EncodedCells) -> np.ndarray:
+    z_nk = deterministic_latent(cells.mean.astype(np.float64), decoder.latent_distribution)
+    mu_ng, theta, dropout_ng = parameters_given(decoder, z_nk, cells, cells.library)
+    return log_likelihood(decoder.likelihood, cells.counts.astype(np.float64), mu_ng, theta, dropout_ng).sum(axis=1)
+
+
+def parameters_given(
+    decoder: LinearDecoder, z_nk: np.ndarray, cells: EncodedCells, library: Any
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+    """Mean, dispersion and dropout logits of given latents in the batches of given cells."""
+    batch, label = decoder.batches[cells.batch], None if decoder.labels is None else decoder.labels[cells.label]
+    mu_ng = decoder.rate(z_nk, batch, cells.covariates, library=library)
+    theta = None
+    if decoder.likelihood != "poisson":
+        theta = decoder.theta(batch, len(z_nk), label=label, z_nk=z_nk, covariates=cells.covariates)
+    is_inflated = decoder.likelihood == "zinb"
+    return mu_ng, theta, decoder.dropout_logits(z_nk, batch, cells.covariates) if is_inflated else None

@@ -16,7 +16,7 @@ from ldvae_ext.core import log_likelihood
 from ldvae_ext.core.importance import importance_weights, latent_log_density
 from ldvae_ext.model._bridge import EncodedCells
 from ldvae_ext.model._cells import stream_cells
-from ldvae_ext.model._tasks import TasksMixin, quiet, with_u
+from ldvae_ext.model._tasks import TasksMixin, parameters_given, quiet, with_u
 
 
 class WeightsMixin(TasksMixin):
@@ -80,7 +80,7 @@ class WeightsMixin(TasksMixin):
         anchors = np.arange(len(indices))
         if len(indices) > max_cells:
             anchors = rng.choice(anchors, size=max_cells, replace=False)
-        with stream_cells(self, adata, indices) as cells:
+        with stream_cells(self, adata, indices, data_loader_kwargs=data_loader_kwargs) as cells:
             chunks = list(cells.chunks)
         z_snk = zs.reshape(-1, *zs.shape[-2:]).cpu().numpy().astype(np.float64)
         log_px_na = np.concatenate([self._log_px(z_nk, chunks, anchors) for z_nk in z_snk])
@@ -112,12 +112,12 @@ class WeightsMixin(TasksMixin):
         library_a = np.concatenate([chunk.library for chunk in chunks])[anchors]
         if not self.module.use_size_factor_key:
             library_a = counts_ag.sum(axis=1)
-        likelihood, out, start = self.module.gene_likelihood, [], 0
+        decoder, out, start = self.get_decoder(), [], 0
         for chunk in chunks:
             stop = start + len(chunk.mean)
-            scale_ng, theta, dropout_ng = self._parameters_given(z_nk[start:stop], chunk, 1.0)
+            scale_ng, theta, dropout_ng = parameters_given(decoder, z_nk[start:stop], chunk, 1.0)
             columns = [
-                log_likelihood(likelihood, x_g[None], size * scale_ng, theta, dropout_ng).sum(axis=1)
+                log_likelihood(decoder.likelihood, x_g[None], size * scale_ng, theta, dropout_ng).sum(axis=1)
                 for x_g, size in zip(counts_ag, library_a, strict=True)
             ]
             out.append(np.stack(columns, axis=1))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from ldvae_ext._keys import ORDERED_KEY, ExportKeys, export_keys
 from ldvae_ext._validate import listed
 from ldvae_ext.core import kl_per_dimension
 from ldvae_ext.core.posterior import deterministic_latent
+from ldvae_ext.module._modes import evaluating
 
 # What tells a result of this function from all else that can lie under its key.
 MARK = "model_class"
@@ -160,7 +160,7 @@ def _posterior(
     random_state = np.random.get_state()  # noqa: NPY002 - scvi-tools' look at the counts of other cells draws from it
     try:
         # scvi-tools' inference also draws a sample, which would move the caller's random state.
-        with _evaluating(model.module), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with evaluating(model.module), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             mean_nk, variance_nk = model.get_latent_representation(adata=given, batch_size=batch_size, return_dist=True)
     except AttributeError as error:  # what scvi-tools' getter meets in a distribution that has no `loc` or `scale`
         msg = f"`model` must have a Gaussian posterior; {name} gave no mean and variance of each cell: {error}."
@@ -178,15 +178,3 @@ def _posterior(
         )
         raise TypeError(msg)
     return mean_nk, variance_nk
-
-
-@contextmanager
-def _evaluating(module: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, and the modes of all layers as they were afterwards."""
-    were_training = [layer for layer in module.modules() if layer.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for layer in were_training:
-            layer.training = True

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch.nn.functional import linear, one_hot
 from ldvae_ext.module._decoder import LinearDecoderLayer
 from ldvae_ext.module._loading import StrictLoading
 from ldvae_ext.module._marginal import log_marginal
+from ldvae_ext.module._modes import evaluating
 from ldvae_ext.module._options import batch_norm_where, check_options, layer_norm_in_encoder
 from ldvae_ext.module._query import QueryModule
 
@@ -218,8 +219,7 @@ class LDVAEModule(StrictLoading, QueryModule, ScviLDVAE):
         self.library_log_means.copy_(torch.from_numpy(log_means))
         self.library_log_vars.copy_(torch.from_numpy(log_variances))
 
-    @contextmanager
-    def evaluating(self, layers: type[torch.nn.Module] = torch.nn.Module) -> Iterator[None]:
+    def evaluating(self, layers: type[torch.nn.Module] = torch.nn.Module) -> AbstractContextManager[None]:
         """Evaluation mode inside, and the modes of all layers as they were afterwards.
 
         Parameters
@@ -227,14 +227,7 @@ class LDVAEModule(StrictLoading, QueryModule, ScviLDVAE):
         layers
             Class of the layers that change their mode.
         """
-        were_training = [layer for layer in self.modules() if layer.training and isinstance(layer, layers)]
-        for layer in were_training:
-            layer.training = False
-        try:
-            yield
-        finally:
-            for layer in were_training:
-                layer.training = True
+        return evaluating(self, layers)
 
     def forward(self, tensors: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
         """scvi-tools' forward pass, which a minibatch of a single cell does not stop.
