@@ -36,7 +36,9 @@ def test_groups_are_summarised_and_cells_without_one_left_out(ablation):
             "share_helped": [0.0, 1.0, 1.0, 0.0],
         }
     )
-    pd.testing.assert_frame_equal(table, expected)
+    pd.testing.assert_frame_equal(table[list(expected)], expected)
+    assert table.loc[table["group"] == "B", ["effect_size", "p_value", "q_value"]].isna().all(axis=None)
+    np.testing.assert_allclose(table["effect_size"][2:], [2 / np.sqrt(2), -1 / np.sqrt(2)])
 
 
 def test_a_missing_or_empty_column_is_named(ablation):

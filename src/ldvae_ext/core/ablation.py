@@ -1,81 +1,194 @@
-"""Paired change of a cell's likelihood when latents are set to a value."""
+"""Paired change of a cell's likelihood when latents are replaced by something that knows nothing of the cell."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.special import softmax
 
+from ldvae_ext.core.cells import Nonzero, dense, nonzero
 from ldvae_ext.core.decoder import LinearDecoder
-from ldvae_ext.core.likelihood import mean_dependent_part
+from ldvae_ext.core.likelihood import EPS, log_likelihood, mean_dependent_part
 from ldvae_ext.core.posterior import deterministic_latent
 
 
 def ablation_effects(
     decoder: LinearDecoder,
-    x_ng: np.ndarray,
+    x_ng: Any,
     mean_nk: np.ndarray,
     library_n: np.ndarray,
     batch: Any,
-    value_k: np.ndarray,
-    factors: Sequence[int] | np.ndarray,
+    value: Any,
+    factors: Iterable[Any],
     *,
     covariates: Any = None,
     label: Any = None,
+    refit_heads: bool = False,
 ) -> np.ndarray:
-    """Change of each cell's negative log-likelihood when one latent at a time is set to a value.
+    """Change of each cell's negative log-likelihood when latents are set to a value, one set of them at a time.
 
-    A cell is compared with itself: the same posterior mean, library, dispersion and dropout logits on both sides, only
-    the logits of the rate move. The difference is taken per gene before it is summed. For a normal latent the logits
-    move by ``-weight[:, k] (z_k - value_k)``; for a logistic-normal one ``u_k`` is set and ``z = softmax(u)`` follows.
+    A cell is compared with itself: the same latent, library, dispersion and dropout logits on both sides, only the logits
+    of the rate move. For a normal latent they move by ``-weight[:, S] (z_S - value_S)``, one rank for each replaced
+    latent; for a logistic-normal one ``u_S`` is set and ``z = softmax(u)`` follows. The difference is taken per gene
+    before it is summed; under ``"nb"`` with scvi-tools' ``eps`` it is ::
+
+        - sum_g x log((mu' + eps) / (mu + eps)) + sum_g (x + theta) log((theta + mu' + eps) / (theta + mu + eps))
+
+    without a gamma function, where the first sum needs the non-zero counts only.
 
     Parameters
     ----------
     decoder
         The decoder.
     x_ng
-        Counts, shape (cells, genes), dense.
+        Counts, shape (cells, genes), dense or sparse.
     mean_nk
-        Posterior means (of u under ``"ln"``), shape (cells, factors).
+        Latents, such as posterior means (of u under ``"ln"``), shape (cells, factors).
     library_n
         Library sizes in counts (size factors under softplus), shape (cells,).
     batch
         See :meth:`ldvae_ext.core.LinearDecoder.batch_codes`.
-    value_k
-        The value that each latent is set to, shape (factors,).
+    value
+        What latents are set to, broadcast to (cells, factors). Under ``"ln"`` minus infinity drops a latent: its z is 0
+        and the others are renormalised.
     factors
-        Positions of the latents to ablate, one at a time.
+        Positions of the latents to replace: each entry one of them, or several that are replaced together.
     covariates, label
         See :meth:`ldvae_ext.core.LinearDecoder.scale` and :meth:`~ldvae_ext.core.LinearDecoder.theta`.
+    refit_heads
+        Whether dropout logits and dispersion follow the latent, where they depend on it, instead of staying those of the
+        unablated cell.
 
     Returns
     -------
-    Shape (cells, ablated latents), float64, in nats. Positive: the latent helps. Never clipped.
+    Shape (cells, sets), float64, in nats. Positive: the latents help. Never clipped.
     """
-    x_ng, mean_nk = np.asarray(x_ng, dtype=np.float64), np.asarray(mean_nk, dtype=np.float64)
-    library_n1 = np.asarray(library_n, dtype=np.float64).reshape(-1, 1)
+    changes = ablation_changes(
+        decoder,
+        x_ng,
+        mean_nk,
+        library_n,
+        batch,
+        value,
+        [np.atleast_1d(np.asarray(entry, dtype=np.int64)) for entry in factors],
+        covariates=covariates,
+        label=label,
+        refit_heads=refit_heads,
+    )
+    effects = [change_ng.sum(axis=1) for change_ng in changes]
+    return np.stack(effects, axis=1) if effects else np.empty((len(mean_nk), 0))
+
+
+def ablation_changes(
+    decoder: LinearDecoder,
+    x_ng: Any,
+    mean_nk: np.ndarray,
+    library_n: np.ndarray,
+    batch: Any,
+    value: Any,
+    sets: Sequence[np.ndarray],
+    *,
+    covariates: Any = None,
+    label: Any = None,
+    refit_heads: bool = False,
+) -> Iterator[np.ndarray]:
+    """The summands of :func:`ablation_effects`: for each set the change of each count's negative log-likelihood.
+
+    Yields
+    ------
+    Shape (cells, genes), float64, in nats; an array that the next set overwrites.
+    """
+    mean_nk = np.asarray(mean_nk, dtype=np.float64)
+    value_nk = np.broadcast_to(np.asarray(value, dtype=np.float64), mean_nk.shape)
     z_nk = deterministic_latent(mean_nk, decoder.latent_distribution)
-    theta = None
-    if decoder.likelihood != "poisson":
-        theta = decoder.theta(batch, len(mean_nk), label=label, z_nk=z_nk, covariates=covariates)
-    dropout_ng = decoder.dropout_logits(z_nk, batch, covariates) if decoder.likelihood == "zinb" else None
     logits_ng = decoder.logits(z_nk, batch, covariates)
+    library_n1 = np.asarray(library_n, dtype=np.float64).reshape(-1, 1)
 
-    def fit(logits: np.ndarray) -> np.ndarray:
-        rate_ng = decoder.apply_link(logits)
-        rate_ng *= library_n1
-        return mean_dependent_part(decoder.likelihood, x_ng, rate_ng, theta, dropout_ng)
+    def heads(at_nk: np.ndarray) -> tuple[Any, Any]:
+        theta = None
+        if decoder.likelihood != "poisson":
+            theta = decoder.theta(batch, len(at_nk), label=label, z_nk=at_nk, covariates=covariates)
+        is_zinb = decoder.likelihood == "zinb"
+        return theta, decoder.dropout_logits(at_nk, batch, covariates) if is_zinb else None
 
-    full_ng = fit(logits_ng)
-    effect = np.empty((len(mean_nk), len(factors)))
-    for column, k in enumerate(factors):
-        if decoder.latent_distribution == "ln":
-            moved_nk = mean_nk.copy()
-            moved_nk[:, k] = value_k[k]
-            moved_ng = decoder.logits(softmax(moved_nk, axis=1), batch, covariates)
+    full_ng = logits_ng.copy()
+    _to_rate(decoder, full_ng, library_n1)
+    if refit_heads:
+        counts_ng = dense(x_ng)
+        full_ng = log_likelihood(decoder.likelihood, counts_ng, full_ng, *heads(z_nk))
+    else:
+        change = _change(decoder.likelihood, x_ng, full_ng, *heads(z_nk))
+    buffer_ng = np.empty_like(logits_ng)
+    for replaced in sets:
+        moved_nk = mean_nk.copy()
+        moved_nk[:, replaced] = value_nk[:, replaced]
+        moved_nk = deterministic_latent(moved_nk, decoder.latent_distribution)
+        touched = replaced if decoder.latent_distribution == "normal" else slice(None)
+        np.matmul((moved_nk - z_nk)[:, touched], decoder.weight_gk[:, touched].T, out=buffer_ng)
+        buffer_ng += logits_ng
+        _to_rate(decoder, buffer_ng, library_n1)
+        if refit_heads:
+            yield full_ng - log_likelihood(decoder.likelihood, counts_ng, buffer_ng, *heads(moved_nk))
         else:
-            moved_ng = logits_ng - np.outer(mean_nk[:, k] - value_k[k], decoder.weight_gk[:, k])
-        effect[:, column] = (full_ng - fit(moved_ng)).sum(axis=1)
-    return effect
+            yield change(buffer_ng)
+
+
+def _to_rate(decoder: LinearDecoder, logits_ng: np.ndarray, library_n1: np.ndarray) -> None:
+    """Logits to mean counts, in place."""
+    if decoder.link == "softmax":
+        logits_ng -= logits_ng.max(axis=1, keepdims=True)
+        np.exp(logits_ng, out=logits_ng)
+        logits_ng *= library_n1 / logits_ng.sum(axis=1, keepdims=True)
+    else:
+        np.multiply(decoder.apply_link(logits_ng), library_n1, out=logits_ng)
+
+
+def _change(
+    likelihood: str, x_ng: Any, full_ng: np.ndarray, theta: Any, dropout_ng: np.ndarray | None
+) -> Callable[[np.ndarray], np.ndarray]:
+    """A function of a rate: the change of each count's negative log-likelihood from ``full_ng`` to it."""
+    if likelihood == "nb":
+        return _nb_change(nonzero(x_ng), full_ng, theta)
+    if likelihood == "poisson":
+        return _poisson_change(nonzero(x_ng), full_ng)
+    x_ng = dense(x_ng)
+    before_ng = mean_dependent_part(likelihood, x_ng, full_ng, theta, dropout_ng)
+    return lambda rate_ng: before_ng - mean_dependent_part(likelihood, x_ng, rate_ng, theta, dropout_ng)
+
+
+# The two below work in the rate they are given: at this size the passes over memory are what costs.
+
+
+def _nb_change(x: Nonzero, full_ng: np.ndarray, theta: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    full_at = full_ng.ravel()[x.at] + EPS
+    shift = theta + EPS
+    # A product is faster than a quotient.
+    inverse_ng = 1.0 / (full_ng + shift)
+
+    def change(rate_ng: np.ndarray) -> np.ndarray:
+        flat = rate_ng.ravel()
+        log_ratio_at = np.log((flat[x.at] + EPS) / full_at)
+        rate_ng += shift
+        rate_ng *= inverse_ng
+        np.log(rate_ng, out=rate_ng)
+        first_at = x.value * (flat[x.at] - log_ratio_at)
+        rate_ng *= theta
+        flat[x.at] += first_at
+        return rate_ng
+
+    return change
+
+
+def _poisson_change(x: Nonzero, full_ng: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    log_full_at = np.log(full_ng.ravel()[x.at])
+
+    def change(rate_ng: np.ndarray) -> np.ndarray:
+        flat = rate_ng.ravel()
+        with np.errstate(divide="ignore"):  # a rate of 0 makes a count impossible
+            first_at = x.value * (log_full_at - np.log(flat[x.at]))
+        rate_ng -= full_ng
+        flat[x.at] += first_at
+        return rate_ng
+
+    return change

@@ -75,3 +75,25 @@ def mean_dependent_part(
         return np.where(x_ng > EPS, positive, np.logaddexp(0.0, stay_zero)) - np.logaddexp(0.0, -dropout_ng)
     msg = f"`likelihood` must be 'nb', 'zinb', 'poisson' or 'normal'; got {likelihood!r}."
     raise ValueError(msg)
+
+
+def deviance(
+    likelihood: str,
+    x_ng: np.ndarray,
+    mu_ng: np.ndarray,
+    theta: Any = None,
+    dropout_ng: Any = None,
+) -> np.ndarray:
+    """Deviance of each count: twice the log-likelihood lost against a mean that equals the count.
+
+    Parameters
+    ----------
+    likelihood, x_ng, mu_ng, theta, dropout_ng
+        See :func:`log_likelihood`; dispersion and dropout are the same on both sides.
+
+    Returns
+    -------
+    Shape (cells, genes), in nats (of 2 log-likelihoods), not negative but for scvi-tools' ``eps`` and rounding.
+    """
+    saturated = mean_dependent_part(likelihood, x_ng, x_ng, theta, dropout_ng)
+    return 2 * (saturated - mean_dependent_part(likelihood, x_ng, mu_ng, theta, dropout_ng))

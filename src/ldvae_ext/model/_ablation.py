@@ -6,37 +6,51 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+import scvi
 from anndata import AnnData
 from scvi.utils import track
 
+from ldvae_ext._groups import gene_ablation, groups_of
 from ldvae_ext._keys import ABLATION_INFO
-from ldvae_ext._validate import check_one_of, factor_indices
-from ldvae_ext.core import ablation_effects
-from ldvae_ext.model._cells import stream_cells
+from ldvae_ext.core.cells import EncodedCells
+from ldvae_ext.core.explained import ExplainedSums, PooledProfile, explained_sets
+from ldvae_ext.core.plan import AblationPlan, AblationRequest, LatentSummary
+from ldvae_ext.model._cells import stream_cells, with_positions
 from ldvae_ext.model._decoding import DecodingMixin
 
-MODES = ("zero", "mean")
+Mode = Literal["zero", "mean", "group_mean", "permute", "prior", "value", "drop"]
+Scheme = Literal["leave_out", "leave_in", "keep_top"]
+# Name of the group that all cells are without `groupby`.
+_ALL = "all"
 
 
 class AblationMixin(DecodingMixin):
-    """Ablation of latents: paired, without sampling, on raw counts."""
+    """Ablation of latents: paired, streamed, on raw counts."""
 
     def ablate(
         self,
         adata: AnnData | None = None,
         indices: Any = None,
         latents: Any = None,
-        mode: Literal["zero", "mean"] = "zero",
+        mode: Mode = "zero",
         *,
+        value: Any = None,
+        groupby: str | None = None,
+        scheme: Scheme = "leave_out",
+        refit_heads: bool = False,
+        use_posterior: Literal["mean", "samples"] = "mean",
+        n_samples: int | None = None,
+        seed: int | None = None,
+        transform_batch: Any = None,
         batch_size: int | None = None,
         dataloader: Any = None,
         silent: bool = True,
     ) -> AnnData:
-        """Change of each cell's negative log-likelihood when one latent at a time is taken out.
+        """Change of each cell's negative log-likelihood when latents are taken out.
 
-        Every cell is compared with itself: ``NLL(x | latent k at a value) - NLL(x | posterior mean)``, with the same
-        posterior mean, library size, dispersion and dropout logits on both sides, and nothing sampled, so two calls
-        give the same numbers. Likelihoods are scvi-tools' own. See :func:`ldvae_ext.core.ablation_effects`.
+        Every cell is compared with itself: ``NLL(x | latents replaced) - NLL(x | all latents)``, with the same latent,
+        library size, dispersion and dropout logits on both sides, and no noise between them, so two calls give the same
+        numbers. Likelihoods are scvi-tools' own. See :func:`ldvae_ext.core.ablation_effects` for the formula.
 
         Parameters
         ----------
@@ -45,61 +59,224 @@ class AblationMixin(DecodingMixin):
         indices
             Cells of ``adata`` to ablate, as positions or a mask.
         latents
-            Latents to take out, one at a time: names (``"Z_3"``) or positions. All of them if None.
+            Latents to take out, one at a time: names (``"Z_3"``) or positions; all of them if None. A mapping from a name to
+            several latents takes each of these sets out as a whole. With ``scheme="keep_top"`` the order in which latents
+            are kept; descending KL over all cells of ``adata`` if None.
         mode
-            ``"zero"``: the latent is set to 0, the prior mean (of u under ``latent_distribution="ln"``). ``"mean"``: it
-            is set to its mean over all cells of ``adata``, whichever are asked for by ``indices``, so that it takes
-            away what varies.
+            What a latent is replaced by (u under ``latent_distribution="ln"``, where z = softmax(u)):
+
+            * ``"zero"``: 0, the prior mean;
+            * ``"mean"``: its mean over all cells of ``adata``, whichever are asked for by ``indices``, so that what varies is
+              taken away;
+            * ``"group_mean"``: its mean over all cells of the cell's group of ``groupby``, so that what varies inside the
+              group is; NaN for a cell without a group;
+            * ``"permute"``: that of another cell of ``adata``, drawn without replacement, one donor for all latents of a cell;
+              keeps the marginal distribution, breaks the link to the cell;
+            * ``"prior"``: a standard normal draw;
+            * ``"value"``: ``value``;
+            * ``"drop"``: only under ``"ln"``: z = 0, and the other latents renormalised to sum to 1.
+        value
+            For ``mode="value"``: one number, one for each latent, or a mapping from names.
+        groupby
+            For ``mode="group_mean"``: a column of ``obs``.
+        scheme
+            ``"leave_out"``: the named latents are replaced. ``"leave_in"``: all others are. ``"keep_top"``: all but the first
+            j are, for j from 0 (1 for ``"drop"``) to the number of latents.
+        refit_heads
+            Whether dropout logits (``"zinb"``) and dispersion (``"gene-cell"``) follow the replaced latents.
+        use_posterior
+            ``"mean"``: latents are the posterior means. ``"samples"``: the mean effect over draws from each cell's posterior, the
+            same draws on both sides (common random numbers); donors are drawn with theirs. The library is not drawn.
+        n_samples
+            Draws for ``use_posterior="samples"``; 10 if None.
+        seed
+            Seed of ``"permute"``, ``"prior"`` and ``"samples"``; ``scvi.settings.seed`` if None, or 0. Draws belong to (seed,
+            position of the cell in ``adata``) and depend on nothing else.
+        transform_batch
+            Batch, or batches, in which cells are decoded on both sides; their own if None. Effects are averaged over several.
         batch_size
             Cells per minibatch; ``scvi.settings.batch_size`` if None. The result does not depend on it.
         dataloader
-            Minibatches of cells, instead of ``adata``. Their names are positions, since they bring no obs. ``"mean"`` reads
-            them twice.
+            Minibatches of cells, instead of ``adata``. Their names are positions, since they bring no obs. What needs the
+            latents of all cells first reads them twice.
         silent
             Whether to hide the progress bar.
 
         Returns
         -------
-        AnnData, cells x latents in the network's order. ``X`` is float32, in nats per cell: positive where the latent
-        helps to explain the cell, negative where it hurts. ``obs`` is a copy; ``uns["ldvae_ablation"]`` holds the mode.
+        AnnData, cells x sets of latents, in the network's order. ``X`` is float64, in nats per cell: positive where the
+        latents help to explain the cell, negative where they hurt. ``obs`` is a copy; ``uns["ldvae_ablation"]`` says what was
+        done.
 
         Raises
         ------
         ValueError
-            If a latent or a mode does not exist, or the model's data are minified without counts.
+            If a latent, mode, batch or group does not exist, an argument has no use in the mode, or the model's data are
+            minified without counts.
         """
         self._check_has_counts("ablate")
-        chosen = factor_indices(latents, self.latent_names)
-        value_k = self._ablated_value(adata, mode, batch_size, dataloader)
-        decoder = self.get_decoder()
+        request = self._ablation_request(
+            dataloader,
+            groupby,
+            transform_batch,
+            latents=latents,
+            mode=mode,
+            value=value,
+            scheme=scheme,
+            refit_heads=refit_heads,
+            use_posterior=use_posterior,
+            n_samples=n_samples,
+            seed=seed,
+        )
+        if groupby is not None and mode != "group_mean":
+            msg = f"`groupby` belongs to `mode='group_mean'`; got mode {mode!r}. `get.ablation_df` summarises by group."
+            raise ValueError(msg)
+        _, code_n = self._groups(adata, groupby)
+        plan = self._plan(request, adata, code_n, batch_size, dataloader)
         with stream_cells(self, adata, indices, batch_size, dataloader) as cells:
-            chunks = track(cells.chunks, description="Ablating", total=cells.n_chunks, disable=silent)
-            effects = [
-                ablation_effects(
-                    decoder,
-                    c.counts,
-                    c.mean,
-                    c.library,
-                    decoder.batches[c.batch],
-                    value_k,
-                    chosen,
-                    covariates=c.covariates,
-                    label=None if decoder.labels is None else decoder.labels[c.label],
-                ).astype(np.float32)
-                for c in chunks
+            parts = [
+                plan.effects(request.decoder, chunk, at, _codes_at(code_n, at))
+                for chunk, at in with_positions(
+                    track(cells.chunks, description="Ablating", total=cells.n_chunks, disable=silent), cells.positions
+                )
             ]
             obs = None if cells.obs is None else cells.obs.copy()
         return AnnData(
-            X=np.concatenate(effects) if effects else np.empty((0, len(chosen)), dtype=np.float32),
+            X=np.concatenate(parts) if parts else np.empty((0, len(plan.sets))),
             obs=obs,
-            var=pd.DataFrame(index=[self.latent_names[k] for k in chosen]),
-            uns={ABLATION_INFO: {"mode": mode, "unit": "nats"}},
+            var=pd.DataFrame(index=plan.names),
+            uns={ABLATION_INFO: request.description(plan, groupby)},
         )
+
+    def ablate_genes(
+        self,
+        groupby: str | None = None,
+        adata: AnnData | None = None,
+        indices: Any = None,
+        latents: Any = None,
+        mode: Mode = "zero",
+        *,
+        value: Any = None,
+        scheme: Scheme = "leave_out",
+        refit_heads: bool = False,
+        use_posterior: Literal["mean", "samples"] = "mean",
+        n_samples: int | None = None,
+        seed: int | None = None,
+        transform_batch: Any = None,
+        batch_size: int | None = None,
+        dataloader: Any = None,
+        silent: bool = True,
+    ) -> AnnData:
+        """What each gene contributes to the effect of an ablation, averaged over the cells of each group.
+
+        The sum over genes is the mean effect of :meth:`ablate` in the group. Sums are streamed: cells x genes x latents are
+        never held.
+
+        Parameters
+        ----------
+        groupby
+            Column of ``obs``; cells without a value are left out. All cells are one group if None.
+        adata, indices, latents, mode, value, scheme, refit_heads, use_posterior, n_samples, seed, transform_batch
+            As in :meth:`ablate`; ``mode="group_mean"`` takes the groups of ``groupby``.
+        batch_size, dataloader, silent
+            As in :meth:`ablate`. A data loader brings no obs, so that there are no groups.
+
+        Returns
+        -------
+        AnnData, (groups x genes) x sets of latents, in the network's order; :func:`ldvae_ext.get.gene_ablation_df` reads it as
+        a long table. ``X`` is float64, in nats per cell of the group; ``obs`` has ``group``, ``gene`` and ``n_cells``;
+        ``uns["ldvae_ablation"]`` says what was done.
+        """
+        self._check_has_counts("ablate_genes")
+        request = self._ablation_request(
+            dataloader,
+            groupby,
+            transform_batch,
+            latents=latents,
+            mode=mode,
+            value=value,
+            scheme=scheme,
+            refit_heads=refit_heads,
+            use_posterior=use_posterior,
+            n_samples=n_samples,
+            seed=seed,
+        )
+        groups, code_n = self._groups(adata, groupby)
+        plan = self._plan(request, adata, code_n, batch_size, dataloader)
+        genes = request.decoder.genes
+        total_pgs, n_p = np.zeros((len(groups), len(genes), len(plan.sets))), np.zeros(len(groups), dtype=np.int64)
+        with stream_cells(self, adata, indices, batch_size, dataloader) as cells:
+            chunks = track(cells.chunks, description="Ablating", total=cells.n_chunks, disable=silent)
+            for chunk, at in with_positions(chunks, cells.positions):
+                group_n = _codes_at(code_n, at)
+                plan.add_gene_effects(total_pgs, request.decoder, chunk, at, group_n)
+                n_p += np.bincount(group_n[group_n >= 0], minlength=len(groups))
+        return gene_ablation(total_pgs, n_p, groups, genes, plan.names, request.description(plan, groupby))
+
+    def get_explained_deviance(
+        self,
+        groupby: str | None = None,
+        adata: AnnData | None = None,
+        indices: Any = None,
+        latents: Any = None,
+        mode: Mode = "zero",
+        *,
+        value: Any = None,
+        batch_size: int | None = None,
+        dataloader: Any = None,
+        silent: bool = True,
+    ) -> pd.DataFrame:
+        """Share of the deviance of the counts that each latent explains, alone and with those before it.
+
+        ``D(S)`` is the deviance (twice the log-likelihood lost against a mean equal to the count, at the model's dispersion,
+        library and dropout logits) with the latents outside S replaced; ``D(null)`` that of a model which knows of a cell only
+        its library and batch: the pooled share of each gene in the counts of the batch, taken from the very cells that are
+        looked at. Latents are not independent, so that ``explained_deviance`` does not add up to the whole; ``cumulative`` does.
+
+        Parameters
+        ----------
+        groupby
+            Column of ``obs``; the deviances of a group are those of its cells, against the same null model. All cells are one
+            group if None.
+        adata, indices
+            Cells to look at, such as ``indices=model.validation_indices`` for those that were held out in training; the null
+            model is theirs. Other cells of ``adata`` count for the order by KL and for the means of ``mode="mean"``.
+        latents
+            Order in which latents are added up; descending KL if None. Those left out are replaced throughout.
+        mode, value
+            What a latent is replaced by, see :meth:`ablate`; not the random ones.
+        batch_size, dataloader, silent
+            As in :meth:`ablate`; a data loader is read twice.
+
+        Returns
+        -------
+        One row for each group and latent, in order: ``group``, ``factor``, ``n_cells``, ``explained_deviance``
+        (``(D(all but it) - D(all)) / D(null)``) and ``cumulative`` (``1 - D(it and those before it) / D(null)``).
+        """
+        if mode in ("permute", "prior"):
+            msg = f"`mode`: an explained deviance with random latents ({mode!r}) would be another at each draw."
+            raise ValueError(msg)
+        self._check_has_counts("get_explained_deviance")
+        request = self._ablation_request(
+            dataloader, groupby, None, latents=latents, mode=mode, value=value, scheme="keep_top"
+        )
+        groups, code_n = self._groups(adata, groupby)
+        profile = PooledProfile(*request.decoder.intercept_bg.shape)
+        with stream_cells(self, adata, indices, batch_size, dataloader) as cells:
+            for chunk in cells.chunks:
+                profile.add(chunk)
+        plan = explained_sets(self._plan(request, adata, code_n, batch_size, dataloader))
+        sums = ExplainedSums(len(groups), plan)
+        with stream_cells(self, adata, indices, batch_size, dataloader) as cells:
+            chunks = track(cells.chunks, description="Ablating", total=cells.n_chunks, disable=silent)
+            for chunk, at in with_positions(chunks, cells.positions):
+                sums.add(request.decoder, chunk, at, _codes_at(code_n, at), profile.share_bg)
+        return pd.DataFrame(sums.columns(groups, self.latent_names))
 
     def get_ablated_expression(
         self,
         latents: Any,
-        mode: Literal["zero", "mean"] = "zero",
+        mode: Mode = "zero",
         adata: AnnData | None = None,
         indices: Any = None,
         transform_batch: Any = None,
@@ -109,6 +286,10 @@ class AblationMixin(DecodingMixin):
         return_numpy: bool | None = None,
         silent: bool = True,
         dataloader: Any = None,
+        *,
+        value: Any = None,
+        groupby: str | None = None,
+        seed: int | None = None,
     ) -> np.ndarray | pd.DataFrame:
         """Decoded expression with latents taken out, all of them at once.
 
@@ -118,8 +299,8 @@ class AblationMixin(DecodingMixin):
         ----------
         latents
             Latents to take out together: names (``"Z_3"``) or positions.
-        mode
-            What they are set to; see :meth:`ablate`.
+        mode, value, groupby, seed
+            What they are replaced by; see :meth:`ablate`.
         adata, indices, transform_batch, gene_list, library_size, batch_size, return_numpy, silent, dataloader
             As in :meth:`get_normalized_expression`.
 
@@ -127,12 +308,14 @@ class AblationMixin(DecodingMixin):
         -------
         Cells x genes, float32.
         """
-        chosen = factor_indices(latents, self.latent_names)
-        value_k = self._ablated_value(adata, mode, batch_size, dataloader)
+        request = self._ablation_request(
+            dataloader, groupby, None, latents={"all": latents}, mode=mode, value=value, seed=seed
+        )
+        _, code_n = self._groups(adata, groupby)
+        plan = self._plan(request, adata, code_n, batch_size, dataloader)
 
-        def without(mean_nk: np.ndarray) -> np.ndarray:
-            mean_nk[:, chosen] = value_k[chosen]
-            return mean_nk
+        def without(chunk: EncodedCells, at: np.ndarray) -> np.ndarray:
+            return plan.replaced(chunk, at, _codes_at(code_n, at))
 
         return self._posterior_mean_expression(
             adata,
@@ -147,15 +330,47 @@ class AblationMixin(DecodingMixin):
             edit=without,
         )
 
-    def _ablated_value(
-        self, adata: AnnData | None, mode: str, batch_size: int | None, dataloader: Any = None
-    ) -> np.ndarray:
-        """What each latent is set to, shape (latents,), float64."""
-        check_one_of("mode", mode, MODES)
-        total_k, n_cells = np.zeros(self.n_latent), 0
-        if mode == "mean":
-            with stream_cells(self, adata, None, batch_size, dataloader) as cells:
-                for chunk in cells.chunks:
-                    total_k += chunk.mean.sum(axis=0, dtype=np.float64)
-                    n_cells += len(chunk.mean)
-        return total_k / max(1, n_cells)
+    def _ablation_request(
+        self, dataloader: Any, groupby: str | None, transform_batch: Any, **arguments: Any
+    ) -> AblationRequest:
+        """The arguments of an ablation, checked before any work is done."""
+        if groupby is not None and dataloader is not None:
+            msg = "`groupby` needs the obs of an AnnData; a `dataloader` brings none."
+            raise ValueError(msg)
+        codes = self._transform_batch_codes(transform_batch)
+        return AblationRequest(
+            decoder=self.get_decoder(), has_groups=groupby is not None, batches=tuple(codes), **arguments
+        )
+
+    def _groups(self, adata: AnnData | None, groupby: str | None) -> tuple[list[str], np.ndarray | None]:
+        """Groups of all cells; without ``groupby`` they are one."""
+        if groupby is None:
+            return [_ALL], None
+        source = self.adata if adata is None else adata
+        if source is None:
+            msg = "This model was loaded without data: give `adata`."
+            raise ValueError(msg)
+        return groups_of(source.obs, groupby)
+
+    def _plan(
+        self,
+        request: AblationRequest,
+        adata: AnnData | None,
+        code_n: np.ndarray | None,
+        batch_size: int | None,
+        dataloader: Any,
+    ) -> AblationPlan:
+        """What is replaced by what, after a look at the latents of all cells where that is needed."""
+        default_seed = 0 if scvi.settings.seed is None else scvi.settings.seed
+        if not request.needs_latents:
+            return request.plan(default_seed=default_seed)
+        n_groups = 0 if code_n is None else code_n.max() + 1
+        seen = LatentSummary(self.n_latent, n_groups, keep=request.mode == "permute")
+        with stream_cells(self, adata, None, batch_size, dataloader) as cells:
+            for chunk, at in with_positions(cells.chunks, cells.positions):
+                seen.add(chunk.mean, chunk.variance, None if code_n is None else code_n[at])
+        return request.plan(seen, default_seed=default_seed)
+
+
+def _codes_at(code_n: np.ndarray | None, at: np.ndarray) -> np.ndarray:
+    return np.zeros(len(at), dtype=np.int64) if code_n is None else code_n[at]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from scvi import REGISTRY_KEYS
 from scvi.nn import FCLayers
 
 from ldvae_ext.core import BatchNorm, Covariate, LinearDecoder, RawLinear
+from ldvae_ext.core.cells import EncodedCells
 from ldvae_ext.module import LDVAEModule
 
 
@@ -76,25 +77,6 @@ def linear_decoder(
         raw=raw[""],
         **parts,
     )
-
-
-class EncodedCells(NamedTuple):
-    """The posterior of some cells, in numpy."""
-
-    mean: np.ndarray
-    """Posterior means (of u under ``"ln"``), cells x latents, float32."""
-    variance: np.ndarray
-    """Posterior variances, cells x latents, float32."""
-    library: np.ndarray
-    """Library sizes in counts, or size factors, shape (cells,), float64."""
-    batch: np.ndarray
-    """Batch codes, shape (cells,), int64."""
-    label: np.ndarray
-    """Label codes, shape (cells,), int64."""
-    covariates: dict[str, np.ndarray] | None
-    """Levels and values of the covariates by name, shape (cells,) each; None without covariates."""
-    counts: np.ndarray
-    """Counts, cells x genes, float32, dense."""
 
 
 def _codes(tensor: torch.Tensor) -> np.ndarray:

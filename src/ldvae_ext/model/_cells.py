@@ -14,7 +14,8 @@ from scvi import REGISTRY_KEYS
 from scvi.data._utils import _get_adata_minify_type, _validate_adata_dataloader_input
 
 from ldvae_ext._validate import listed
-from ldvae_ext.model._bridge import EncodedCells, encode
+from ldvae_ext.core.cells import EncodedCells
+from ldvae_ext.model._bridge import encode
 from ldvae_ext.model._counts import (
     are_counts,
     check_categories,
@@ -54,6 +55,8 @@ class CellStream(NamedTuple):
     """Their posteriors and counts, minibatch by minibatch; to be read once."""
     n_chunks: int | None
     """Number of minibatches, if known."""
+    positions: np.ndarray | None
+    """Their positions in the AnnData; None if they come from a data loader."""
 
 
 @contextmanager
@@ -74,7 +77,7 @@ def stream_cells(
             msg = "`indices` choose cells of an AnnData; with `dataloader` it decides which cells come."
             raise ValueError(msg)
         length = len(dataloader) if hasattr(dataloader, "__len__") else None
-        yield CellStream(None, encode(model.module, dataloader, covariates), length)
+        yield CellStream(None, encode(model.module, dataloader, covariates), length, None)
         return
     if (data_loader_kwargs or {}).get("shuffle"):
         msg = "`data_loader_kwargs={'shuffle': True}` would return cells in another order than their names."
@@ -86,7 +89,18 @@ def stream_cells(
         loader = model._make_data_loader(cells, indices=positions, batch_size=batch_size, **loader_kwargs)
         # The obs as the user knows it: scvi-tools adds columns to what it registers.
         obs = cast("pd.DataFrame", (cells if adata is None else adata).obs)
-        yield CellStream(obs.iloc[positions], encode(model.module, loader, covariates), len(loader))
+        yield CellStream(obs.iloc[positions], encode(model.module, loader, covariates), len(loader), positions)
+
+
+def with_positions(
+    chunks: Iterable[EncodedCells], positions: np.ndarray | None
+) -> Iterator[tuple[EncodedCells, np.ndarray]]:
+    """Chunks of cells with the cells' positions, which are those of their arrival if no AnnData has them."""
+    start = 0
+    for chunk in chunks:
+        stop = start + len(chunk.mean)
+        yield chunk, np.arange(start, stop) if positions is None else positions[start:stop]
+        start = stop
 
 
 @contextmanager

@@ -13,10 +13,11 @@ from scvi.utils import track
 
 from ldvae_ext._validate import listed
 from ldvae_ext.core import LinearDecoder
+from ldvae_ext.core.cells import EncodedCells
 from ldvae_ext.core.posterior import deterministic_latent
 from ldvae_ext.model._base import LDVAEBase
-from ldvae_ext.model._bridge import EncodedCells, linear_decoder
-from ldvae_ext.model._cells import stream_cells
+from ldvae_ext.model._bridge import linear_decoder
+from ldvae_ext.model._cells import stream_cells, with_positions
 from ldvae_ext.model._registry import covariates_of, level_names
 from ldvae_ext.model._tasks import quiet
 
@@ -209,9 +210,9 @@ class DecodingMixin(LDVAEBase):
         silent: bool,
         dataloader: Any,
         data_loader_kwargs: dict | None = None,
-        edit: Callable[[np.ndarray], np.ndarray] = lambda mean_nk: mean_nk,
+        edit: Callable[[EncodedCells, np.ndarray], np.ndarray] = lambda cells, _: cells.mean.astype(np.float64),
     ) -> np.ndarray | pd.DataFrame:
-        """Decode the posterior mean, after ``edit`` of it, minibatch by minibatch."""
+        """Decode the posterior mean, minibatch by minibatch, or what ``edit`` makes of the cells and their positions."""
         decoder = self.get_decoder()
         genes = _gene_positions(decoder.genes, gene_list)
         if not np.isscalar(library_size) or (isinstance(library_size, str) and library_size != "latent"):
@@ -219,8 +220,8 @@ class DecodingMixin(LDVAEBase):
             raise ValueError(msg)
         codes = self._transform_batch_codes(transform_batch)
 
-        def decode(cells: EncodedCells) -> np.ndarray:
-            z_nk = deterministic_latent(edit(cells.mean.astype(np.float64)), decoder.latent_distribution)
+        def decode(cells: EncodedCells, position_n: np.ndarray) -> np.ndarray:
+            z_nk = deterministic_latent(edit(cells, position_n), decoder.latent_distribution)
             library = cells.library if isinstance(library_size, str) else library_size
             batches = [decoder.batches[cells.batch if code is None else code] for code in codes]
             rates = [decoder.rate(z_nk, batch, cells.covariates, library=library)[:, genes] for batch in batches]
@@ -228,13 +229,14 @@ class DecodingMixin(LDVAEBase):
 
         with stream_cells(self, adata, indices, batch_size, dataloader, data_loader_kwargs) as cells:
             chunks = track(cells.chunks, description="Decoding", total=cells.n_chunks, disable=silent)
+            located = with_positions(chunks, cells.positions)
             if cells.obs is None:
-                return np.concatenate([decode(chunk).astype(np.float32) for chunk in chunks])
+                return np.concatenate([decode(chunk, at).astype(np.float32) for chunk, at in located])
             out = np.empty((len(cells.obs), len(genes)), dtype=np.float32)
             start = 0
-            for chunk in chunks:
-                out[start : start + len(chunk.mean)] = decode(chunk)
-                start += len(chunk.mean)
+            for chunk, at in located:
+                out[start : start + len(at)] = decode(chunk, at)
+                start += len(at)
             return out if return_numpy else pd.DataFrame(out, index=cells.obs.index, columns=decoder.genes[genes])
 
     def _transform_batch_codes(self, transform_batch: Any) -> list[int | None]:

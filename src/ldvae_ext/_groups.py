@@ -1,0 +1,54 @@
+"""Groups of cells, by a column of obs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+
+from ldvae_ext._keys import ABLATION_INFO
+from ldvae_ext._validate import check_column
+
+
+def groups_of(obs: Any, groupby: str) -> tuple[list[str], np.ndarray]:
+    """Names of the groups that have cells, and the group of each cell as a code; -1 where the column has no value.
+
+    Raises
+    ------
+    KeyError
+        If there is no such column.
+    ValueError
+        If no cell has a value.
+    """
+    check_column(obs.columns, "groupby", groupby)
+    column = pd.Categorical(pd.Series(obs[groupby])).remove_unused_categories()
+    if not len(column.categories):
+        msg = f"`groupby`: no cell has a value in {groupby!r}."
+        raise ValueError(msg)
+    return [str(name) for name in column.categories], np.asarray(column.codes, dtype=np.int64)
+
+
+def gene_ablation(
+    total_pgs: np.ndarray,
+    n_p: np.ndarray,
+    groups: list[str],
+    genes: np.ndarray,
+    names: list[str],
+    description: dict[str, Any],
+) -> AnnData:
+    """Gene-wise sums of an ablation, shape (groups, genes, sets), as means in an AnnData, (groups x genes) x sets."""
+    (present_p,) = np.nonzero(n_p)
+    n_rows = n_p[present_p].repeat(len(genes))
+    group = np.asarray(groups)[present_p].repeat(len(genes))
+    gene = np.tile(genes, len(present_p))
+    return AnnData(
+        X=total_pgs[present_p].reshape(-1, total_pgs.shape[2]) / n_rows[:, None],
+        obs=pd.DataFrame(
+            {"group": pd.Categorical(group, [groups[p] for p in present_p]), "gene": gene, "n_cells": n_rows},
+            index=[f"{p}: {g}" for p, g in zip(group, gene, strict=True)],
+        ),
+        var=pd.DataFrame(index=names),
+        uns={ABLATION_INFO: description},
+    )

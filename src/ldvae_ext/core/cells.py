@@ -1,0 +1,84 @@
+"""Cells as the tools see them: posteriors, conditions and counts, and how they are read in chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import sparse
+
+
+class EncodedCells(NamedTuple):
+    """The posterior of some cells, with all that their likelihood needs."""
+
+    mean: np.ndarray
+    """Posterior means (of u under ``"ln"``), cells x latents."""
+    variance: np.ndarray
+    """Posterior variances, cells x latents."""
+    library: np.ndarray
+    """Library sizes in counts, or size factors, shape (cells,), float64."""
+    batch: np.ndarray
+    """Batch codes, shape (cells,), int64."""
+    label: np.ndarray
+    """Label codes, shape (cells,), int64."""
+    covariates: Any
+    """Levels and values of the covariates by name, shape (cells,) each; None without covariates."""
+    counts: Any
+    """Counts, cells x genes, dense or CSR."""
+
+
+class Nonzero(NamedTuple):
+    """Counts that are not zero."""
+
+    at: np.ndarray
+    """Positions in the flattened matrix, cells x genes."""
+    value: np.ndarray
+    """Counts, float64."""
+
+
+def nonzero(x_ng: Any) -> Nonzero:
+    """The non-zero counts of a dense or sparse matrix."""
+    if not sparse.issparse(x_ng):
+        flat = np.asarray(x_ng).ravel()
+        at = np.flatnonzero(flat)
+        return Nonzero(at, flat[at].astype(np.float64))
+    x_ng = sparse.csr_array(x_ng)
+    if not x_ng.has_canonical_format:
+        x_ng = x_ng.copy()
+        x_ng.sum_duplicates()
+    rows = np.repeat(np.arange(x_ng.shape[0], dtype=np.int64), np.diff(x_ng.indptr))
+    return Nonzero(rows * x_ng.shape[1] + x_ng.indices, x_ng.data.astype(np.float64))
+
+
+def dense(x_ng: Any) -> np.ndarray:
+    """A dense or sparse matrix as a dense array, float64."""
+    return np.asarray(x_ng.toarray() if sparse.issparse(x_ng) else x_ng, dtype=np.float64)
+
+
+def row_chunks(matrix: Any, rows: np.ndarray, chunk_size: int) -> Iterator[Any]:
+    """Chosen rows of a matrix, a chunk at a time, each dense or CSR.
+
+    Parameters
+    ----------
+    matrix
+        Dense, scipy sparse, backed by a file, a dask array or a DataFrame: anything that takes a slice or ascending
+        positions of rows.
+    rows
+        Positions of rows, in any order.
+    chunk_size
+        Rows in a chunk.
+    """
+    # Columns of a CSC matrix lie together, rows do not: cutting rows would scan it once for each chunk.
+    if sparse.issparse(matrix) and matrix.format != "csr":
+        matrix = matrix.tocsr()
+    matrix = getattr(matrix, "iloc", matrix)
+    for start in range(0, len(rows), chunk_size):
+        wanted = rows[start : start + chunk_size]
+        # Files read ascending positions only, and slices much faster.
+        unique, inverse = np.unique(wanted, return_inverse=True)
+        is_run = unique[-1] - unique[0] + 1 == len(unique)
+        chunk = matrix[slice(unique[0], unique[-1] + 1) if is_run else unique]
+        chunk = chunk.compute() if hasattr(chunk, "compute") else chunk
+        chunk = chunk.tocsr() if sparse.issparse(chunk) else np.asarray(chunk)
+        yield chunk if np.array_equal(inverse, np.arange(len(wanted))) else chunk[inverse]

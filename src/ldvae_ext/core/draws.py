@@ -1,0 +1,41 @@
+"""Random numbers that belong to a cell: the same whichever cells are asked for, in whatever chunks."""
+
+from __future__ import annotations
+
+import numpy as np
+
+# What a draw is for; two purposes never share a number.
+POSTERIOR, PRIOR = 0, 1
+
+
+def normal_draws(seed: int, purpose: int, position_n: np.ndarray, n_latent: int, n_samples: int = 1) -> np.ndarray:
+    """Standard normal draws of some cells.
+
+    Each cell has a counter-based generator (Philox: Salmon et al. 2011, 10.1145/2063384.2063405) keyed by the seed and the
+    purpose and started at the cell's position, so that a cell's draws do not depend on the others.
+
+    Parameters
+    ----------
+    seed
+        A non-negative integer.
+    purpose
+        What the draws are for.
+    position_n
+        Positions of the cells, shape (cells,).
+    n_latent, n_samples
+        Draws for each cell.
+
+    Returns
+    -------
+    Shape (samples, cells, latents), float64. The first samples are the same for any larger ``n_samples``.
+    """
+    out = np.empty((n_samples, len(position_n), n_latent))
+    for n, position in enumerate(position_n):
+        generator = np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, 0, 0, position]))
+        out[:, n] = generator.standard_normal((n_samples, n_latent))
+    return out
+
+
+def donors(seed: int, n_cells: int) -> np.ndarray:
+    """For each cell the one whose latents it is given: a permutation, shape (cells,), int64."""
+    return np.random.default_rng(seed).permutation(n_cells)

@@ -1,0 +1,108 @@
+"""How much of what varies in counts a decoder explains."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from ldvae_ext.core.cells import EncodedCells, dense
+from ldvae_ext.core.decoder import LinearDecoder
+from ldvae_ext.core.likelihood import deviance
+from ldvae_ext.core.plan import AblationPlan, indicator
+from ldvae_ext.core.posterior import deterministic_latent
+
+
+class PooledProfile:
+    """The share of each gene in the counts of each batch: what is expected of a cell of which only that is known.
+
+    Running sums over cells, with which ``share_bg = sum x / sum library``.
+    """
+
+    def __init__(self, n_batches: int, n_genes: int) -> None:
+        self._counts_bg = np.zeros((n_batches, n_genes))
+        self._library_b = np.zeros(n_batches)
+
+    def add(self, cells: EncodedCells) -> None:
+        """Count some cells in."""
+        self._counts_bg += indicator(cells.batch, len(self._library_b)) @ dense(cells.counts)
+        self._library_b += np.bincount(cells.batch, weights=cells.library, minlength=len(self._library_b))
+
+    @property
+    def share_bg(self) -> np.ndarray:
+        """Shape (batches, genes); 0 for a batch without cells."""
+        library_b1 = self._library_b[:, None]
+        return np.divide(self._counts_bg, library_b1, where=library_b1 > 0, out=np.zeros_like(self._counts_bg))
+
+
+def cell_deviances(decoder: LinearDecoder, cells: EncodedCells, share_bg: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Deviance of each cell at its posterior mean and under the null model, each of shape (cells,).
+
+    Both have the dispersion, dropout logits and library of the decoder at the posterior mean; the null model's mean is
+    the library times the share of each gene in the batch.
+    """
+    x_ng = dense(cells.counts)
+    z_nk = deterministic_latent(np.asarray(cells.mean, dtype=np.float64), decoder.latent_distribution)
+    batch = decoder.batches[cells.batch]
+    label = None if decoder.labels is None else decoder.labels[cells.label]
+    theta = dropout_ng = None
+    if decoder.likelihood != "poisson":
+        theta = decoder.theta(batch, len(z_nk), label=label, z_nk=z_nk, covariates=cells.covariates)
+    if decoder.likelihood == "zinb":
+        dropout_ng = decoder.dropout_logits(z_nk, batch, cells.covariates)
+    full_ng = decoder.rate(z_nk, batch, cells.covariates, library=cells.library)
+    null_ng = share_bg[cells.batch] * cells.library[:, None]
+    full_n, null_n = (
+        deviance(decoder.likelihood, x_ng, mu_ng, theta, dropout_ng).sum(axis=1) for mu_ng in (full_ng, null_ng)
+    )
+    return full_n, null_n
+
+
+def explained_sets(plan: AblationPlan) -> AblationPlan:
+    """The plan of a scree: each latent of the order taken out alone, then all but the first one, two, ... ."""
+    whole = np.arange(plan.value_pk.shape[1])
+    alone = [np.array([k]) for k in plan.order]
+    beyond = [np.setdiff1d(whole, plan.order[: j + 1]) for j in range(len(plan.order))]
+    return replace(plan, sets=[*alone, *beyond])
+
+
+class ExplainedSums:
+    """Deviances of groups of cells: running sums."""
+
+    def __init__(self, n_groups: int, plan: AblationPlan) -> None:
+        self._plan = plan
+        self._n_p = np.zeros(n_groups, dtype=np.int64)
+        self._full_p, self._null_p = np.zeros(n_groups), np.zeros(n_groups)
+        self._lost_ps = np.zeros((n_groups, len(plan.sets)))
+
+    def add(
+        self,
+        decoder: LinearDecoder,
+        cells: EncodedCells,
+        position_n: np.ndarray,
+        group_n: np.ndarray,
+        share_bg: np.ndarray,
+    ) -> None:
+        """Count some cells in; ``share_bg`` is the null model's."""
+        indicator_pn = indicator(group_n, len(self._n_p))
+        full_n, null_n = cell_deviances(decoder, cells, share_bg)
+        self._n_p += indicator_pn.sum(axis=1).astype(np.int64)
+        self._full_p += indicator_pn @ full_n
+        self._null_p += indicator_pn @ null_n
+        # A deviance is twice a log-likelihood.
+        self._lost_ps += 2 * (indicator_pn @ self._plan.effects(decoder, cells, position_n, group_n))
+
+    def columns(self, groups: Sequence[str], factors: Sequence[str]) -> dict[str, Any]:
+        """A long table, column by column: each group's latents, in order."""
+        order, (present_p,) = self._plan.order, np.nonzero(self._n_p)
+        null_p1 = self._null_p[present_p, None]
+        alone_pk, beyond_pk = np.split(self._lost_ps[present_p], 2, axis=1)
+        return {
+            "group": np.repeat(np.asarray(groups)[present_p], len(order)),
+            "factor": np.tile(np.asarray(factors)[order], len(present_p)),
+            "n_cells": np.repeat(self._n_p[present_p], len(order)),
+            "explained_deviance": (alone_pk / null_p1).ravel(),
+            "cumulative": (1 - (self._full_p[present_p, None] + beyond_pk) / null_p1).ravel(),
+        }

@@ -1,0 +1,347 @@
+"""Which latents an ablation replaces, and by what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import sparse
+
+from ldvae_ext._validate import check_one_of, check_positive_int, factor_indices, listed
+from ldvae_ext.core.ablation import ablation_changes
+from ldvae_ext.core.cells import EncodedCells
+from ldvae_ext.core.decoder import LinearDecoder
+from ldvae_ext.core.draws import POSTERIOR, PRIOR, donors, normal_draws
+from ldvae_ext.core.posterior import kl_per_dimension
+
+MODES = ("zero", "mean", "group_mean", "permute", "prior", "value", "drop")
+SCHEMES = ("leave_out", "leave_in", "keep_top")
+POSTERIORS = ("mean", "samples")
+N_SAMPLES = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblationRequest:
+    """What a user asked of an ablation, checked against the decoder; no cell has been looked at yet."""
+
+    decoder: LinearDecoder
+    latents: Any = None
+    mode: str = "zero"
+    value: Any = None
+    scheme: str = "leave_out"
+    has_groups: bool = False
+    refit_heads: bool = False
+    use_posterior: str = "mean"
+    n_samples: int | None = None
+    seed: int | None = None
+    batches: tuple[int | None, ...] = (None,)
+
+    def __post_init__(self) -> None:
+        check_one_of("mode", self.mode, MODES)
+        check_one_of("scheme", self.scheme, SCHEMES)
+        check_one_of("use_posterior", self.use_posterior, POSTERIORS)
+        decoder, is_sampled = self.decoder, self.use_posterior == "samples"
+        if self.n_samples is not None:
+            check_positive_int("n_samples", self.n_samples)
+        problems = {
+            "`mode='drop'` takes a latent out of the simplex; `latent_distribution='normal'` has none. `mode='zero'` "
+            "sets it to the prior mean.": self.mode == "drop" and decoder.latent_distribution != "ln",
+            "`mode='group_mean'` needs `groupby`.": self.mode == "group_mean" and not self.has_groups,
+            "`mode='value'` needs `value`.": self.mode == "value" and self.value is None,
+            f"`value` belongs to `mode='value'`; got mode {self.mode!r}.": self.mode != "value"
+            and self.value is not None,
+            "`n_samples` belongs to `use_posterior='samples'`.": not is_sampled and self.n_samples is not None,
+            f"`seed` is of no use, since `mode={self.mode!r}` with `use_posterior='mean'` draws nothing.": not is_sampled
+            and self.mode not in ("permute", "prior")
+            and self.seed is not None,
+            "`refit_heads`: neither dropout nor dispersion of this decoder depends on the latent.": self.refit_heads
+            and decoder.likelihood != "zinb"
+            and (decoder.dispersion != "gene-cell" or decoder.likelihood == "poisson"),
+            "`scheme='keep_top'` takes latents in order, not sets of them.": self.scheme == "keep_top"
+            and isinstance(self.latents, Mapping),
+        }
+        for msg, is_wrong in problems.items():
+            if is_wrong:
+                raise ValueError(msg)
+        if self.seed is not None and (isinstance(self.seed, bool) or int(self.seed) != self.seed or self.seed < 0):
+            msg = f"`seed` must be a non-negative integer; got {self.seed!r}."
+            raise ValueError(msg)
+        value_k = _value_of_each(decoder, self.value)[0]
+        for name, replaced in named_sets(decoder, self.latents, self.scheme, self.mode, None):
+            if np.isnan(value_k[replaced]).any():
+                missing = decoder.factors[replaced[np.isnan(value_k[replaced])]]
+                msg = f"`value` has none for {listed(missing)}, which {name!r} replaces."
+                raise ValueError(msg)
+
+    @property
+    def needs_latents(self) -> bool:
+        """Whether the latents of all cells must be seen first."""
+        by_kl = self.scheme == "keep_top" and self.latents is None
+        return by_kl or self.mode in ("mean", "group_mean", "permute")
+
+    def plan(self, seen: LatentSummary | None = None, *, default_seed: int = 0) -> AblationPlan:
+        """What is replaced by what, given the latents of all cells where they are needed."""
+        order = None if seen is None else np.argsort(-seen.kl_k, kind="stable")
+        value_pk = np.zeros((1, len(self.decoder.factors)))
+        if self.mode == "value":
+            value_pk = _value_of_each(self.decoder, self.value)
+        elif self.mode == "drop":
+            value_pk = np.full_like(value_pk, -np.inf)
+        elif self.mode == "mean" and seen is not None:
+            value_pk = seen.mean_k[None]
+        elif self.mode == "group_mean" and seen is not None:
+            value_pk = seen.mean_pk
+        sets = named_sets(self.decoder, self.latents, self.scheme, self.mode, order)
+        return AblationPlan(
+            mode=self.mode,
+            order=latent_order(self.decoder, self.latents, order),
+            names=[name for name, _ in sets],
+            sets=[positions for _, positions in sets],
+            value_pk=value_pk,
+            donors=seen.latents() if self.mode == "permute" and seen is not None else None,
+            refit_heads=self.refit_heads,
+            n_samples=(N_SAMPLES if self.n_samples is None else self.n_samples)
+            if self.use_posterior == "samples"
+            else 0,
+            seed=default_seed if self.seed is None else int(self.seed),
+            batches=self.batches,
+        )
+
+    def description(self, plan: AblationPlan, groupby: str | None = None) -> dict[str, Any]:
+        """What was done, for ``uns``."""
+        info: dict[str, Any] = {"mode": self.mode, "scheme": self.scheme, "use_posterior": self.use_posterior}
+        if groupby is not None:
+            info["groupby"] = groupby
+        if self.scheme == "keep_top":
+            info["order"] = self.decoder.factors[plan.order]
+        if self.use_posterior == "samples":
+            info["n_samples"] = plan.n_samples
+        if self.use_posterior == "samples" or self.mode in ("permute", "prior"):
+            info["seed"] = plan.seed
+        if self.mode == "value":
+            info["value"] = plan.value_pk[0]
+        if self.batches != (None,):
+            info["transform_batch"] = np.array([str(self.decoder.batches[b]) for b in self.batches if b is not None])
+        return {**info, "refit_heads": self.refit_heads, "unit": "nats"}
+
+
+class LatentSummary:
+    """What an ablation must know of the latents of all cells before it looks at one: running sums, mergeable.
+
+    Parameters
+    ----------
+    n_latent, n_groups
+        Sizes.
+    keep
+        Whether the latents themselves are kept, which a permutation needs.
+    """
+
+    def __init__(self, n_latent: int, n_groups: int = 0, *, keep: bool = False) -> None:
+        self._total_pk = np.zeros((n_groups, n_latent))
+        self._n_p = np.zeros(n_groups)
+        self._total_k, self._kl_k, self._n = np.zeros(n_latent), np.zeros(n_latent), 0
+        self._kept: list[tuple[np.ndarray, np.ndarray]] | None = [] if keep else None
+
+    def add(self, mean_nk: np.ndarray, variance_nk: np.ndarray, group_n: np.ndarray | None = None) -> None:
+        """Count some cells in; a group of -1 is none."""
+        mean_nk = np.asarray(mean_nk, dtype=np.float64)
+        self._n += len(mean_nk)
+        self._total_k += mean_nk.sum(axis=0)
+        self._kl_k += kl_per_dimension(mean_nk, variance_nk).sum(axis=0)
+        if group_n is not None:
+            self._total_pk += indicator(group_n, len(self._n_p)) @ mean_nk
+            self._n_p += np.bincount(group_n[group_n >= 0], minlength=len(self._n_p))
+        if self._kept is not None:
+            self._kept.append((mean_nk, np.asarray(variance_nk, dtype=np.float64)))
+
+    @property
+    def mean_k(self) -> np.ndarray:
+        """Mean latent of all cells."""
+        return self._total_k / max(1, self._n)
+
+    @property
+    def mean_pk(self) -> np.ndarray:
+        """Mean latent of each group; NaN for an empty one."""
+        return np.divide(
+            self._total_pk, self._n_p[:, None], where=self._n_p[:, None] > 0, out=np.full_like(self._total_pk, np.nan)
+        )
+
+    @property
+    def kl_k(self) -> np.ndarray:
+        """Mean KL of each latent, in nats."""
+        return self._kl_k / max(1, self._n)
+
+    def latents(self) -> tuple[np.ndarray, np.ndarray]:
+        """Means and variances of all cells, where they were kept."""
+        if not self._kept:
+            return np.empty((0, len(self._total_k))), np.empty((0, len(self._total_k)))
+        mean_nk, variance_nk = (np.concatenate(parts) for parts in zip(*self._kept, strict=True))
+        return mean_nk, variance_nk
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AblationPlan:
+    """Sets of latents, and what replaces them in each cell."""
+
+    mode: str
+    order: np.ndarray
+    names: list[str]
+    sets: list[np.ndarray]
+    value_pk: np.ndarray
+    donors: tuple[np.ndarray, np.ndarray] | None
+    refit_heads: bool
+    n_samples: int
+    seed: int
+    batches: tuple[int | None, ...]
+
+    def effects(
+        self, decoder: LinearDecoder, cells: EncodedCells, position_n: np.ndarray, group_n: np.ndarray
+    ) -> np.ndarray:
+        """Change of each cell's negative log-likelihood, shape (cells, sets), in nats."""
+        out_ns = np.zeros((len(cells.mean), len(self.sets)))
+        for s, change_ng in self._changes(decoder, cells, position_n, group_n):
+            out_ns[:, s] += change_ng.sum(axis=1)
+        out_ns /= self._n_terms
+        out_ns[self._without_value(group_n)] = np.nan
+        return out_ns
+
+    def add_gene_effects(
+        self,
+        total_pgs: np.ndarray,
+        decoder: LinearDecoder,
+        cells: EncodedCells,
+        position_n: np.ndarray,
+        group_n: np.ndarray,
+    ) -> None:
+        """Add what each gene contributes, summed over the cells of each group, to shape (groups, genes, sets)."""
+        indicator_pn = indicator(group_n, len(total_pgs))
+        for s, change_ng in self._changes(decoder, cells, position_n, group_n):
+            total_pgs[:, :, s] += (indicator_pn @ change_ng) / self._n_terms
+
+    def replaced(self, cells: EncodedCells, position_n: np.ndarray, group_n: np.ndarray) -> np.ndarray:
+        """Latents of cells (u under ``"ln"``) with those of the first set replaced, shape (cells, latents)."""
+        ((latent_nk, value_nk),) = self._pairs(cells, position_n, group_n)
+        latent_nk = latent_nk.copy()
+        replaced = self.sets[0]
+        latent_nk[:, replaced] = np.broadcast_to(value_nk, latent_nk.shape)[:, replaced]
+        latent_nk[self._without_value(group_n)] = np.nan
+        return latent_nk
+
+    @property
+    def _n_terms(self) -> int:
+        return max(1, self.n_samples) * len(self.batches)
+
+    def _changes(
+        self, decoder: LinearDecoder, cells: EncodedCells, position_n: np.ndarray, group_n: np.ndarray
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        label = None if decoder.labels is None else decoder.labels[cells.label]
+        for latent_nk, value_nk in self._pairs(cells, position_n, group_n):
+            for batch in self.batches:
+                names = decoder.batches[cells.batch if batch is None else np.full(len(latent_nk), batch)]
+                yield from enumerate(
+                    ablation_changes(
+                        decoder,
+                        cells.counts,
+                        latent_nk,
+                        cells.library,
+                        names,
+                        value_nk,
+                        self.sets,
+                        covariates=cells.covariates,
+                        label=label,
+                        refit_heads=self.refit_heads,
+                    )
+                )
+
+    def _pairs(
+        self, cells: EncodedCells, position_n: np.ndarray, group_n: np.ndarray
+    ) -> Iterator[tuple[np.ndarray, Any]]:
+        """The latents of the cells and what they are replaced by, for each sample."""
+        mean_nk = np.asarray(cells.mean, dtype=np.float64)
+        n_latent, n_draws = mean_nk.shape[1], max(1, self.n_samples)
+        own = [mean_nk] if self.n_samples == 0 else self._samples(mean_nk, cells.variance, position_n)
+        new: Iterable[Any]
+        if self.mode == "prior":
+            new = normal_draws(self.seed, PRIOR, position_n, n_latent, n_draws)
+        elif self.mode == "permute" and self.donors is not None:
+            mean_ak, variance_ak = self.donors
+            donor_n = donors(self.seed, len(mean_ak))[position_n]
+            new = [mean_ak[donor_n]]
+            if self.n_samples > 0:
+                new = self._samples(mean_ak[donor_n], variance_ak[donor_n], donor_n)
+        elif self.mode == "group_mean":
+            value_nk = np.where(self._without_value(group_n)[:, None], mean_nk, self.value_pk[group_n])
+            new = [value_nk] * n_draws
+        else:
+            new = [self.value_pk[0]] * n_draws
+        yield from zip(own, new, strict=True)
+
+    def _without_value(self, group_n: np.ndarray) -> np.ndarray:
+        """Cells without a group, which have no group mean to be set to and so no effect."""
+        return group_n < 0 if self.mode == "group_mean" else np.zeros(len(group_n), dtype=bool)
+
+    def _samples(self, mean_nk: np.ndarray, variance_nk: np.ndarray, position_n: np.ndarray) -> np.ndarray:
+        draws = normal_draws(self.seed, POSTERIOR, position_n, mean_nk.shape[1], self.n_samples)
+        return mean_nk + np.sqrt(np.asarray(variance_nk, dtype=np.float64)) * draws
+
+
+def indicator(group_n: np.ndarray, n_groups: int) -> sparse.csr_array:
+    """Which cell is in which group, shape (groups, cells); a cell with -1 in none."""
+    (inside,) = np.nonzero(group_n >= 0)
+    return sparse.csr_array((np.ones(len(inside)), (group_n[inside], inside)), shape=(n_groups, len(group_n)))
+
+
+def named_sets(
+    decoder: LinearDecoder, latents: Any, scheme: str, mode: str, order: np.ndarray | None
+) -> list[tuple[str, np.ndarray]]:
+    """Names of the columns of an ablation, and the positions of the latents that each replaces."""
+    names = decoder.factors.tolist()
+    whole = np.arange(len(names))
+    if scheme == "keep_top":
+        order = latent_order(decoder, latents, order)
+        # Without any latent on the simplex there is no point of it.
+        return [(f"top_{j}", np.setdiff1d(whole, order[:j])) for j in range(1 if mode == "drop" else 0, len(order) + 1)]
+    if isinstance(latents, Mapping):
+        sets = [(str(name), factor_indices(members, names)) for name, members in latents.items()]
+        if not sets:
+            msg = "`latents` must name at least one set of latents; got {}."
+            raise ValueError(msg)
+    else:
+        sets = [(names[k], np.array([k])) for k in factor_indices(latents, names)]
+    if scheme == "leave_in":
+        sets = [(name, np.setdiff1d(whole, members)) for name, members in sets]
+    if mode == "drop" and any(len(members) == len(names) for _, members in sets):
+        msg = "`mode='drop'` cannot take out all latents at once, since the others are renormalised."
+        raise ValueError(msg)
+    return sets
+
+
+def latent_order(decoder: LinearDecoder, latents: Any, default: np.ndarray | None) -> np.ndarray:
+    """Positions of latents in the order in which they were named, each once; a default, or all, if none were."""
+    names = decoder.factors.tolist()
+    if latents is None:
+        return np.arange(len(names)) if default is None else default
+    if isinstance(latents, Mapping):
+        return np.unique(np.concatenate([factor_indices(members, names) for members in latents.values()]))
+    factor_indices(latents, names)
+    given = [latents] if isinstance(latents, (str, int, np.integer)) else latents
+    return np.array(list(dict.fromkeys(int(factor_indices([latent], names)[0]) for latent in given)))
+
+
+def _value_of_each(decoder: LinearDecoder, value: Any) -> np.ndarray:
+    """What each latent is set to, shape (1, latents), from one number, one for each or a mapping; NaN for one without."""
+    names = decoder.factors.tolist()
+    if hasattr(value, "keys"):
+        out_k = np.full(len(names), np.nan)
+        for name in value.keys():  # noqa: SIM118 - a Series iterates over values
+            out_k[factor_indices([name], names, argument="value")] = value[name]
+        is_finite = np.isfinite([value[name] for name in value.keys()]).all()  # noqa: SIM118
+    else:
+        out_k = np.asarray(0.0 if value is None else value, dtype=np.float64)
+        is_finite = np.isfinite(out_k).all()
+    if out_k.shape not in ((), (len(names),)) or not is_finite:
+        msg = f"`value` must be a finite number, one for each of {len(names)} latents, or a mapping from their names; got {value!r}."
+        raise ValueError(msg)
+    return np.broadcast_to(out_k, (1, len(names))).astype(np.float64)
