@@ -20,20 +20,38 @@ class ExportKeys:
     """``varm``: canonical loadings, genes x factors."""
     genes: str
     """``var``: True for the genes that the model knows."""
+    library: str
+    """``obs``: library size of each cell, or its size factor."""
+    logits: str
+    """``obsm``: posterior means of u under ``"ln"``, cells x factors."""
     info: str
     """``uns``: names, order, signs, statistics, decoder, versions."""
+
+
+def check_key_added(key_added: object) -> None:
+    """Raise unless something can be written under this key."""
+    if not isinstance(key_added, str) or not key_added or "/" in key_added:
+        msg = f"`key_added` must be a non-empty string without '/', which AnnData refuses in keys; got {key_added!r}."
+        raise ValueError(msg)
 
 
 def export_keys(key_added: str | None = None) -> ExportKeys:
     """Keys of one export; ``key_added`` renames all of them together."""
     key = DEFAULT_KEY if key_added is None else key_added
-    if not isinstance(key, str) or not key or "/" in key:
-        msg = f"`key_added` must be a non-empty string without '/', which AnnData refuses in keys; got {key_added!r}."
-        raise ValueError(msg)
-    return ExportKeys(latent=f"X_{key}", variance=f"X_{key}_var", loadings=f"{key}_loadings", genes=key, info=key)
+    check_key_added(key)
+    return ExportKeys(
+        latent=f"X_{key}",
+        variance=f"X_{key}_var",
+        loadings=f"{key}_loadings",
+        genes=key,
+        library=f"{key}_library",
+        logits=f"X_{key}_u",
+        info=key,
+    )
 
 
 PCA_LATENT, PCA_LOADINGS, PCA_INFO = "X_pca", "PCs", "pca"
 ABLATION_INFO = "ldvae_ablation"
+GROUPS_INFO = "rank_factors_groups"
 SIMULATED_LATENT = "z_true"
 ABUNDANCE = "da_log_probs"

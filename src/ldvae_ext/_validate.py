@@ -70,3 +70,19 @@ def factor_indices(factors: Any, names: Sequence[str], *, argument: str = "laten
         msg = f"`{argument}` must name at least one latent; got {factors!r}."
         raise ValueError(msg)
     return np.unique(chosen)
+
+
+def cell_positions(indices: Any, n_cells: int) -> np.ndarray:
+    """Cells as positions: all of them for None, where a mask is True, or as given."""
+    if indices is None:
+        return np.arange(n_cells)
+    indices = np.asarray(indices)
+    if indices.dtype == bool:
+        if indices.shape != (n_cells,):
+            msg = f"`indices` as a mask must have one value for each of {n_cells} cells; got shape {indices.shape}."
+            raise ValueError(msg)
+        return np.flatnonzero(indices)
+    if not np.issubdtype(indices.dtype, np.integer) and indices.size:
+        msg = f"`indices` must be positions (integers) or a mask (bool) of {n_cells} cells; got {indices.dtype} such as {indices.flat[0]!r}."
+        raise TypeError(msg)
+    return indices.ravel().astype(np.int64)

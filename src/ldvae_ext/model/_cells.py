@@ -13,7 +13,7 @@ from anndata import AnnData
 from scvi import REGISTRY_KEYS
 from scvi.data._utils import _get_adata_minify_type, _validate_adata_dataloader_input
 
-from ldvae_ext._validate import listed
+from ldvae_ext._validate import cell_positions, listed
 from ldvae_ext.core.cells import EncodedCells
 from ldvae_ext.model._bridge import encode
 from ldvae_ext.model._counts import (
@@ -28,22 +28,6 @@ from ldvae_ext.model._registry import covariates_of, has_size_factors, known_lev
 
 if TYPE_CHECKING:
     from ldvae_ext.model._base import LDVAEBase
-
-
-def cell_positions(indices: Any, n_cells: int) -> np.ndarray:
-    """Cells as positions: all of them for None, where a mask is True, or as given."""
-    if indices is None:
-        return np.arange(n_cells)
-    indices = np.asarray(indices)
-    if indices.dtype == bool:
-        if indices.shape != (n_cells,):
-            msg = f"`indices` as a mask must have one value for each of {n_cells} cells; got shape {indices.shape}."
-            raise ValueError(msg)
-        return np.flatnonzero(indices)
-    if not np.issubdtype(indices.dtype, np.integer) and indices.size:
-        msg = f"`indices` must be positions (integers) or a mask (bool) of {n_cells} cells; got {indices.dtype} such as {indices.flat[0]!r}."
-        raise TypeError(msg)
-    return indices.ravel().astype(np.int64)
 
 
 class CellStream(NamedTuple):

@@ -84,14 +84,14 @@ class ExportMixin(DecodingMixin, TrainingMixin):
         as_pca
             Whether to write the same as a PCA too, for scanpy's PCA plots.
         overwrite
-            Whether an existing PCA, or a column of ``var`` with the name of the export, may be replaced.
+            Whether an existing PCA, or a column of ``var`` or ``obs`` with a name of the export, may be replaced.
         batch_size
             Cells per minibatch; ``scvi.settings.batch_size`` if None.
 
         Raises
         ------
         ValueError
-            If the cells are not the model's and cannot be encoded, or if a PCA or a column of ``var`` would be replaced.
+            If the cells are not the model's and cannot be encoded, or if a PCA or a column of ``var`` or ``obs`` would be replaced.
             Nothing is written.
 
         Notes
@@ -100,11 +100,14 @@ class ExportMixin(DecodingMixin, TrainingMixin):
 
         * ``obsm["X_ldvae"]``: posterior means, cells x factors, float32 (softmax of those of u under ``"ln"``);
         * ``obsm["X_ldvae_var"]``: posterior variances, same order, float32 (of u under ``"ln"``);
+        * ``obsm["X_ldvae_u"]``: posterior means of u, same order, float32; only under ``"ln"``;
+        * ``obs["ldvae_library"]``: library size of each cell in counts, or its size factor, float64;
         * ``varm["ldvae_loadings"]``: genes x factors, float32, in log-rate;
         * ``var["ldvae"]``: True for genes of the model;
         * ``uns["ldvae"]``: ``names``, ``order`` and ``signs`` of the factors, ``statistics`` (``kl`` in nats, ``kl_share``,
           ``active_unit``: the variance of the posterior mean), ``order_by``, ``decoder`` (arrays, in the network's order),
-          ``likelihood``, ``latent_distribution``, ``kl_weight`` at the end of training (NaN if not known), ``n_cells``,
+          ``likelihood``, ``latent_distribution``, ``setup`` (names of the layer and of the columns of obs that the model was
+          set up with), ``kl_weight`` at the end of training (NaN if not known), ``n_cells``,
           ``versions``;
         * with ``as_pca``: ``obsm["X_pca"]``, ``varm["PCs"]`` (0 for other genes) and ``uns["pca"]``, whose ``variance`` and
           ``variance_ratio`` hold the KL and its share, as ``params`` says.
@@ -118,9 +121,11 @@ class ExportMixin(DecodingMixin, TrainingMixin):
         if keys.info == PCA_INFO:
             msg = f"`key_added={key_added!r}` would replace scanpy's PCA; `as_pca=True` writes one beside the export."
             raise ValueError(msg)
-        if not overwrite and keys.genes in target.var and "decoder" not in target.uns.get(keys.info, {}):
-            msg = f"`adata.var[{keys.genes!r}]` exists and is no export's; choose another `key_added`, or `overwrite=True`."
-            raise ValueError(msg)
+        if not overwrite and "decoder" not in target.uns.get(keys.info, {}):
+            for name, slot, column in (("var", target.var, keys.genes), ("obs", target.obs, keys.library)):
+                if column in slot:
+                    msg = f"`adata.{name}[{column!r}]` exists and is no export's; choose another `key_added`, or `overwrite=True`."
+                    raise ValueError(msg)
         if as_pca and not overwrite:
             taken = [
                 k
@@ -130,7 +135,7 @@ class ExportMixin(DecodingMixin, TrainingMixin):
             if taken:
                 msg = f"`as_pca`: {listed(taken)} would be replaced; `overwrite=True` does that."
                 raise ValueError(msg)
-        mean_nk, variance_nk = self._posterior_for_export(adata, batch_size)
+        mean_nk, variance_nk, library_n = self._posterior_for_export(adata, batch_size)
         kl_k = kl_per_dimension(mean_nk, variance_nk).mean(axis=0)
         decoder = self.get_decoder()
         order = np.argsort(-kl_k, kind="stable") if order_by == "kl" else np.arange(self.n_latent)
@@ -144,6 +149,11 @@ class ExportMixin(DecodingMixin, TrainingMixin):
 
         target.obsm[keys.latent] = (latent_nk[:, order] * signs).astype(np.float32)
         target.obsm[keys.variance] = variance_nk[:, order].astype(np.float32)
+        if decoder.latent_distribution == "ln":
+            target.obsm[keys.logits] = mean_nk[:, order].astype(np.float32)
+        elif keys.logits in target.obsm:
+            del target.obsm[keys.logits]
+        target.obs[keys.library] = library_n
         target.varm[keys.loadings] = loadings
         target.var[keys.genes] = np.isin(np.arange(target.n_vars), position)
         target.uns[keys.info] = {
@@ -159,6 +169,7 @@ class ExportMixin(DecodingMixin, TrainingMixin):
             "decoder": decoder.to_arrays(),
             "likelihood": decoder.likelihood,
             "latent_distribution": decoder.latent_distribution,
+            "setup": self._setup_keys(),
             "kl_weight": self.final_kl_weight,
             "n_cells": target.n_obs,
             "versions": {"ldvae_ext": ldvae_ext.__version__, "scvi-tools": scvi.__version__},
@@ -176,17 +187,24 @@ class ExportMixin(DecodingMixin, TrainingMixin):
                 },
             }
 
-    def _posterior_for_export(self, adata: AnnData | None, batch_size: int | None) -> tuple[np.ndarray, np.ndarray]:
-        """Posterior means and variances of the cells of ``adata``, encoded or, for the model's cells, by name."""
+    def _setup_keys(self) -> dict[str, str]:
+        """Where an AnnData holds what the decoder conditions on; only what was registered."""
+        given = self.registry.get("setup_args", {})
+        return {name: given[name] for name in ("layer", "batch_key", "labels_key") if given.get(name) is not None}
+
+    def _posterior_for_export(
+        self, adata: AnnData | None, batch_size: int | None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Posterior means, variances and libraries of the cells of ``adata``, encoded or, for the model's cells, by name."""
         rows = None if adata is None or adata is self.adata else self._own_rows(adata)
         source = adata if rows is None else None
         with stream_cells(self, source, rows, batch_size) as cells:
-            encoded = [(chunk.mean, chunk.variance) for chunk in cells.chunks]
+            encoded = [(chunk.mean, chunk.variance, chunk.library.ravel()) for chunk in cells.chunks]
         if not encoded:
             msg = "There are no cells to export."
             raise ValueError(msg)
-        mean_nk, variance_nk = (np.concatenate(parts) for parts in zip(*encoded, strict=True))
-        return mean_nk, variance_nk
+        mean_nk, variance_nk, library_n = (np.concatenate(parts) for parts in zip(*encoded, strict=True))
+        return mean_nk, variance_nk, library_n
 
     def _own_rows(self, adata: AnnData) -> np.ndarray | None:
         """Rows of the model's data with the cells of ``adata``, or None if its counts are to be encoded."""

@@ -20,10 +20,11 @@ from scvi.module._constants import MODULE_KEYS
 
 from ldvae_ext._validate import check_column, check_one_of
 from ldvae_ext.core import LinearDecoder, log_likelihood
+from ldvae_ext.core.cells import EncodedCells
 from ldvae_ext.core.posterior import deterministic_latent
 from ldvae_ext.model._base import LDVAEBase
-from ldvae_ext.model._bridge import EncodedCells
 from ldvae_ext.model._cells import stream_cells
+from ldvae_ext.model._factors import FactorsMixin
 
 
 def _stock(method: Callable[..., Any], *, needs_counts: bool = False) -> Callable[..., Any]:
@@ -88,13 +89,13 @@ def _with_groups(method: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-class TasksMixin(LDVAEBase):
+class TasksMixin(FactorsMixin):
     """Everything that scVI can be asked."""
 
     get_elbo = _stock(VAEMixin.get_elbo, needs_counts=True)
     get_latent_library_size = _stock(RNASeqMixin.get_latent_library_size, needs_counts=True)
     get_aggregated_posterior = _stock(VAEMixin.get_aggregated_posterior)
-    differential_expression = with_u(_with_groups(_stock(RNASeqMixin.differential_expression)))
+    differential_expression = with_u(_with_groups(_stock(FactorsMixin.differential_expression)))
     posterior_predictive_sample = _stock(RNASeqMixin.posterior_predictive_sample)
 
     def _batches_of(

@@ -1,0 +1,264 @@
+"""Ablation of what was exported, without the network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, cast
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+
+from ldvae_ext._groups import gene_ablation, groups_of
+from ldvae_ext._keys import ABLATION_INFO, DEFAULT_KEY
+from ldvae_ext._validate import cell_positions, check_positive_int, factor_indices, listed
+from ldvae_ext.core.cells import EncodedCells
+from ldvae_ext.core.plan import AblationPlan, AblationRequest, LatentSummary
+from ldvae_ext.tl._cells import ExportedCells
+
+CHUNK_SIZE = 256
+Mode = Literal["zero", "mean", "group_mean", "permute", "prior", "value", "drop"]
+Scheme = Literal["leave_out", "leave_in", "keep_top"]
+
+
+def ablate(
+    adata: AnnData,
+    latents: Any = None,
+    mode: Mode = "zero",
+    *,
+    layer: str | None = None,
+    key: str = DEFAULT_KEY,
+    indices: Any = None,
+    value: Any = None,
+    groupby: str | None = None,
+    scheme: Scheme = "leave_out",
+    refit_heads: bool = False,
+    use_posterior: Literal["mean", "samples"] = "mean",
+    n_samples: int | None = None,
+    seed: int | None = None,
+    transform_batch: Any = None,
+    chunk_size: int = CHUNK_SIZE,
+) -> AnnData:
+    """Change of each cell's negative log-likelihood when latents are taken out, from what was exported.
+
+    The numbers are those of :meth:`ldvae_ext.model.LDVAE.ablate` (to rounding), without torch: latents, library sizes and the
+    decoder come from the export, counts and batches from ``adata``, which may be backed by a file.
+
+    Parameters
+    ----------
+    adata
+        AnnData that :meth:`ldvae_ext.model.LDVAE.export_to_anndata` wrote to, with the raw counts of the model's genes.
+    latents
+        As in :meth:`ldvae_ext.model.LDVAE.ablate`; positions are in the exported order, which is the default of
+        ``scheme="keep_top"`` too.
+    mode, groupby, scheme, refit_heads, use_posterior, n_samples
+        As there.
+    layer
+        Layer with the counts; if None, the one that the model was set up with, or ``X``.
+    key
+        ``key_added`` of the export.
+    indices
+        Cells to ablate, as positions or a mask.
+    value
+        For ``mode="value"``, in the exported order and signs: one number, one for each latent, or a mapping from names.
+    seed
+        Seed of ``"permute"``, ``"prior"`` and ``"samples"``; 0 if None. Draws belong to (seed, position in ``adata``).
+    transform_batch
+        Batch, or batches, by name, in which cells are decoded on both sides.
+    chunk_size
+        Cells held at a time. The result does not depend on it.
+
+    Returns
+    -------
+    AnnData, cells x sets of latents, in the exported order; else as from :meth:`ldvae_ext.model.LDVAE.ablate`. ``adata`` is not
+    written to.
+
+    Raises
+    ------
+    KeyError
+        If there is no such export, layer or column.
+    ValueError
+        If genes of the model are missing, the counts are none, or the request makes no sense.
+    """
+    work = _Work(
+        adata,
+        key,
+        layer,
+        chunk_size,
+        groupby,
+        latents=latents,
+        mode=mode,
+        value=value,
+        scheme=scheme,
+        refit_heads=refit_heads,
+        use_posterior=use_posterior,
+        n_samples=n_samples,
+        seed=seed,
+        transform_batch=transform_batch,
+    )
+    if groupby is not None and mode != "group_mean":
+        msg = f"`groupby` belongs to `mode='group_mean'`; got mode {mode!r}. `get.ablation_df` summarises by group."
+        raise ValueError(msg)
+    positions = cell_positions(indices, adata.n_obs)
+    chunks = work.chunks(positions)
+    plan = work.plan()
+    parts = [plan.effects(work.request.decoder, cells, at, work.code_n[at]) for cells, at in chunks()]
+    effect_ns = np.concatenate(parts) if parts else np.empty((0, len(plan.sets)))
+    in_order = work.in_order(plan.names)
+    return AnnData(
+        X=effect_ns[:, in_order],
+        obs=cast("pd.DataFrame", adata.obs).iloc[positions].copy(),
+        var=pd.DataFrame(index=[plan.names[column] for column in in_order]),
+        uns={ABLATION_INFO: work.request.description(plan, groupby)},
+    )
+
+
+def ablate_genes(
+    adata: AnnData,
+    groupby: str | None = None,
+    latents: Any = None,
+    *,
+    mode: Mode = "zero",
+    layer: str | None = None,
+    key: str = DEFAULT_KEY,
+    indices: Any = None,
+    value: Any = None,
+    scheme: Scheme = "leave_out",
+    refit_heads: bool = False,
+    use_posterior: Literal["mean", "samples"] = "mean",
+    n_samples: int | None = None,
+    seed: int | None = None,
+    transform_batch: Any = None,
+    chunk_size: int = CHUNK_SIZE,
+) -> AnnData:
+    """What each gene contributes to the effect of an ablation in each group of cells, from what was exported.
+
+    Parameters
+    ----------
+    adata, layer, key, indices, value, seed, transform_batch, chunk_size
+        As in :func:`ablate`.
+    groupby
+        Column of ``obs``; cells without a value are left out. All cells are one group if None.
+    latents, mode, scheme, refit_heads, use_posterior, n_samples
+        As in :meth:`ldvae_ext.model.LDVAE.ablate_genes`.
+
+    Returns
+    -------
+    AnnData, (groups x genes) x sets of latents, in the exported order; else as from
+    :meth:`ldvae_ext.model.LDVAE.ablate_genes`. ``adata`` is not written to.
+    """
+    work = _Work(
+        adata,
+        key,
+        layer,
+        chunk_size,
+        groupby,
+        latents=latents,
+        mode=mode,
+        value=value,
+        scheme=scheme,
+        refit_heads=refit_heads,
+        use_posterior=use_posterior,
+        n_samples=n_samples,
+        seed=seed,
+        transform_batch=transform_batch,
+    )
+    chunks = work.chunks(cell_positions(indices, adata.n_obs))
+    plan, genes = work.plan(), work.request.decoder.genes
+    n_p = np.zeros(len(work.groups), dtype=np.int64)
+    total_pgs = np.zeros((len(work.groups), len(genes), len(plan.sets)))
+    for cells, at in chunks():
+        group_n = work.code_n[at]
+        plan.add_gene_effects(total_pgs, work.request.decoder, cells, at, group_n)
+        n_p += np.bincount(group_n[group_n >= 0], minlength=len(n_p))
+    in_order = work.in_order(plan.names)
+    names = [plan.names[column] for column in in_order]
+    return gene_ablation(
+        total_pgs[:, :, in_order], n_p, work.groups, genes, names, work.request.description(plan, groupby)
+    )
+
+
+class _Work:
+    """An ablation as it was asked for in the exported order and signs, said in the network's."""
+
+    def __init__(
+        self,
+        adata: AnnData,
+        key: str,
+        layer: str | None,
+        chunk_size: int,
+        groupby: str | None,
+        *,
+        latents: Any,
+        value: Any,
+        scheme: str,
+        transform_batch: Any,
+        **arguments: Any,
+    ) -> None:
+        check_positive_int("chunk_size", chunk_size)
+        self._layer, self._chunk_size = layer, chunk_size
+        self.exported = exported = ExportedCells(adata, key)
+        if latents is None:
+            latents = exported.names if scheme == "keep_top" else None
+        elif isinstance(latents, Mapping):
+            latents = {name: self._named(members) for name, members in latents.items()}
+        else:
+            latents = self._named(latents)
+        self.request = AblationRequest(
+            decoder=exported.decoder,
+            latents=latents,
+            value=self._turned(value),
+            scheme=scheme,
+            has_groups=groupby is not None,
+            batches=self._batches(transform_batch),
+            **arguments,
+        )
+        self.groups, self.code_n = ["all"], np.zeros(adata.n_obs, dtype=np.int64)
+        if groupby is not None:
+            self.groups, self.code_n = groups_of(adata.obs, groupby)
+
+    def _named(self, latents: Any) -> list[str]:
+        names = self.exported.names
+        given = [latents] if isinstance(latents, (str, int, np.integer)) else list(latents)
+        factor_indices(given, names)
+        return [names[factor_indices([latent], names)[0]] for latent in given]
+
+    def _turned(self, value: Any) -> Any:
+        names, signs = self.exported.names, self.exported.signs
+        if value is None:
+            return None
+        if hasattr(value, "keys"):
+            # A Series iterates over values.
+            given = {name: value[name] for name in value.keys()}  # noqa: SIM118
+        else:
+            given = dict(zip(names, np.broadcast_to(value, len(names)), strict=True))
+        at = {name: factor_indices([name], names, argument="value")[0] for name in given}
+        return {names[k]: given[name] * signs[k] for name, k in at.items()}
+
+    def _batches(self, transform_batch: Any) -> tuple[int | None, ...]:
+        if transform_batch is None:
+            return (None,)
+        known = self.exported.decoder.batches.tolist()
+        given = [transform_batch] if isinstance(transform_batch, str) else [str(batch) for batch in transform_batch]
+        unknown = [batch for batch in given if batch not in known]
+        if unknown or not given:
+            msg = f"`transform_batch` must name batches of the decoder, {listed(known)}; got {listed(given) or 'none'}."
+            raise ValueError(msg)
+        return tuple(known.index(batch) for batch in given)
+
+    def chunks(self, positions: np.ndarray) -> Callable[[], Iterator[tuple[EncodedCells, np.ndarray]]]:
+        """A function that walks over these cells; see :meth:`ExportedCells.chunks`."""
+        return self.exported.chunks(positions, self._chunk_size, self._layer)
+
+    def plan(self) -> AblationPlan:
+        """What is replaced by what, after a look at the exported latents."""
+        mean_nk = self.exported.mean_nk
+        seen = LatentSummary(mean_nk.shape[1], len(self.groups), keep=True)
+        seen.add(mean_nk, self.exported.variance_nk, self.code_n)
+        return self.request.plan(seen)
+
+    def in_order(self, names: list[str]) -> list[int]:
+        """Columns of an ablation in the exported order, if they are latents."""
+        if not set(names) <= set(self.exported.names) or isinstance(self.request.latents, Mapping):
+            return list(range(len(names)))
+        return [names.index(name) for name in self.exported.names if name in names]

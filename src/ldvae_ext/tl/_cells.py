@@ -1,0 +1,147 @@
+"""The cells of an export, in the network's own order and signs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from scipy import sparse
+
+from ldvae_ext._validate import listed, warn
+from ldvae_ext.core import LinearDecoder
+from ldvae_ext.core._arrays import strings
+from ldvae_ext.core._design import level_codes
+from ldvae_ext.core.cells import EncodedCells, row_chunks
+from ldvae_ext.get._export import export_of
+
+
+class ExportedCells:
+    """What was exported of each cell, turned back to what the network said, and its counts.
+
+    Draws, sets and sums are then those that the model itself makes.
+    """
+
+    def __init__(self, adata: AnnData, key: str) -> None:
+        keys, info = export_of(adata, key)
+        missing = [f"adata.{slot}[{name!r}]" for slot, name in (("obs", keys.library),) if name not in adata.obs]
+        self.decoder = LinearDecoder.from_arrays(info["decoder"])
+        is_ln = self.decoder.latent_distribution == "ln"
+        if is_ln and keys.logits not in adata.obsm:
+            missing.append(f"adata.obsm[{keys.logits!r}]")
+        if missing:
+            msg = f"This export lacks {listed(missing)}; export again with `LDVAE.export_to_anndata`."
+            raise KeyError(msg)
+        self.names = strings(info["names"]).tolist()
+        self.order, self.signs = np.asarray(info["order"]), np.asarray(info["signs"])
+        back = np.argsort(self.order)
+        latent_nk = np.asarray(adata.obsm[keys.logits if is_ln else keys.latent], dtype=np.float64)
+        self.mean_nk = (latent_nk * self.signs)[:, back]
+        self.variance_nk = np.asarray(adata.obsm[keys.variance], dtype=np.float64)[:, back]
+        self.library_n = np.asarray(adata.obs[keys.library], dtype=np.float64)
+        self._adata = adata
+        self._setup = dict(info.get("setup", {}))
+        self.batch_n = self._codes("batch_key", self.decoder.batches)
+        labels = self.decoder.labels
+        self.label_n = np.zeros(adata.n_obs, dtype=np.int64) if labels is None else self._codes("labels_key", labels)
+        self.covariates = self._covariates()
+
+    def _codes(self, setup: str, names: np.ndarray) -> np.ndarray:
+        if len(names) == 1:
+            return np.zeros(self._adata.n_obs, dtype=np.int64)
+        column = self._setup.get(setup)
+        if column is None:
+            msg = f"The decoder has several levels of `{setup}`, but the export does not say which column of obs holds them."
+            raise KeyError(msg)
+        return level_codes(names, self._column(column).astype(str).to_numpy(), self._adata.n_obs, column)
+
+    def _column(self, name: str) -> pd.Series:
+        if name not in self._adata.obs:
+            msg = f"`adata.obs` lacks {name!r}, which the decoder needs; it has {listed(self._adata.obs.columns, 20)}."
+            raise KeyError(msg)
+        return pd.Series(self._adata.obs[name])
+
+    def _covariates(self) -> pd.DataFrame | None:
+        if not self.decoder.covariates:
+            return None
+        columns = {c.name: self._column(c.name) for c in self.decoder.covariates}
+        return pd.DataFrame(
+            {
+                c.name: columns[c.name].astype(str) if c.levels is not None else columns[c.name]
+                for c in self.decoder.covariates
+            }
+        )
+
+    def counts(self, layer: str | None) -> Any:
+        """The count matrix of all genes of the AnnData."""
+        layer = self._setup.get("layer") if layer is None else layer
+        if layer is not None and layer not in self._adata.layers:
+            msg = f"`layer`: {layer!r} is not in `adata.layers`, which has {listed(filter(None, self._adata.layers)) or 'none'}."
+            raise KeyError(msg)
+        counts = self._adata.X if layer is None else self._adata.layers[layer]
+        if counts is None:
+            msg = "`adata.X` is empty; name the `layer` that holds the counts."
+            raise ValueError(msg)
+        return counts
+
+    def _gene_positions(self) -> np.ndarray | None:
+        """Columns of the decoder's genes; None if they are all, in order."""
+        names = self._adata.var_names.astype(str)
+        position = names.get_indexer_for(pd.Index(self.decoder.genes))
+        if len(position) != len(self.decoder.genes) or (position < 0).any():
+            lost = self.decoder.genes[~np.isin(self.decoder.genes, names)]
+            problem = (
+                f"lacks {len(lost)} of its {len(self.decoder.genes)} genes: {listed(lost)}"
+                if len(lost)
+                else "has a gene twice"
+            )
+            msg = f"The likelihood of a cell needs the counts of all genes of the decoder; `adata` {problem}."
+            raise ValueError(msg)
+        return None if np.array_equal(position, np.arange(self._adata.n_vars)) else position
+
+    def chunks(
+        self, positions: np.ndarray, chunk_size: int, layer: str | None, *, with_counts: bool = True
+    ) -> Callable[[], Iterator[tuple[EncodedCells, np.ndarray]]]:
+        """A function that walks over cells, a chunk at a time, each with its positions.
+
+        Everything that can be wrong is looked at before the first chunk.
+        """
+        counts = self.counts(layer) if with_counts else sparse.csr_array((self._adata.n_obs, 0))
+        genes = self._gene_positions() if with_counts else None
+
+        def walk() -> Iterator[tuple[EncodedCells, np.ndarray]]:
+            said = False
+            for start, chunk in enumerate(row_chunks(counts, positions, chunk_size)):
+                at = positions[start * chunk_size : (start + 1) * chunk_size]
+                x_ng = chunk if genes is None else chunk[:, genes]
+                said = _look_at(x_ng, said=said)
+                yield (
+                    EncodedCells(
+                        mean=self.mean_nk[at],
+                        variance=self.variance_nk[at],
+                        library=self.library_n[at],
+                        batch=self.batch_n[at],
+                        label=self.label_n[at],
+                        covariates=None if self.covariates is None else self.covariates.iloc[at],
+                        counts=x_ng,
+                    ),
+                    at,
+                )
+
+        return walk
+
+
+def _look_at(x_ng: Any, *, said: bool) -> bool:
+    """Raise on what no count can be; warn, once, of what only raw counts are not."""
+    values = x_ng.data if sparse.issparse(x_ng) else x_ng
+    if not np.isfinite(values).all() or (values < 0).any():
+        msg = "The counts hold NaN, infinite or negative values; `layer` names a layer with raw counts."
+        raise ValueError(msg)
+    if not said and (values % 1 != 0).any():
+        warn(
+            "The counts hold values that are not integers; the likelihood is that of raw counts. `layer` names a layer."
+        )
+        return True
+    return said
