@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -51,4 +52,27 @@ def gene_ablation(
         ),
         var=pd.DataFrame(index=names),
         uns={ABLATION_INFO: description},
+    )
+
+
+def directions_table(
+    groups: Sequence[str],
+    names: Sequence[str],
+    factors: Sequence[str],
+    share_pjk: np.ndarray,
+    variance_pj: np.ndarray,
+) -> pd.DataFrame:
+    """What the directions of variation inside groups are made of, as a long table."""
+    n_groups, n_directions, n_factors = share_pjk.shape
+    whole_p1 = variance_pj.sum(axis=1, keepdims=True)
+    variance_share_pj = np.divide(variance_pj, whole_p1, where=whole_p1 > 0, out=np.full_like(variance_pj, np.nan))
+    return pd.DataFrame(
+        {
+            "group": np.repeat(np.asarray(groups), n_directions * n_factors),
+            "direction": np.tile(np.repeat(np.asarray(names), n_factors), n_groups),
+            "factor": np.tile(np.asarray(factors), n_groups * n_directions),
+            "share": share_pjk.ravel(),
+            "variance": variance_pj.ravel().repeat(n_factors),
+            "variance_share": variance_share_pj.ravel().repeat(n_factors),
+        }
     )

@@ -163,14 +163,13 @@ def _change(
 def _nb_change(x: Nonzero, full_ng: np.ndarray, theta: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     full_at = full_ng.ravel()[x.at] + EPS
     shift = theta + EPS
-    # A product is faster than a quotient.
-    inverse_ng = 1.0 / (full_ng + shift)
+    shifted_ng = full_ng + shift
 
     def change(rate_ng: np.ndarray) -> np.ndarray:
         flat = rate_ng.ravel()
         log_ratio_at = np.log((flat[x.at] + EPS) / full_at)
         rate_ng += shift
-        rate_ng *= inverse_ng
+        rate_ng /= shifted_ng
         np.log(rate_ng, out=rate_ng)
         first_at = x.value * (flat[x.at] - log_ratio_at)
         rate_ng *= theta

@@ -44,9 +44,10 @@ def nonzero(x_ng: Any) -> Nonzero:
         at = np.flatnonzero(flat)
         return Nonzero(at, flat[at].astype(np.float64))
     x_ng = sparse.csr_array(x_ng)
-    if not x_ng.has_canonical_format:
+    if not x_ng.has_canonical_format or not x_ng.data.all():
         x_ng = x_ng.copy()
         x_ng.sum_duplicates()
+        x_ng.eliminate_zeros()
     rows = np.repeat(np.arange(x_ng.shape[0], dtype=np.int64), np.diff(x_ng.indptr))
     return Nonzero(rows * x_ng.shape[1] + x_ng.indices, x_ng.data.astype(np.float64))
 
@@ -54,6 +55,12 @@ def nonzero(x_ng: Any) -> Nonzero:
 def dense(x_ng: Any) -> np.ndarray:
     """A dense or sparse matrix as a dense array, float64."""
     return np.asarray(x_ng.toarray() if sparse.issparse(x_ng) else x_ng, dtype=np.float64)
+
+
+def indicator(group_n: np.ndarray, n_groups: int) -> sparse.csr_array:
+    """Which cell is in which group, shape (groups, cells); a cell with -1 in none."""
+    (inside,) = np.nonzero(group_n >= 0)
+    return sparse.csr_array((np.ones(len(inside)), (group_n[inside], inside)), shape=(n_groups, len(group_n)))
 
 
 def row_chunks(matrix: Any, rows: np.ndarray, chunk_size: int) -> Iterator[Any]:

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from ldvae_ext.core.cells import EncodedCells, dense
+from ldvae_ext.core.cells import EncodedCells, dense, indicator
 from ldvae_ext.core.decoder import LinearDecoder
 from ldvae_ext.core.likelihood import deviance
-from ldvae_ext.core.plan import AblationPlan, indicator
+from ldvae_ext.core.plan import AblationPlan
 from ldvae_ext.core.posterior import deterministic_latent
 
 

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import sparse
 
 from ldvae_ext._validate import check_one_of, check_positive_int, factor_indices, listed
 from ldvae_ext.core.ablation import ablation_changes
-from ldvae_ext.core.cells import EncodedCells
+from ldvae_ext.core.cells import EncodedCells, indicator
 from ldvae_ext.core.decoder import LinearDecoder
 from ldvae_ext.core.draws import POSTERIOR, PRIOR, donors, normal_draws
 from ldvae_ext.core.posterior import kl_per_dimension
@@ -285,12 +284,6 @@ class AblationPlan:
     def _samples(self, mean_nk: np.ndarray, variance_nk: np.ndarray, position_n: np.ndarray) -> np.ndarray:
         draws = normal_draws(self.seed, POSTERIOR, position_n, mean_nk.shape[1], self.n_samples)
         return mean_nk + np.sqrt(np.asarray(variance_nk, dtype=np.float64)) * draws
-
-
-def indicator(group_n: np.ndarray, n_groups: int) -> sparse.csr_array:
-    """Which cell is in which group, shape (groups, cells); a cell with -1 in none."""
-    (inside,) = np.nonzero(group_n >= 0)
-    return sparse.csr_array((np.ones(len(inside)), (group_n[inside], inside)), shape=(n_groups, len(group_n)))
 
 
 def named_sets(

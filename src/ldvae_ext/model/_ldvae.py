@@ -10,21 +10,22 @@ from anndata import AnnData
 from scvi.data._constants import _SETUP_ARGS_KEY
 from scvi.model import LinearSCVI
 
-from ldvae_ext.model._ablation import AblationMixin
 from ldvae_ext.model._batch_norm import BatchNormMixin
 from ldvae_ext.model._export import ExportMixin
 from ldvae_ext.model._linear_scvi import as_linear_scvi_meant
 from ldvae_ext.model._minified import MinifiedMixin
+from ldvae_ext.model._populations import PopulationsMixin
 from ldvae_ext.model._query import QueryMixin
 from ldvae_ext.model._weights import WeightsMixin
 
 
-class LDVAE(AblationMixin, ExportMixin, BatchNormMixin, MinifiedMixin, WeightsMixin, QueryMixin):
+class LDVAE(PopulationsMixin, ExportMixin, BatchNormMixin, MinifiedMixin, WeightsMixin, QueryMixin):
     """Linearly decoded VAE (Svensson et al. 2020, 10.1093/bioinformatics/btaa169), to be read.
 
     A drop-in replacement for :class:`scvi.model.LinearSCVI`: same arguments, order and defaults, same network, same
     random draws. What it adds: :meth:`get_decoder`, :meth:`decode`, :meth:`get_latent_kl`, :meth:`export_to_anndata`,
-    :meth:`ablate`, :meth:`get_ablated_expression`, ``get_normalized_expression(use_posterior_mean=True)`` and
+    :meth:`ablate`, :meth:`ablate_genes`, :meth:`get_explained_deviance`, :meth:`get_ablated_expression`,
+    :meth:`get_population_loadings`, ``differential_expression(factors=...)``, ``get_normalized_expression(use_posterior_mean=True)`` and
     ``train(kl_warmup="auto")``. (``scvi.module.LDVAE`` is the network that scvi-tools ships; this LDVAE is the model.)
 
     Parameters

@@ -1,0 +1,331 @@
+"""What factors mean inside a population of cells."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.special import expit
+
+from ldvae_ext._validate import check_one_of
+from ldvae_ext.core._design import design_matrix
+from ldvae_ext.core.cells import indicator
+from ldvae_ext.core.decoder import LinearDecoder
+from ldvae_ext.core.posterior import deterministic_latent
+
+KINDS = ("gradient", "contribution", "path", "within")
+SCALES = ("log", "expression")
+REFERENCES = ("rest", "prior")
+# Column of a path for what is no factor's: batches and covariates.
+BATCH = "batch"
+# Nodes of the quadrature along a path: doubled until the split is exact to this, in log-rate.
+_NODES, _EXACT = (16, 32, 64, 128, 256), 1e-10
+
+
+class GroupMoments:
+    """What populations are made of: running sums over the cells of each group.
+
+    Parameters
+    ----------
+    decoder
+        The decoder.
+    n_groups
+        Number of groups.
+    scale
+        ``"log"`` or ``"expression"`` to sum slopes of the decoder too, which takes a decoding of each cell.
+    """
+
+    def __init__(self, decoder: LinearDecoder, n_groups: int, scale: str | None = None) -> None:
+        n_genes, n_latent = decoder.weight_gk.shape
+        self._decoder, self._scale = decoder, scale
+        self.n_p = np.zeros(n_groups, dtype=np.int64)
+        self._z_pk = np.zeros((n_groups, n_latent))
+        self._zz_pkk = np.zeros((n_groups, n_latent, n_latent))
+        self._batch_pb = np.zeros((n_groups, len(decoder.batches)))
+        self._design_pc = np.zeros((n_groups, sum(c.n_columns for c in decoder.covariates)))
+        self._slope_pgk = None if scale is None else np.zeros((n_groups, n_genes, n_latent))
+
+    def add(self, z_nk: np.ndarray, batch_n: np.ndarray, covariates: Any, group_n: np.ndarray) -> None:
+        """Count some cells in.
+
+        Parameters
+        ----------
+        z_nk
+            Latents (points of the simplex under ``"ln"``), shape (cells, factors).
+        batch_n
+            Batch codes, shape (cells,).
+        covariates
+            See :meth:`ldvae_ext.core.LinearDecoder.scale`.
+        group_n
+            Group codes, shape (cells,); -1 is none.
+        """
+        decoder, n_groups = self._decoder, len(self.n_p)
+        indicator_pn = indicator(group_n, n_groups)
+        self.n_p += np.bincount(group_n[group_n >= 0], minlength=n_groups)
+        self._z_pk += indicator_pn @ z_nk
+        self._batch_pb += indicator_pn @ np.eye(len(decoder.batches))[batch_n]
+        design_nc = design_matrix(decoder.covariates, covariates, len(z_nk))
+        self._design_pc += indicator_pn @ design_nc
+        for p in np.unique(group_n[group_n >= 0]):
+            inside = group_n == p
+            z_ik = z_nk[inside]
+            self._zz_pkk[p] += z_ik.T @ z_ik
+            if self._slope_pgk is not None and self._scale is not None:
+                values = None
+                if covariates is not None:
+                    values = {c.name: np.asarray(covariates[c.name])[inside] for c in decoder.covariates}
+                batch = decoder.batches[batch_n[inside]]
+                self._slope_pgk[p] += summed_slopes(decoder, z_ik, batch, values, self._scale)
+
+    @property
+    def mean_pk(self) -> np.ndarray:
+        """Mean latent of each group."""
+        return self._z_pk / self.n_p[:, None]
+
+    @property
+    def offset_pg(self) -> np.ndarray:
+        """Intercept of each group: those of the batches by the group's shares, and the mean effect of its covariates."""
+        total_pg = self._batch_pb @ self._decoder.intercept_bg
+        if self._decoder.covariate_cg is not None:
+            total_pg = total_pg + self._design_pc @ self._decoder.covariate_cg
+        return total_pg / self.n_p[:, None]
+
+    @property
+    def covariance_pkk(self) -> np.ndarray:
+        """Covariance of the latents between the cells of each group (over the number of cells)."""
+        mean_pk = self.mean_pk
+        return self._zz_pkk / self.n_p[:, None, None] - mean_pk[:, :, None] * mean_pk[:, None, :]
+
+    def rest(self, p: int) -> tuple[np.ndarray, np.ndarray]:
+        """Mean latent and intercept of the cells of all other groups."""
+        others = np.arange(len(self.n_p)) != p
+        weight_p = self.n_p[others] / self.n_p[others].sum()
+        return weight_p @ self.mean_pk[others], weight_p @ self.offset_pg[others]
+
+    def gradient_loadings(self) -> np.ndarray:
+        """Mean slope of the decoder in each group, shape (groups, genes, factors); see :func:`summed_slopes`."""
+        if self._slope_pgk is None:
+            msg = "The slopes were not summed: `scale` must be given."
+            raise ValueError(msg)
+        return self._slope_pgk / self.n_p[:, None, None]
+
+
+def summed_slopes(decoder: LinearDecoder, z_nk: np.ndarray, batch: Any, covariates: Any, scale: str) -> np.ndarray:
+    """Slope of each gene's expression along each factor, summed over cells.
+
+    On the log scale ``d log rho_g / d z_k = L_gk - E_rho[L_k]``, where ``E_rho`` weighs genes by the cell's expression; on the
+    scale of expression that times ``rho_g``. Under ``"ln"``, where z = softmax(u), the slope along u_k:
+    ``sum_j z_j (delta_jk - z_k)`` times that along z_j. Under a softplus ``d log s / dz = L sigmoid / softplus``, with nothing
+    to subtract.
+
+    Parameters
+    ----------
+    decoder
+        The decoder.
+    z_nk, batch, covariates
+        See :meth:`ldvae_ext.core.LinearDecoder.scale`.
+    scale
+        ``"log"`` or ``"expression"``.
+
+    Returns
+    -------
+    Shape (genes, factors), float64.
+    """
+    weight_gk = decoder.weight_gk
+    logits_ng = decoder.logits(z_nk, batch, covariates)
+    expression_ng = decoder.apply_link(logits_ng)
+    is_softmax = decoder.link == "softmax"
+    # The slope of a cell is (steepness_g L_gk - common_k), times its expression on that scale.
+    steepness_ng = np.ones_like(logits_ng) if is_softmax else expit(logits_ng) / expression_ng
+    common_nk = expression_ng @ weight_gk if is_softmax else np.zeros_like(z_nk)
+    times_ng = expression_ng if scale == "expression" else np.ones_like(logits_ng)
+    steepness_ng = steepness_ng * times_ng
+    if decoder.latent_distribution == "normal":
+        return steepness_ng.sum(axis=0)[:, None] * weight_gk - times_ng.T @ common_nk
+    common_nk = z_nk * (common_nk - (z_nk * common_nk).sum(axis=1, keepdims=True))
+    along_ng = z_nk @ weight_gk.T
+    return weight_gk * (steepness_ng.T @ z_nk) - (steepness_ng * along_ng).T @ z_nk - times_ng.T @ common_nk
+
+
+def contribution_loadings(decoder: LinearDecoder, difference_k: np.ndarray) -> np.ndarray:
+    """What a difference of latents does to the log-rates, factor by factor: ``(z - z_ref)_k`` times the centred loading.
+
+    Returns
+    -------
+    Shape (genes, factors), in log-rate; up to a constant for each factor, which the softmax does not see.
+    """
+    return decoder.centered().weight_gk * difference_k
+
+
+def path_attribution(
+    decoder: LinearDecoder,
+    z_k: np.ndarray,
+    offset_g: np.ndarray,
+    reference_k: np.ndarray,
+    reference_offset_g: np.ndarray,
+) -> np.ndarray:
+    """The log-ratio of expression between two points, split exactly over factors and the intercept.
+
+    ``A_gk = (z - z_ref)_k int_0^1 (L_gk - E_rho(t)[L_k]) dt`` along the straight path from the reference to the point
+    (integrated gradients: Sundararajan et al. 2017, arXiv:1703.01365), by Gauss-Legendre quadrature; the difference of
+    intercepts is treated as one more factor. Rows sum to ``log s_g(z) - log s_g(z_ref)``, where s is the softmax or, under a
+    softplus, that: there the integrand is ``L_gk`` times the slope of its logarithm.
+
+    Parameters
+    ----------
+    decoder
+        The decoder.
+    z_k, reference_k
+        The points, shape (factors,).
+    offset_g, reference_offset_g
+        Their intercepts, shape (genes,), in log-rate.
+
+    Returns
+    -------
+    Shape (genes, factors + 1), float64, in log-rate; the last column is that of the intercept.
+    """
+    direction_gk = np.concatenate(
+        [decoder.weight_gk * (z_k - reference_k), (offset_g - reference_offset_g)[:, None]], axis=1
+    )
+    start_g = decoder.weight_gk @ reference_k + reference_offset_g
+    step_g = direction_gk.sum(axis=1)
+    ends = decoder.apply_link(np.stack([start_g, start_g + step_g]))
+    whole_g = np.log(ends[1]) - np.log(ends[0])
+    out_gk = direction_gk
+    for n_nodes in _NODES:
+        node_t, weight_t = np.polynomial.legendre.leggauss(n_nodes)
+        logits_tg = start_g + (node_t[:, None] + 1) / 2 * step_g
+        expression_tg = decoder.apply_link(logits_tg)
+        if decoder.link == "softmax":
+            out_gk = direction_gk - (weight_t / 2) @ (expression_tg @ direction_gk)
+        else:
+            out_gk = direction_gk * ((weight_t / 2) @ (expit(logits_tg) / expression_tg))[:, None]
+        if np.abs(out_gk.sum(axis=1) - whole_g).max() <= _EXACT:
+            break
+    return out_gk
+
+
+class WithinDirections(NamedTuple):
+    """What varies inside a population."""
+
+    loading_gj: np.ndarray
+    """Change of the log-rates along each direction, per standard deviation of the cells along it; genes x directions."""
+    variance_j: np.ndarray
+    """Variance along each direction, descending."""
+    share_jk: np.ndarray
+    """Share of each factor in it; rows sum to 1."""
+
+
+def within_directions(decoder: LinearDecoder, covariance_kk: np.ndarray) -> WithinDirections:
+    """Leading directions of a population's latent covariance, pushed through the centred loadings.
+
+    Parameters
+    ----------
+    decoder
+        The decoder.
+    covariance_kk
+        Covariance of the latents of its cells, shape (factors, factors).
+    """
+    weight_gk = decoder.centered().weight_gk
+    eigenvalue_k, vector_kk = np.linalg.eigh(covariance_kk)
+    variance_j, vector_kj = np.maximum(eigenvalue_k[::-1], 0.0), vector_kk[:, ::-1]
+    loading_gj = weight_gk @ vector_kj * np.sqrt(variance_j)
+    sign_j = np.where((loading_gj**3).sum(axis=0) < 0, -1.0, 1.0)
+    return WithinDirections(loading_gj * sign_j, variance_j, (vector_kj**2).T)
+
+
+def reference_point(
+    moments: GroupMoments, decoder: LinearDecoder, p: int, reference: str | int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Latent and intercept of what group ``p`` is compared with: the rest, the prior (z = 0, u = 0), or another group."""
+    if reference == "rest":
+        return moments.rest(p)
+    if reference == "prior":
+        origin_k = deterministic_latent(np.zeros((1, len(decoder.factors))), decoder.latent_distribution)[0]
+        return origin_k, moments.offset_pg[p]
+    return moments.mean_pk[int(reference)], moments.offset_pg[int(reference)]
+
+
+class PopulationLoadings(NamedTuple):
+    """Loadings of some groups."""
+
+    groups: list[int]
+    """Positions of the groups: all but the reference."""
+    columns: list[str]
+    """Factors, with ``"batch"`` for what the intercepts say, or directions."""
+    value_pgk: np.ndarray
+    """Groups x genes x columns."""
+    directions: list[WithinDirections]
+    """Of each group, for ``kind="within"``."""
+
+
+def population_loadings(
+    decoder: LinearDecoder, moments: GroupMoments, kind: str, reference: str | int
+) -> PopulationLoadings:
+    """Loadings of each group of one kind; see :meth:`ldvae_ext.model.LDVAE.get_population_loadings`."""
+    chosen = [p for p in range(len(moments.n_p)) if p != reference]
+    columns, directions = decoder.factors.tolist(), []
+    if kind == "gradient":
+        value_pgk = moments.gradient_loadings()
+    elif kind == "within":
+        directions = [within_directions(decoder, covariance_kk) for covariance_kk in moments.covariance_pkk]
+        value_pgk = np.stack([d.loading_gj for d in directions])
+        columns = [f"D_{j}" for j in range(len(columns))]
+    else:
+        values = []
+        for p in chosen:
+            z_k, offset_g = moments.mean_pk[p], moments.offset_pg[p]
+            reference_k, reference_offset_g = reference_point(moments, decoder, p, reference)
+            if kind == "contribution":
+                values.append(contribution_loadings(decoder, z_k - reference_k))
+            else:
+                values.append(path_attribution(decoder, z_k, offset_g, reference_k, reference_offset_g))
+        value_pgk = np.stack(values)
+        has_offsets = reference != "prior" and (len(decoder.batches) > 1 or len(decoder.covariates) > 0)
+        if kind == "path" and has_offsets:
+            columns = [*columns, BATCH]
+        elif kind == "path":
+            value_pgk = value_pgk[:, :, :-1]
+    return PopulationLoadings(chosen, columns, value_pgk, directions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PopulationRequest:
+    """What a user asked of population loadings, checked against the groups that there are."""
+
+    groups: list[str]
+    kind: str = "gradient"
+    reference: str = "rest"
+    scale: str | None = None
+
+    def __post_init__(self) -> None:
+        check_one_of("kind", self.kind, KINDS)
+        if self.scale is not None:
+            check_one_of("scale", self.scale, SCALES)
+            if self.kind != "gradient":
+                msg = f"`scale` belongs to `kind='gradient'`; `kind={self.kind!r}` is on the log scale."
+                raise ValueError(msg)
+        check_one_of("reference", self.reference, [*REFERENCES, *self.groups])
+        if self.kind in ("gradient", "within"):
+            if self.reference != "rest":
+                msg = f"`reference` is of no use with `kind={self.kind!r}`, which looks inside each group."
+                raise ValueError(msg)
+        elif self.reference in REFERENCES and self.reference in self.groups:
+            msg = f"`reference={self.reference!r}` may be the group of that name or not; rename the group."
+            raise ValueError(msg)
+        elif self.reference != "prior" and len(self.groups) == 1:
+            msg = f"There is one group only, {self.groups[0]!r}, and nothing to compare it with; `reference='prior'` needs no other."
+            raise ValueError(msg)
+
+    @property
+    def summed_scale(self) -> str | None:
+        """The scale on which slopes must be summed; None if none are needed."""
+        return (self.scale or "log") if self.kind == "gradient" else None
+
+    def loadings(self, decoder: LinearDecoder, moments: GroupMoments) -> PopulationLoadings:
+        """The loadings of the groups."""
+        is_group = self.kind in ("contribution", "path") and self.reference not in REFERENCES
+        return population_loadings(
+            decoder, moments, self.kind, self.groups.index(self.reference) if is_group else self.reference
+        )

@@ -1,0 +1,138 @@
+"""What factors mean inside a population of cells."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, cast
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+
+from ldvae_ext._groups import directions_table, groups_of
+from ldvae_ext._validate import cell_positions
+from ldvae_ext.core.populations import GroupMoments, PopulationLoadings, PopulationRequest
+from ldvae_ext.core.posterior import deterministic_latent
+from ldvae_ext.model._ablation import AblationMixin
+from ldvae_ext.model._cells import stream_cells, with_positions
+
+
+class PopulationsMixin(AblationMixin):
+    """Loadings of populations."""
+
+    def get_population_loadings(
+        self,
+        groupby: str,
+        kind: Literal["gradient", "contribution", "path", "within"] = "gradient",
+        adata: AnnData | None = None,
+        indices: Any = None,
+        *,
+        reference: str = "rest",
+        scale: Literal["log", "expression"] | None = None,
+        batch_size: int | None = None,
+    ) -> dict[str, pd.DataFrame]:
+        """What each factor does to each gene in each population, without retraining.
+
+        Parameters
+        ----------
+        groupby
+            Column of ``obs``; cells without a value are left out.
+        kind
+            * ``"gradient"``: the slope of the decoder at the cells of the group, averaged over them. With ``scale="log"``
+              ``d log rho_g / d z_k = L_gk - E_rho[L_k]``, with ``scale="expression"`` ``rho_g`` times that, where ``rho`` is a cell's
+              decoded expression. *On the log scale every population ranks the genes of a factor alike*: only an offset per
+              factor differs, so look at the expression scale for what a factor moves in this population. (Under
+              ``latent_distribution="ln"`` the slope is along u, where z = softmax(u), and ranks differ.)
+            * ``"contribution"``: the mean latent of the group minus the reference's, times the centred loading: which factors
+              make the group what it is. Genes rank alike here too.
+            * ``"path"``: the log-ratio of expression between the group's mean latent and the reference's, split exactly over
+              factors; rows sum to ``log rho(group) - log rho(reference)``. Intercepts are averaged by the group's shares of the
+              batches; what they and covariates contribute is in the column ``"batch"``, where there are any. See
+              :func:`ldvae_ext.core.populations.path_attribution`.
+            * ``"within"``: what varies *inside* the group: leading directions ``D_0``, ``D_1``, ... of the covariance of its latents,
+              pushed through the centred loadings; change of the log-rate per standard deviation of the group's cells along
+              the direction. Squares are the variance of each gene's log-rate that the direction explains.
+              :meth:`get_population_directions` says which factors a direction is made of.
+        adata, indices
+            Cells, as in :meth:`get_latent_representation`; the reference too is made of them.
+        reference
+            What ``"contribution"`` and ``"path"`` compare with: the cells of all other groups (``"rest"``), z = 0 (``"prior"``; u = 0
+            under ``"ln"``), or the name of a group, which is then left out.
+        scale
+            For ``"gradient"``; ``"log"`` if None.
+        batch_size
+            Cells per minibatch; the result does not depend on it.
+
+        Returns
+        -------
+        Group -> genes x factors ``Z_i`` (directions for ``"within"``) in the network's order and signs, float64, in log-rate per
+        unit of latent (``"gradient"``; share of expression per unit on that scale) or in log-rate.
+
+        Raises
+        ------
+        KeyError
+            If ``groupby`` is no column.
+        ValueError
+            If a group or kind does not exist, or an argument has no use for the kind.
+
+        Notes
+        -----
+        No counts are needed: minified data will do. Under a softplus link (size factors) nothing is centred, since there the
+        constant over genes means something; the formulas are those of the link.
+        """
+        loadings, groups = self._population_loadings(groupby, kind, adata, indices, reference, scale, batch_size)
+        names = self.get_var_names()
+        return {
+            groups[p]: pd.DataFrame(value_gk, index=names, columns=loadings.columns)
+            for p, value_gk in zip(loadings.groups, loadings.value_pgk, strict=True)
+        }
+
+    def get_population_directions(
+        self, groupby: str, adata: AnnData | None = None, indices: Any = None, *, batch_size: int | None = None
+    ) -> pd.DataFrame:
+        """Which factors the directions of variation inside each population are made of.
+
+        Parameters
+        ----------
+        groupby, adata, indices, batch_size
+            As in :meth:`get_population_loadings`, whose ``kind="within"`` gives the genes.
+
+        Returns
+        -------
+        One row for each group, direction and factor: ``group``, ``direction`` (``D_0``, ...), ``factor``, ``share`` of the factor in
+        the direction (adding up to 1), ``variance`` of the group's cells along the direction and ``variance_share``, that of
+        all directions of the group.
+        """
+        loadings, groups = self._population_loadings(groupby, "within", adata, indices, "rest", None, batch_size)
+        return directions_table(
+            [groups[p] for p in loadings.groups],
+            loadings.columns,
+            self.latent_names,
+            np.stack([d.share_jk for d in loadings.directions]),
+            np.stack([d.variance_j for d in loadings.directions]),
+        )
+
+    def _population_loadings(
+        self,
+        groupby: str,
+        kind: str,
+        adata: AnnData | None,
+        indices: Any,
+        reference: str,
+        scale: str | None,
+        batch_size: int | None,
+    ) -> tuple[PopulationLoadings, list[str]]:
+        source = self.adata if adata is None else adata
+        if source is None:
+            msg = "This model was loaded without data: give `adata`."
+            raise ValueError(msg)
+        positions = cell_positions(indices, source.n_obs)
+        # Groups of the chosen cells only, so that none is empty.
+        groups, chosen_n = groups_of(cast("pd.DataFrame", source.obs).iloc[positions], groupby)
+        request = PopulationRequest(groups=groups, kind=kind, reference=reference, scale=scale)
+        decoder = self.get_decoder()
+        moments = GroupMoments(decoder, len(groups), request.summed_scale)
+        with stream_cells(self, adata, positions, batch_size) as cells:
+            for chunk, at in with_positions(cells.chunks, None):
+                z_nk = deterministic_latent(chunk.mean.astype(np.float64), decoder.latent_distribution)
+                moments.add(z_nk, chunk.batch, chunk.covariates, chosen_n[at])
+        return request.loadings(decoder, moments), groups
