@@ -53,5 +53,7 @@ def export_keys(key_added: str | None = None) -> ExportKeys:
 PCA_LATENT, PCA_LOADINGS, PCA_INFO = "X_pca", "PCs", "pca"
 ABLATION_INFO = "ldvae_ablation"
 GROUPS_INFO = "rank_factors_groups"
+POPULATION_LOADINGS = "ldvae_population_loadings"
+"""``varm``: genes x factors x populations; ``uns``: their names."""
 SIMULATED_LATENT = "z_true"
 ABUNDANCE = "da_log_probs"

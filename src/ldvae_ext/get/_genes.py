@@ -8,9 +8,11 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from ldvae_ext._keys import DEFAULT_KEY
+from ldvae_ext._keys import DEFAULT_KEY, POPULATION_LOADINGS
 from ldvae_ext._validate import check_one_of, check_positive_int, factor_indices, listed
+from ldvae_ext.core._arrays import strings
 from ldvae_ext.get._export import decoder, loadings
+from ldvae_ext.get._populations import group_positions, populations_of
 
 RANKS = ("information", "loading")
 
@@ -53,12 +55,14 @@ def gene_scores(adata: AnnData, *, rank_by: str = "information", key: str = DEFA
 def top_genes(
     adata: AnnData,
     factor: Any = None,
+    group: Any = None,
     *,
     n: int = 10,
-    rank_by: Literal["information", "loading"] = "information",
-    key: str = DEFAULT_KEY,
+    rank_by: Literal["information", "loading"] | None = None,
+    key: str | None = None,
+    population_key: str | None = None,
 ) -> pd.DataFrame:
-    """The genes that rise and that fall most with a factor.
+    """The genes that rise and that fall most with a factor, at large or in one population.
 
     Parameters
     ----------
@@ -66,25 +70,46 @@ def top_genes(
         AnnData that :meth:`ldvae_ext.model.LDVAE.export_to_anndata` wrote to.
     factor
         One factor or several: names (``"Z_3"``) or positions in the exported order. All of them if None.
+    group
+        One population or several of those that :func:`ldvae_ext.tl.population_loadings` wrote; genes are ranked by their values
+        there, and ``factor`` may be all that they have: directions (``"D_0"``) for ``kind="within"``, ``"batch"`` for ``"path"``. (With
+        ``kind="gradient", scale="log"`` all populations rank genes alike, see there.) None ranks by the decoder alone.
     n
         Genes in each direction; fewer are returned where fewer rise or fall.
     rank_by
-        See :func:`gene_scores`.
+        Without ``group``: see :func:`gene_scores`; ``"information"`` if None.
     key
-        ``key_added`` of the export.
+        Without ``group``: ``key_added`` of the export.
+    population_key
+        With ``group``: ``key_added`` of the population loadings.
 
     Returns
     -------
     One row for each factor, direction and gene: ``factor``, ``direction`` (``"up"`` or ``"down"``), ``rank`` (from 1), ``gene``,
-    ``loading`` (log-rate per unit of latent) and, with ``rank_by="information"``, ``information`` (signed share).
+    ``loading`` (log-rate per unit of latent) and, with ``rank_by="information"``, ``information`` (signed share). With ``group``
+    that comes first, and ``value`` replaces the last two.
+
+    Raises
+    ------
+    ValueError
+        If a factor or population does not exist, or an argument belongs to the other way of ranking.
     """
     check_positive_int("n", n)
+    if group is not None:
+        if rank_by is not None or key is not None:
+            msg = f"`{'key' if rank_by is None else 'rank_by'}` ranks by the decoder alone; with `group`, `population_key` says by what."
+            raise ValueError(msg)
+        return _top_in_groups(
+            adata, factor, group, n, POPULATION_LOADINGS if population_key is None else population_key
+        )
+    if population_key is not None:
+        msg = "`population_key` needs `group`."
+        raise ValueError(msg)
+    rank_by, key = rank_by or "information", DEFAULT_KEY if key is None else key
     score, loading = gene_scores(adata, rank_by=rank_by, key=key).to_numpy(), loadings(adata, key=key)
     tables = []
     for k in factor_indices(factor, loading.columns.tolist(), argument="factor"):
-        order = np.argsort(-score[:, k], kind="stable")
-        for direction, rows in (("up", order[score[order, k] > 0]), ("down", order[::-1][score[order[::-1], k] < 0])):
-            rows = rows[:n]
+        for direction, rows in _ends(score[:, k], n):
             table = {
                 "factor": loading.columns[k],
                 "direction": direction,
@@ -96,3 +121,31 @@ def top_genes(
                 table[rank_by] = score[rows, k]
             tables.append(pd.DataFrame(table))
     return pd.concat(tables, ignore_index=True)
+
+
+def _top_in_groups(adata: AnnData, factor: Any, group: Any, n: int, key: str) -> pd.DataFrame:
+    value_gkp, info = populations_of(adata, key)
+    names, groups = strings(info["names"]).tolist(), strings(info["groups"]).tolist()
+    tables = []
+    for p in group_positions(groups, group):
+        for k in factor_indices(factor, names, argument="factor"):
+            for direction, rows in _ends(value_gkp[:, k, p], n):
+                table = {
+                    "group": groups[p],
+                    "factor": names[k],
+                    "direction": direction,
+                    "rank": np.arange(1, len(rows) + 1),
+                    "gene": adata.var_names[rows],
+                    "value": value_gkp[rows, k, p],
+                }
+                tables.append(pd.DataFrame(table))
+    return pd.concat(tables, ignore_index=True)
+
+
+def _ends(score_g: np.ndarray, n: int) -> list[tuple[str, np.ndarray]]:
+    """Rows of the largest positive and of the most negative scores; NaN is neither."""
+    order = np.argsort(-score_g, kind="stable")
+    return [
+        ("up", order[score_g[order] > 0][:n]),
+        ("down", order[::-1][score_g[order[::-1]] < 0][:n]),
+    ]

@@ -1,0 +1,114 @@
+"""Population loadings, read back as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+
+from ldvae_ext._groups import directions_table
+from ldvae_ext._keys import POPULATION_LOADINGS
+from ldvae_ext._validate import check_one_of, factor_indices, listed
+from ldvae_ext.core._arrays import strings
+
+
+def populations_of(adata: AnnData, key: str = POPULATION_LOADINGS) -> tuple[np.ndarray, Any]:
+    """Array (genes x factors x populations) and ``uns`` entry of population loadings, or an error that says how to make them."""
+    if key not in adata.varm or "groups" not in adata.uns.get(key, {}):
+        msg = f"No population loadings {key!r} in `adata.varm`, which has {listed(adata.varm) or 'nothing'}; `ldvae_ext.tl.population_loadings` writes them."
+        raise KeyError(msg)
+    return np.asarray(adata.varm[key], dtype=np.float64), adata.uns[key]
+
+
+def group_positions(groups: Sequence[str], group: Any) -> list[int]:
+    """Positions of one group, several, or, for None, all of them, in the order in which they were given."""
+    known = [str(name) for name in groups]
+    given = known if group is None else [group] if isinstance(group, str) else [str(name) for name in group]
+    for name in given:
+        check_one_of("group", name, known)
+    return [known.index(name) for name in given]
+
+
+def population_loadings_df(
+    adata: AnnData, group: Any = None, factor: Any = None, *, key: str = POPULATION_LOADINGS
+) -> pd.DataFrame:
+    """Population loadings as a long table.
+
+    Parameters
+    ----------
+    adata
+        AnnData that :func:`ldvae_ext.tl.population_loadings` wrote to.
+    group
+        One population or several; all of them if None.
+    factor
+        One factor or several: names or positions; all of them if None. For ``kind="within"`` directions (``"D_0"``); for
+        ``kind="path"`` ``"batch"`` is among them.
+    key
+        ``key_added`` of the population loadings.
+
+    Returns
+    -------
+    One row for each population, factor and gene of the model: ``group``, ``factor`` (``direction`` for ``"within"``), ``gene``,
+    ``value`` (in log-rate, see :meth:`ldvae_ext.model.LDVAE.get_population_loadings`) and, for ``"within"``, ``variance_share``:
+    the share of the variance of the gene's log-rate inside the population that the direction explains.
+
+    Raises
+    ------
+    KeyError
+        If there are none.
+    ValueError
+        If a population or factor does not exist.
+    """
+    value_gkp, info = populations_of(adata, key)
+    names = strings(info["names"]).tolist()
+    groups = strings(info["groups"]).tolist()
+    known = ~np.isnan(value_gkp).all(axis=(1, 2))
+    genes = adata.var_names.to_numpy()[known]
+    is_within = info["kind"] == "within"
+    tables = []
+    for p in group_positions(groups, group):
+        total_g = np.square(value_gkp[known, :, p]).sum(axis=1)
+        for k in factor_indices(factor, names, argument="factor"):
+            value_g = value_gkp[known, k, p]
+            table = {
+                "group": groups[p],
+                "direction" if is_within else "factor": names[k],
+                "gene": genes,
+                "value": value_g,
+            }
+            if is_within:
+                table["variance_share"] = np.divide(
+                    value_g**2, total_g, where=total_g > 0, out=np.full_like(total_g, np.nan)
+                )
+            tables.append(pd.DataFrame(table))
+    return pd.concat(tables, ignore_index=True)
+
+
+def population_directions_df(adata: AnnData, *, key: str = POPULATION_LOADINGS) -> pd.DataFrame:
+    """Which factors the directions of variation inside each population are made of.
+
+    Parameters
+    ----------
+    adata
+        AnnData that :func:`ldvae_ext.tl.population_loadings` wrote to with ``kind="within"``.
+    key
+        ``key_added`` of the population loadings.
+
+    Returns
+    -------
+    As from :meth:`ldvae_ext.model.LDVAE.get_population_directions`.
+    """
+    _, info = populations_of(adata, key)
+    if info["kind"] != "within":
+        msg = f"`key={key!r}` holds population loadings of kind {info['kind']!r}; directions belong to 'within'."
+        raise ValueError(msg)
+    return directions_table(
+        strings(info["groups"]).tolist(),
+        strings(info["names"]).tolist(),
+        strings(info["factors"]).tolist(),
+        np.asarray(info["share"]),
+        np.asarray(info["variance"]),
+    )

@@ -1,0 +1,118 @@
+"""What factors mean inside a population, written to AnnData."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+
+from ldvae_ext._groups import groups_of
+from ldvae_ext._keys import DEFAULT_KEY, POPULATION_LOADINGS, check_key_added
+from ldvae_ext._validate import check_positive_int
+from ldvae_ext.core._arrays import strings
+from ldvae_ext.core.populations import GroupMoments, PopulationRequest
+from ldvae_ext.core.posterior import deterministic_latent
+from ldvae_ext.tl._cells import ExportedCells
+
+CHUNK_SIZE = 1024
+
+
+def population_loadings(
+    adata: AnnData,
+    groupby: str,
+    kind: Literal["gradient", "contribution", "path", "within"] = "gradient",
+    *,
+    reference: str = "rest",
+    scale: Literal["log", "expression"] | None = None,
+    key: str = DEFAULT_KEY,
+    key_added: str = POPULATION_LOADINGS,
+    chunk_size: int = CHUNK_SIZE,
+    copy: bool = False,
+) -> AnnData | None:
+    """What each factor does to each gene in each population, from what was exported.
+
+    The numbers are those of :meth:`ldvae_ext.model.LDVAE.get_population_loadings`, in the exported order and signs. No counts
+    are read.
+
+    Parameters
+    ----------
+    adata
+        AnnData that :meth:`ldvae_ext.model.LDVAE.export_to_anndata` wrote to.
+    groupby
+        Column of ``obs``; cells without a value are left out.
+    kind, reference, scale
+        As in :meth:`ldvae_ext.model.LDVAE.get_population_loadings`.
+    key
+        ``key_added`` of the export.
+    key_added
+        Where to write.
+    chunk_size
+        Cells decoded at a time (for ``"gradient"``). The result does not depend on it.
+    copy
+        Whether to write to a copy, which is returned.
+
+    Returns
+    -------
+    None, or the copy.
+
+    Raises
+    ------
+    KeyError
+        If there is no such export or column.
+    ValueError
+        If a group or kind does not exist, or an argument has no use for the kind.
+
+    Notes
+    -----
+    Writes
+
+    * ``varm["ldvae_population_loadings"]``: genes x factors x populations, float32; NaN for genes that the model does not know;
+    * ``uns["ldvae_population_loadings"]``: ``names`` (of the factors, ``"batch"`` included, or of the directions), ``groups``,
+      ``n_cells`` of each group, ``groupby``, ``kind``, ``reference``, ``scale``, ``key``; for ``"within"`` also ``factors``, ``share``
+      (populations x directions x factors) and ``variance`` (populations x directions).
+
+    :func:`ldvae_ext.get.population_loadings_df` reads them.
+    """
+    check_key_added(key_added)
+    check_positive_int("chunk_size", chunk_size)
+    exported = ExportedCells(adata, key)
+    groups, code_n = groups_of(adata.obs, groupby)
+    request = PopulationRequest(groups=groups, kind=kind, reference=reference, scale=scale)
+    decoder = exported.decoder.reordered(exported.order, exported.signs)
+    moments = GroupMoments(decoder, len(groups), request.summed_scale)
+    for start in range(0, adata.n_obs, chunk_size):
+        at = np.arange(start, min(start + chunk_size, adata.n_obs))
+        z_nk = deterministic_latent(exported.mean_nk[at], decoder.latent_distribution)
+        covariates = None if exported.covariates is None else exported.covariates.iloc[at]
+        moments.add(z_nk[:, exported.order] * exported.signs, exported.batch_n[at], covariates, code_n[at])
+    loadings = request.loadings(decoder, moments)
+
+    target = adata.copy() if copy else adata
+    position = target.var_names.astype(str).get_indexer_for(pd.Index(decoder.genes))
+    if len(position) != len(decoder.genes):
+        msg = "`adata.var_names` must be unique."
+        raise ValueError(msg)
+    known = position >= 0
+    array = np.full((target.n_vars, len(loadings.columns), len(loadings.groups)), np.nan, dtype=np.float32)
+    array[position[known]] = loadings.value_pgk.transpose(1, 2, 0)[known]
+    info: dict[str, Any] = {
+        "names": strings(loadings.columns),
+        "groups": strings([groups[p] for p in loadings.groups]),
+        "n_cells": moments.n_p[loadings.groups],
+        "groupby": groupby,
+        "kind": kind,
+        "key": key,
+    }
+    if kind in ("contribution", "path"):
+        info["reference"] = reference
+    if request.summed_scale is not None:
+        info["scale"] = request.summed_scale
+    if kind == "within":
+        info["factors"] = strings(decoder.factors)
+        info["share"] = np.stack([d.share_jk for d in loadings.directions])
+        info["variance"] = np.stack([d.variance_j for d in loadings.directions])
+    target.varm[key_added] = array
+    target.uns[key_added] = info
+    return target if copy else None
