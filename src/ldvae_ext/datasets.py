@@ -17,6 +17,8 @@ __all__ = ["pbmc68k", "simulate"]
 
 # The log-counts were rounded to three decimals.
 _ROUNDING = 0.5e-3
+# Standard deviation of a simulated latent within a population; the means of populations have 1.
+_SPREAD = 0.5
 
 
 def pbmc68k() -> AnnData:
@@ -62,6 +64,8 @@ def simulate(
     n_latent: int = 5,
     *,
     n_batches: int = 1,
+    n_populations: int = 1,
+    specific_program: bool = False,
     likelihood: str = "nb",
     median_library: float = 500.0,
     theta: float = 5.0,
@@ -73,10 +77,20 @@ def simulate(
     Each factor is a sparse program: a tenth of the genes have loadings, most of them positive. Latents are standard
     normal, libraries log-normal, genes differ in abundance, and batches in small offsets of all genes.
 
+    Populations of cells, of equal sizes and each in all batches, differ in the means of the latents, which are standard
+    normal themselves; within a population a latent has standard deviation 0.5. With ``specific_program`` the last latent is
+    another thing: it varies in the first population alone, with mean 0 and standard deviation 1, and is 0 in all other
+    cells; no other factor has loadings in its genes.
+
     Parameters
     ----------
     n_cells, n_genes, n_latent, n_batches
         Sizes.
+    n_populations
+        Number of populations. With 1, the cells are one cloud of standard normal latents.
+    specific_program
+        Whether the last factor is a program of the first population. Needs two populations and two factors at least, and
+        enough genes in which the other factors have no loadings.
     likelihood
         ``"nb"``, ``"zinb"`` or ``"poisson"``.
     median_library
@@ -90,11 +104,27 @@ def simulate(
 
     Returns
     -------
-    The AnnData (``X``: CSR float32 counts; ``obs["batch"]``; ``obsm["z_true"]``) and the decoder that made it, which gives
-    its expected expression as ``decoder.scale(adata.obsm["z_true"], adata.obs["batch"])``.
+    The AnnData (``X``: CSR float32 counts; ``obs["batch"]``; ``obs["population"]`` where there are several, categorical:
+    ``"population_0"``, ...; ``obsm["z_true"]``) and the decoder that made it, which gives its expected expression as
+    ``decoder.scale(adata.obsm["z_true"], adata.obs["batch"])``.
+
+    Raises
+    ------
+    ValueError
+        If a number is out of range, or ``specific_program`` lacks populations, factors or genes.
     """
-    for name, value in (("n_cells", n_cells), ("n_genes", n_genes), ("n_latent", n_latent), ("n_batches", n_batches)):
+    for name, value in (
+        ("n_cells", n_cells),
+        ("n_genes", n_genes),
+        ("n_latent", n_latent),
+        ("n_batches", n_batches),
+        ("n_populations", n_populations),
+    ):
         check_positive_int(name, value)
+    for name, value in (("n_populations", n_populations), ("n_latent", n_latent)):
+        if specific_program and value < 2:
+            msg = f"`{name}` must be at least 2 for a program of one population; got {value!r}."
+            raise ValueError(msg)
     check_one_of("likelihood", likelihood, ("nb", "zinb", "poisson"))
     for name, number, most in (
         ("theta", theta, np.inf),
@@ -105,11 +135,7 @@ def simulate(
             msg = f"`{name}` must be above 0{' and below 1' if most == 1 else ' and finite'}; got {number!r}."
             raise ValueError(msg)
     rng = np.random.default_rng(seed)
-    n_program = max(1, n_genes // 10)
-    weight_gk = np.zeros((n_genes, n_latent))
-    for k in range(n_latent):
-        genes = rng.choice(n_genes, n_program, replace=False)
-        weight_gk[genes, k] = rng.gamma(4.0, 0.25, n_program) * np.where(rng.random(n_program) < 0.8, 1, -1)
+    weight_gk = _programs(rng, n_genes, n_latent, last_is_disjoint=specific_program)
     intercept_bg = rng.normal(0, 1.5, n_genes) + rng.normal(0, 0.2 * (n_batches > 1), (n_batches, n_genes))
     names = [f"batch_{b}" for b in range(n_batches)]
     decoder = LinearDecoder(
@@ -126,6 +152,12 @@ def simulate(
         else None,
     )
     z_nk = rng.normal(size=(n_cells, n_latent))
+    if n_populations > 1:
+        population_n = rng.permutation(np.arange(n_cells) % n_populations)
+        mean_pk = rng.normal(size=(n_populations, n_latent))
+        shared = slice(n_latent - specific_program)
+        z_nk[:, shared] = mean_pk[population_n, shared] + _SPREAD * z_nk[:, shared]
+        z_nk[population_n > 0, shared.stop :] = 0
     batch_n = np.arange(n_cells) % n_batches
     rate_ng = decoder.rate(z_nk, batch_n, library=median_library * np.exp(rng.normal(0, 0.3, n_cells)))
     if likelihood != "poisson":
@@ -141,5 +173,28 @@ def simulate(
         ),
         var=pd.DataFrame(index=decoder.genes.astype(object)),
     )
+    if n_populations > 1:
+        adata.obs["population"] = pd.Categorical.from_codes(
+            population_n, categories=pd.Index([f"population_{p}" for p in range(n_populations)])
+        )
     adata.obsm[SIMULATED_LATENT] = z_nk
     return adata, decoder
+
+
+def _programs(rng: np.random.Generator, n_genes: int, n_latent: int, *, last_is_disjoint: bool) -> np.ndarray:
+    """Sparse loadings, shape (genes, latents); those of the last factor may be in genes that no other has."""
+    n_program = max(1, n_genes // 10)
+    weight_gk = np.zeros((n_genes, n_latent))
+    for k in range(n_latent):
+        allowed = np.arange(n_genes)
+        if last_is_disjoint and k == n_latent - 1:
+            allowed = allowed[~weight_gk.any(axis=1)]
+            if len(allowed) < n_program:
+                msg = (
+                    f"`specific_program=True` needs {n_program} genes in which the other factors have no loadings; of {n_genes} "
+                    f"genes with {n_latent} factors {len(allowed)} are left."
+                )
+                raise ValueError(msg)
+        genes = rng.choice(allowed, n_program, replace=False)
+        weight_gk[genes, k] = rng.gamma(4.0, 0.25, n_program) * np.where(rng.random(n_program) < 0.8, 1, -1)
+    return weight_gk

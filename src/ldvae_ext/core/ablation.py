@@ -180,11 +180,12 @@ def _nb_change(x: Nonzero, full_ng: np.ndarray, theta: np.ndarray) -> Callable[[
 
 
 def _poisson_change(x: Nonzero, full_ng: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    log_full_at = np.log(full_ng.ravel()[x.at])
+    with np.errstate(divide="ignore"):  # a rate of 0 makes a count impossible
+        log_full_at = np.log(full_ng.ravel()[x.at])
 
     def change(rate_ng: np.ndarray) -> np.ndarray:
         flat = rate_ng.ravel()
-        with np.errstate(divide="ignore"):  # a rate of 0 makes a count impossible
+        with np.errstate(divide="ignore", invalid="ignore"):  # NaN where it was impossible before
             first_at = x.value * (log_full_at - np.log(flat[x.at]))
         rate_ng -= full_ng
         flat[x.at] += first_at

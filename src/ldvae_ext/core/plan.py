@@ -64,7 +64,8 @@ class AblationRequest:
         for msg, is_wrong in problems.items():
             if is_wrong:
                 raise ValueError(msg)
-        if self.seed is not None and (isinstance(self.seed, bool) or int(self.seed) != self.seed or self.seed < 0):
+        is_int = isinstance(self.seed, (int, np.integer)) and not isinstance(self.seed, bool)
+        if self.seed is not None and (not is_int or self.seed < 0):
             msg = f"`seed` must be a non-negative integer; got {self.seed!r}."
             raise ValueError(msg)
         value_k = _value_of_each(decoder, self.value)[0]

@@ -212,13 +212,18 @@ class WithinDirections(NamedTuple):
     loading_gj: np.ndarray
     """Change of the log-rates along each direction, per standard deviation of the cells along it; genes x directions."""
     variance_j: np.ndarray
-    """Variance along each direction, descending."""
+    """Variance of the log-rates along each direction, summed over genes; descending."""
     share_jk: np.ndarray
     """Share of each factor in it; rows sum to 1."""
 
 
 def within_directions(decoder: LinearDecoder, covariance_kk: np.ndarray) -> WithinDirections:
     """Leading directions of a population's latent covariance, pushed through the centred loadings.
+
+    The principal components of the centred log-rates ``L z`` of its cells: with the singular value decomposition
+    ``L S^(1/2) = U D V'``, where S is the covariance of the latents, direction j moves the genes by ``U_j D_j`` for each of its
+    standard deviations. Its variance ``D_j^2 = sum_k (L'U_j)_k (S L'U_j)_k`` is a sum over factors; a term is negative where a
+    factor works against the others.
 
     Parameters
     ----------
@@ -228,11 +233,16 @@ def within_directions(decoder: LinearDecoder, covariance_kk: np.ndarray) -> With
         Covariance of the latents of its cells, shape (factors, factors).
     """
     weight_gk = decoder.centered().weight_gk
-    eigenvalue_k, vector_kk = np.linalg.eigh(covariance_kk)
-    variance_j, vector_kj = np.maximum(eigenvalue_k[::-1], 0.0), vector_kk[:, ::-1]
-    loading_gj = weight_gk @ vector_kj * np.sqrt(variance_j)
-    sign_j = np.where((loading_gj**3).sum(axis=0) < 0, -1.0, 1.0)
-    return WithinDirections(loading_gj * sign_j, variance_j, (vector_kj**2).T)
+    value_k, vector_kk = np.linalg.eigh(covariance_kk)
+    root_kk = (vector_kk * np.sqrt(np.maximum(value_k, 0.0))) @ vector_kk.T
+    left_gj, singular_j, _ = np.linalg.svd(weight_gk @ root_kk, full_matrices=False)
+    # A direction is canonical as a factor is: it points to its longer tail of genes.
+    left_gj = left_gj * np.where((left_gj**3).sum(axis=0) < 0, -1.0, 1.0)
+    projected_kj = weight_gk.T @ left_gj
+    term_jk = (projected_kj * (covariance_kk @ projected_kj)).T
+    total_j1 = term_jk.sum(axis=1, keepdims=True)
+    share_jk = np.divide(term_jk, total_j1, where=total_j1 > 0, out=np.zeros_like(term_jk))
+    return WithinDirections(left_gj * singular_j, singular_j**2, share_jk)
 
 
 def reference_point(
@@ -271,7 +281,7 @@ def population_loadings(
     elif kind == "within":
         directions = [within_directions(decoder, covariance_kk) for covariance_kk in moments.covariance_pkk]
         value_pgk = np.stack([d.loading_gj for d in directions])
-        columns = [f"D_{j}" for j in range(len(columns))]
+        columns = [f"D_{j}" for j in range(value_pgk.shape[2])]
     else:
         values = []
         for p in chosen:

@@ -22,6 +22,7 @@ def ablation_df(
     groupby: str | None = None,
     *,
     alternative: Literal["two-sided", "greater", "less"] = "two-sided",
+    min_effect: float = 0.0,
 ) -> pd.DataFrame:
     """What each group of cells loses without each latent, and whether more than chance.
 
@@ -35,6 +36,8 @@ def ablation_df(
     alternative
         What the test looks for: effects that are not symmetric around 0 (``"two-sided"``), latents that help (``"greater"``) or
         latents that hurt (``"less"``).
+    min_effect
+        For one-sided tests: the effect, in nats per cell, that a latent must exceed to matter.
 
     Returns
     -------
@@ -47,8 +50,9 @@ def ablation_df(
     * ``p_value``: Wilcoxon's signed-rank test over the cells of the group (:func:`scipy.stats.wilcoxon`);
     * ``q_value``: the same after Benjamini & Hochberg (1995) over all rows of the table.
 
-    The last three are NaN for a group of one cell or of identical values. With thousands of cells the test finds effects
-    that do not matter: look at the size first. On the cells that the model was trained on, a latent may help a little by
+    The last three are NaN for a group of one cell or of identical values. With hundreds of cells the test finds effects that
+    do not matter, such as the hundredth of a nat of a latent that is hardly used: look at the size, or name a
+    ``min_effect``. On the cells that the model was trained on, a latent may help a little by
     having learnt their noise; ``ablate(indices=model.validation_indices)`` looks at others.
 
     Raises
@@ -59,6 +63,13 @@ def ablation_df(
         If no cell has a group, or the ablation is one of genes.
     """
     check_one_of("alternative", alternative, ALTERNATIVES)
+    if min_effect and alternative == "two-sided":
+        msg = "`min_effect` belongs to a one-sided test: `alternative='greater'` or `'less'`."
+        raise ValueError(msg)
+    if not (np.isfinite(min_effect) and min_effect >= 0):
+        msg = f"`min_effect` must be a finite number of at least 0; got {min_effect!r}."
+        raise ValueError(msg)
+    shift = -min_effect if alternative == "less" else min_effect
     if {"group", "gene", "n_cells"} <= set(ablation.obs.columns) and groupby is None:
         msg = "`ablation` is one of genes; `get.gene_ablation_df` reads it."
         raise ValueError(msg)
@@ -74,7 +85,7 @@ def ablation_df(
                 {
                     "group": group,
                     "factor": ablation.var_names.astype(str),
-                    **pd.DataFrame([_paired(column, alternative) for column in cells.T], columns=_COLUMNS),
+                    **pd.DataFrame([_paired(column, alternative, shift) for column in cells.T], columns=_COLUMNS),
                 }
             )
         )
@@ -90,21 +101,24 @@ def ablation_df(
 _COLUMNS = ["n_cells", "mean", "median", "share_helped", "effect_size", "p_value"]
 
 
-def _paired(effect_n: np.ndarray, alternative: str) -> tuple[float, ...]:
+def _paired(effect_n: np.ndarray, alternative: str, shift: float) -> tuple[float, ...]:
     """The columns of one group and latent."""
     effect_n = effect_n[~np.isnan(effect_n)]
     n_cells = len(effect_n)
     if n_cells == 0:
         return (0, *[np.nan] * 5)
     size = p_value = np.nan
-    if n_cells > 1 and np.ptp(effect_n) > 0:
-        with np.errstate(invalid="ignore"):  # infinite effects have no deviation
-            size = effect_n.mean() / effect_n.std(ddof=1)
+    varies = effect_n.min() < effect_n.max()
+    with np.errstate(invalid="ignore"):  # infinite effects have no deviation, and may have no mean
+        mean, median = effect_n.mean(), np.median(effect_n)
+        if varies:
+            size = mean / effect_n.std(ddof=1)
+    if varies:
         with warnings.catch_warnings():
             # Ties and zeros among few cells: scipy takes the normal approximation and says so.
             warnings.simplefilter("ignore", UserWarning)
-            p_value = wilcoxon(effect_n, alternative=alternative).pvalue
-    return n_cells, effect_n.mean(), np.median(effect_n), (effect_n > 0).mean(), size, p_value
+            p_value = wilcoxon(effect_n - shift, alternative=alternative).pvalue
+    return n_cells, mean, median, (effect_n > 0).mean(), size, p_value
 
 
 def gene_ablation_df(ablation: AnnData, factor: Any = None) -> pd.DataFrame:

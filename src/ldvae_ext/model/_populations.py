@@ -49,8 +49,9 @@ class PopulationsMixin(AblationMixin):
               batches; what they and covariates contribute is in the column ``"batch"``, where there are any. See
               :func:`ldvae_ext.core.populations.path_attribution`.
             * ``"within"``: what varies *inside* the group: leading directions ``D_0``, ``D_1``, ... of the covariance of its latents,
-              pushed through the centred loadings; change of the log-rate per standard deviation of the group's cells along
-              the direction. Squares are the variance of each gene's log-rate that the direction explains.
+              pushed through the centred loadings (the principal components of its cells' log-rates); change of the log-rate
+              per standard deviation of the cells along the direction. Squares are the variance of each gene's log-rate that
+              the direction explains.
               :meth:`get_population_directions` says which factors a direction is made of.
         adata, indices
             Cells, as in :meth:`get_latent_representation`; the reference too is made of them.
@@ -99,8 +100,8 @@ class PopulationsMixin(AblationMixin):
         Returns
         -------
         One row for each group, direction and factor: ``group``, ``direction`` (``D_0``, ...), ``factor``, ``share`` of the factor in
-        the direction (adding up to 1), ``variance`` of the group's cells along the direction and ``variance_share``, that of
-        all directions of the group.
+        the direction (adding up to 1; negative where it works against the others), ``variance`` of the log-rates along the
+        direction, summed over genes, and ``variance_share``, its part of that of all directions of the group.
         """
         loadings, groups = self._population_loadings(groupby, "within", adata, indices, "rest", None, batch_size)
         return directions_table(
