@@ -74,7 +74,10 @@ class GroupMoments:
             if self._slope_pgk is not None and self._scale is not None:
                 values = None
                 if covariates is not None:
-                    values = {c.name: np.asarray(covariates[c.name])[inside] for c in decoder.covariates}
+                    values = {
+                        c.name: np.broadcast_to(np.asarray(covariates[c.name]).ravel(), len(z_nk))[inside]
+                        for c in decoder.covariates
+                    }
                 batch = decoder.batches[batch_n[inside]]
                 self._slope_pgk[p] += summed_slopes(decoder, z_ik, batch, values, self._scale)
 
