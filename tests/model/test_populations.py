@@ -84,9 +84,9 @@ def test_directions_name_the_factors_that_they_are_made_of(model):
 
 
 def test_covariates_and_size_factors_are_decoded_with():
-    adata = covariate_counts()
+    adata = covariate_counts(n_batches=2)
     adata.obs["type"] = pd.Categorical(np.resize(["a", "b"], adata.n_obs))
-    model = untrained(adata, setup=setup_arguments(size_factor=True))
+    model = untrained(adata, setup=setup_arguments("both", size_factor=True))
     decoder, z = model.get_decoder(), model.get_latent_representation().astype(float)
     assert decoder.link == "softplus"
     obs = adata.obs

@@ -84,14 +84,14 @@ class ExportMixin(DecodingMixin, TrainingMixin):
         as_pca
             Whether to write the same as a PCA too, for scanpy's PCA plots.
         overwrite
-            Whether an existing PCA, or a column of ``var`` or ``obs`` with a name of the export, may be replaced.
+            Whether an existing PCA, or a column of ``var`` with the name of the export, may be replaced.
         batch_size
             Cells per minibatch; ``scvi.settings.batch_size`` if None.
 
         Raises
         ------
         ValueError
-            If the cells are not the model's and cannot be encoded, or if a PCA or a column of ``var`` or ``obs`` would be replaced.
+            If the cells are not the model's and cannot be encoded, or if a PCA or a column of ``var`` would be replaced.
             Nothing is written.
 
         Notes
@@ -121,11 +121,9 @@ class ExportMixin(DecodingMixin, TrainingMixin):
         if keys.info == PCA_INFO:
             msg = f"`key_added={key_added!r}` would replace scanpy's PCA; `as_pca=True` writes one beside the export."
             raise ValueError(msg)
-        if not overwrite and "decoder" not in target.uns.get(keys.info, {}):
-            for name, slot, column in (("var", target.var, keys.genes), ("obs", target.obs, keys.library)):
-                if column in slot:
-                    msg = f"`adata.{name}[{column!r}]` exists and is no export's; choose another `key_added`, or `overwrite=True`."
-                    raise ValueError(msg)
+        if not overwrite and keys.genes in target.var and "decoder" not in target.uns.get(keys.info, {}):
+            msg = f"`adata.var[{keys.genes!r}]` exists and is no export's; choose another `key_added`, or `overwrite=True`."
+            raise ValueError(msg)
         if as_pca and not overwrite:
             taken = [
                 k
