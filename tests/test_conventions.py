@@ -20,10 +20,12 @@ FILES = sorted(SRC.rglob("*.py"))
 ALLOWED = {
     "core": {"core", "_validate"},
     "module": {"core", "module", "_validate"},
-    "model": {"core", "module", "model", "_validate", "_keys"},
-    "get": {"core", "get", "_validate", "_keys"},
+    "model": {"core", "module", "model", "_validate", "_keys", "_groups"},
+    "get": {"core", "get", "_validate", "_keys", "_groups"},
+    "tl": {"core", "get", "tl", "_validate", "_keys", "_groups"},
     "pl": {"core", "get", "pl", "_validate", "_keys"},
     "datasets": {"core", "_validate", "_keys"},
+    "_groups": {"_validate", "_keys"},
     "_keys": set(),
     "_validate": set(),
 }
@@ -31,6 +33,7 @@ ALLOWED = {
 FORBIDDEN = {
     "core": {"anndata", "pandas", "torch", "scvi", "scanpy", "matplotlib"},
     "get": {"torch", "scvi", "lightning", "matplotlib"},
+    "tl": {"torch", "scvi", "lightning", "matplotlib"},
     "pl": {"torch", "scvi", "lightning", "seaborn"},
     "module": {"anndata", "scanpy", "matplotlib"},
     "model": {"matplotlib"},
@@ -80,10 +83,14 @@ def test_importing_the_package_loads_nothing_heavy():
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )
-    code = "import ldvae_ext; ldvae_ext.get, ldvae_ext.pl, ldvae_ext.datasets; import sys; print('torch' in sys.modules, 'scvi' in sys.modules)"
+    code = "import ldvae_ext; ldvae_ext.get, ldvae_ext.tl, ldvae_ext.pl, ldvae_ext.datasets; import sys; print('torch' in sys.modules, 'scvi' in sys.modules)"
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
         == "False False"
+    )
+    code = "import ldvae_ext.tl, sys; print([m for m in ('scanpy', 'matplotlib', 'sklearn') if m in sys.modules])"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )
 
 
@@ -95,7 +102,7 @@ def test_rooms_open_at_first_use_and_others_do_not_exist():
 
 
 def public_functions():
-    for where in (ldvae_ext.get, ldvae_ext.pl, ldvae_ext.datasets, ldvae_ext.core):
+    for where in (ldvae_ext.get, ldvae_ext.tl, ldvae_ext.pl, ldvae_ext.datasets, ldvae_ext.core):
         for name in getattr(where, "__all__", [n for n in vars(where) if not n.startswith("_")]):
             thing = getattr(where, name)
             if inspect.isfunction(thing) and thing.__module__.startswith("ldvae_ext"):
@@ -131,7 +138,7 @@ def test_public_callables_are_documented_and_annotated(name, function):
 
 @pytest.mark.parametrize(
     ("name", "function"),
-    [f for f in public_functions() if f[0].startswith(("get", "pl"))],
+    [f for f in public_functions() if f[0].startswith(("get", "tl", "pl"))],
     ids=lambda v: v if isinstance(v, str) else "",
 )
 def test_functions_on_anndata_take_it_first_and_little_else_by_position(name, function):

@@ -13,7 +13,7 @@ from typing import Any
 __version__ = version("ldvae-ext")
 
 # Importing scvi-tools and torch takes seconds, so every room is opened at first use.
-_ROOMS = ("core", "datasets", "get", "model", "module", "pl")
+_ROOMS = ("core", "datasets", "get", "model", "module", "pl", "tl")
 
 __all__ = ["__version__", *_ROOMS]
 

@@ -12,7 +12,8 @@ def drawn_texts(figure: Figure) -> list[Text]:
     """Texts that a reader sees: titles, axis and tick labels within the view, annotations and legends."""
     figure.draw_without_rendering()
     texts = list(figure.texts)
-    for ax in figure.axes:
+    children = [child for ax in figure.axes for child in ax.child_axes]
+    for ax in [*figure.axes, *children]:
         texts += [ax.title, ax.xaxis.label, ax.yaxis.label, *ax.texts]
         for axis in filter(Artist.get_visible, (ax.xaxis, ax.yaxis)):
             low, high = sorted(axis.get_view_interval())
@@ -20,7 +21,7 @@ def drawn_texts(figure: Figure) -> list[Text]:
             for tick in axis.get_major_ticks():
                 if low - slack <= tick.get_loc() <= high + slack:
                     texts += [label for label in (tick.label1, tick.label2) if label.get_visible()]
-    for legend in figure.legends:
+    for legend in [*figure.legends, *filter(None, (ax.get_legend() for ax in figure.axes))]:
         texts += [legend.get_title(), *legend.get_texts()]
     return [text for text in texts if text.get_visible() and text.get_text().strip()]
 

@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
-from ldvae_ext.get._ablation import ablation_df
+from ldvae_ext.get._ablation import ablation_df, gene_ablation_df
 from ldvae_ext.get._export import decoder, factors, loadings
 from ldvae_ext.get._genes import gene_scores, top_genes
+from ldvae_ext.get._groups import rank_factors_groups_df
+from ldvae_ext.get._populations import population_directions_df, population_loadings_df
 
-__all__ = ["ablation_df", "decoder", "factors", "gene_scores", "loadings", "top_genes"]
+__all__ = [
+    "ablation_df",
+    "decoder",
+    "factors",
+    "gene_ablation_df",
+    "gene_scores",
+    "loadings",
+    "population_directions_df",
+    "population_loadings_df",
+    "rank_factors_groups_df",
+    "top_genes",
+]

@@ -1,0 +1,135 @@
+"""Which factors mark which groups of cells."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from anndata import AnnData
+from matplotlib.axes import Axes
+from matplotlib.colors import CenteredNorm
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.transforms import blended_transform_factory
+
+from ldvae_ext import get
+from ldvae_ext._keys import GROUPS_INFO
+from ldvae_ext.core._arrays import strings
+from ldvae_ext.get._groups import ranking_of
+from ldvae_ext.pl._figure import CHARACTER, SMALL, em, factors_in_order, finish, fit, panels, turn_crowded
+
+# Side of the square that a dot has to itself, and width of the largest dot, in em.
+_CELL, _DOT = 1.8, 1.5
+# AUROCs in the legend, largest first.
+_SHOWN = (1.0, 0.9, 0.75, 0.6)
+
+
+def factor_groups(
+    adata: AnnData,
+    *,
+    key: str = GROUPS_INFO,
+    factors: Any = None,
+    ax: Axes | None = None,
+    show: bool | None = None,
+    return_fig: bool = False,
+) -> Axes | Figure | None:
+    """How each factor sets each group of cells apart.
+
+    Rows are groups, columns factors. Colour: mean in the group minus mean in what it was compared with, in units of the
+    latent, symmetric around 0. Red: the factor is higher in the group. Blue: it is lower. Area: how far the AUROC is from
+    0.5, ``|2 AUROC - 1|``; no dot where the factor tells nothing, the largest where it tells the group apart without error.
+
+    Parameters
+    ----------
+    adata
+        AnnData that :func:`ldvae_ext.tl.rank_factors_groups` wrote to.
+    key
+        ``key_added`` of the ranking.
+    factors
+        Factors to draw, in this order: names (``"Z_3"``) or positions in the exported order. All of them, in the exported
+        order, if None.
+    ax
+        Axes to draw in; a new figure if None.
+    show
+        Whether to show the figure; ``scanpy.settings.autoshow`` if None.
+    return_fig
+        Whether to return the figure, without showing it unless ``show`` says so.
+
+    Returns
+    -------
+    The axes of the dots, the figure if ``return_fig``, or None if it was shown.
+
+    Raises
+    ------
+    KeyError
+        If there is no such ranking.
+    ValueError
+        If ``factors`` names none or an unknown one.
+    """
+    entry = ranking_of(adata, key)
+    names = strings(entry["factors"]).tolist()
+    chosen = [names[k] for k in factors_in_order(factors, names)]
+    table = get.rank_factors_groups_df(adata, key=key).set_index(["group", "factor"])
+    groups = table.index.unique("group").tolist()
+    difference_pk = table["mean_difference"].unstack().loc[groups, chosen].to_numpy()
+    strength_pk = np.abs(2 * table["auroc"].unstack().loc[groups, chosen].to_numpy() - 1)
+    groupby, reference = entry["params"]["groupby"], entry["params"]["reference"]
+    title = "" if reference == "rest" else f"reference: {reference}"
+
+    own = ax is None
+    width = max(12, min(3 * len(chosen), 36), _CELL * len(chosen), CHARACTER * len(title)) * em()
+    height = max(20, _CELL * len(groups), CHARACTER * len(groupby)) * em()
+    if ax is None:
+        ax = panels(1, 1, width, height, beside=max(map(len, groups)))[1].item()
+    row, column = np.indices(difference_pk.shape).reshape(2, -1)
+    points = ax.scatter(
+        column,
+        row,
+        c=difference_pk.ravel(),
+        cmap="RdBu_r",
+        norm=CenteredNorm(halfrange=np.abs(difference_pk).max() or 1.0),
+        # A dot of no difference is as white as the paper.
+        edgecolors="dimgray",
+        linewidths=0.4,
+    )
+    ax.set_xticks(np.arange(len(chosen)), chosen)
+    ax.set_yticks(np.arange(len(groups)), groups)
+    ax.set_xlim(-0.6, len(chosen) - 0.4)
+    ax.set_ylim(len(groups) - 0.4, -0.6)
+    ax.set_xlabel("Factor")
+    ax.set_ylabel(groupby, fontsize=SMALL)
+    ax.set_title(title, fontsize=SMALL)
+    ax.set_axisbelow(True)
+    ax.grid(visible=False)
+    ax.tick_params(labelsize=SMALL, length=0)
+    # The lower half; the legend of the sizes lies above it.
+    bar = ax.figure.colorbar(points, ax=ax, pad=0.02, shrink=0.45, anchor=(0, 0), aspect=12)
+    other = "rest" if reference == "rest" else "reference"
+    bar.set_label(f"Mean in group\n\N{MINUS SIGN} mean in {other}\n(units of latent)", fontsize=SMALL)
+    bar.ax.tick_params(labelsize=SMALL)
+    legend = bar.ax.legend(
+        [Line2D([], [], linestyle="none", marker="o", color="dimgray") for _ in _SHOWN],
+        [f"{auroc:g} or {1 - auroc:g}" for auroc in _SHOWN],
+        title="AUROC",
+        loc="upper left",
+        bbox_to_anchor=(0, 1),
+        bbox_transform=blended_transform_factory(bar.ax.transAxes, ax.transAxes),
+        borderaxespad=0,
+        borderpad=0,
+        fontsize=SMALL,
+        title_fontsize=SMALL,
+        alignment="left",
+        frameon=False,
+    )
+    if own:
+        fit(ax, width, height)
+    else:
+        turn_crowded(ax)
+    panel = ax.get_window_extent()
+    # In points, and never wider than what given axes have for a dot.
+    cell = min(panel.width / len(chosen), panel.height / len(groups)) / ax.figure.figure.dpi / em()
+    diameter = 72 * em() * min(_DOT, _DOT / _CELL * cell)
+    points.set_sizes(diameter**2 * strength_pk.ravel())
+    for handle, auroc in zip(legend.legend_handles, _SHOWN, strict=True):
+        handle.set_markersize(diameter * np.sqrt(abs(2 * auroc - 1)))
+    return finish(ax, show=show, return_fig=return_fig, own=own)

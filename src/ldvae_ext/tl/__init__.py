@@ -1,0 +1,9 @@
+"""Tools that need only what was exported to AnnData, and write back to it: no torch."""
+
+from __future__ import annotations
+
+from ldvae_ext.tl._ablation import ablate, ablate_genes
+from ldvae_ext.tl._groups import rank_factors_groups
+from ldvae_ext.tl._populations import population_loadings
+
+__all__ = ["ablate", "ablate_genes", "population_loadings", "rank_factors_groups"]

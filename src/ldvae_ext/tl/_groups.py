@@ -1,0 +1,264 @@
+"""Which factors mark which groups of cells."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from scipy.stats import rankdata
+
+from ldvae_ext._keys import DEFAULT_KEY, GROUPS_INFO, check_key_added
+from ldvae_ext._validate import check_column, check_one_of, listed
+from ldvae_ext.core._arrays import strings
+from ldvae_ext.get._export import export_of
+
+METHODS = ("wilcoxon", "t-test", "t-test_overestim_var", "logreg")
+CORRECTIONS = ("benjamini-hochberg", "bonferroni")
+REST = "rest"
+# Fields of the entry, with the types that scanpy gives to those that it has.
+FIELDS = {
+    "names": "O",
+    "scores": "f4",
+    "logfoldchanges": "f4",
+    "auroc": "f8",
+    "pvals": "f8",
+    "pvals_adj": "f8",
+}
+
+
+def rank_factors_groups(
+    adata: AnnData,
+    groupby: str,
+    *,
+    method: Literal["wilcoxon", "t-test", "t-test_overestim_var", "logreg"] = "wilcoxon",
+    groups: Literal["all"] | Iterable[Any] = "all",
+    reference: Any = REST,
+    corr_method: Literal["benjamini-hochberg", "bonferroni"] = "benjamini-hochberg",
+    rankby_abs: bool = True,
+    key: str = DEFAULT_KEY,
+    key_added: str = GROUPS_INFO,
+    copy: bool = False,
+) -> AnnData | None:
+    """Rank the factors that tell groups of cells apart, by the tests of :func:`scanpy.tl.rank_genes_groups`.
+
+    Each factor's posterior means in the cells of a group are compared with those in all other cells, or in a reference
+    group. The tests are scanpy's, with latents in the place of expression. Where it would give the logarithm of a ratio,
+    which negative latents do not have, this gives the difference of means.
+
+    Cells are not independent observations of a group, and groups are often made from the same latents: p-values
+    say little about other samples, and the AUROC, which does not grow with the number of cells, more.
+
+    Parameters
+    ----------
+    adata
+        AnnData that :meth:`ldvae_ext.model.LDVAE.export_to_anndata` wrote to.
+    groupby
+        Column of ``obs`` with the groups; cells where it is NaN are left out, groups without cells too. Groups are known
+        by their label as a string.
+    method
+        ``"wilcoxon"``: rank-sum test, z-score. ``"t-test"``: Welch's. ``"t-test_overestim_var"``: the same, with the
+        variance of the other cells' mean as if they were as few as those of the group. ``"logreg"``: coefficients of a
+        logistic regression of the groups on all factors together, per unit of latent, without p-values.
+    groups
+        Groups to rank factors for, in this order; ``"all"`` for each, in the order of the categories. Other groups still
+        belong to the rest, but not under ``"logreg"``, which tells the chosen groups from each other.
+    reference
+        What groups are compared with: ``"rest"``, all other cells that have a group, or the label of a group.
+    corr_method
+        Correction of p-values, over the factors of a group. Not used by ``"logreg"``, which has none.
+    rankby_abs
+        Whether to rank by the size of the score, since the sign of a factor is arbitrary, or by the score itself. Scores
+        keep their sign either way.
+    key
+        ``key_added`` of the export.
+    key_added
+        Key of ``uns`` to write to.
+    copy
+        Whether to return a copy of ``adata`` with the result, and to leave ``adata`` as it is.
+
+    Returns
+    -------
+    The copy if ``copy``, else None.
+
+    Raises
+    ------
+    KeyError
+        If there is no such export, or if ``groupby`` is no column.
+    ValueError
+        If a group or the reference does not exist, if one of them, or the rest of a group, has fewer than two cells, if
+        ``"logreg"`` is given a reference, or if labels are empty or equal as strings. Nothing is written.
+
+    Notes
+    -----
+    Writes ``uns["rank_factors_groups"]``, which :func:`scanpy.get.rank_genes_groups_df` and
+    :func:`scanpy.pl.rank_genes_groups` read with ``key="rank_factors_groups"``. The first six are record arrays with a
+    field for each group and a row for each factor, best first:
+
+    * ``names``: names of the factors (``"Z_3"``);
+    * ``scores``: z-score, t-statistic or coefficient, float32; positive: higher in the group;
+    * ``logfoldchanges``: mean in the group minus mean in what it is compared with, float32, in units of the latent;
+    * ``auroc``: area under the ROC curve of the factor, float64 in [0, 1]: the share of pairs of a cell of the group and
+      one of the others in which the first has the higher latent, ties counted half;
+    * ``pvals``, ``pvals_adj``: p-values, two-sided, and the same corrected, float64; not with ``"logreg"``;
+    * ``factors``: names of all factors in the exported order;
+    * ``params``: ``groupby``, ``reference``, ``method``, ``corr_method``, ``key`` and ``use_raw`` (False; scanpy's readers
+      ask for it).
+    """
+    keys, info = export_of(adata, key)
+    check_column(adata.obs.columns, "groupby", groupby)
+    check_one_of("method", method, METHODS)
+    check_one_of("corr_method", corr_method, CORRECTIONS)
+    check_key_added(key_added)
+    if "decoder" in adata.uns.get(key_added, {}):
+        msg = f"`key_added`: {key_added!r} is the key of an export, which would be lost."
+        raise ValueError(msg)
+    reference = str(reference)
+    if method == "logreg" and reference != REST:
+        msg = f"`reference` must be 'rest' for `method='logreg'`, which tells `groups` from each other; got {reference!r}."
+        raise ValueError(msg)
+    label_n = _labels(pd.Series(adata.obs[groupby]), groupby)
+    chosen = _chosen(groups, reference, label_n.categories.tolist(), groupby)
+    used_n = np.asarray(label_n.isin(chosen) if method == "logreg" else label_n.notna())
+    label_n = label_n[used_n]
+    _check_enough_cells(label_n, chosen, reference)
+    # In double precision, so that means of many cells are exact.
+    z_nk = np.asarray(adata.obsm[keys.latent], dtype=np.float64)[used_n]
+    if not np.isfinite(z_nk).all():
+        msg = f"{np.count_nonzero(~np.isfinite(z_nk))} of {z_nk.size} values of `adata.obsm[{keys.latent!r}]` are not finite."
+        raise ValueError(msg)
+
+    factors = strings(info["names"])
+    params = {"groupby": groupby, "method": method, "reference": reference, "corr_method": corr_method}
+    ranked = _scanpys_ranking(z_nk, label_n, factors, chosen, rankby_abs=rankby_abs, **params)
+    effects = _effects(z_nk, label_n, chosen, reference)
+    tables = [_table(ranked, factors, group, *effects[group]) for group in chosen]
+    if method == "logreg" and len(chosen) == 2:
+        tables = [_towards_its_group(table, rankby_abs=rankby_abs) for table in tables]
+    adata = adata.copy() if copy else adata
+    adata.uns[key_added] = {
+        **{
+            field: np.rec.fromarrays([table[field] for table in tables], dtype=[(group, kind) for group in chosen])
+            for field, kind in FIELDS.items()
+            if field in tables[0]
+        },
+        "factors": factors,
+        "params": {**params, "use_raw": False, "key": key},
+    }
+    return adata if copy else None
+
+
+def _labels(column: pd.Series, groupby: str) -> pd.Categorical:
+    """Group of each cell, with a string for each group that has cells."""
+    label_n = pd.Categorical(column).remove_unused_categories()
+    labels = [str(label) for label in label_n.categories]
+    if not labels:
+        msg = f"`groupby`: no cell has a value in {groupby!r}."
+        raise ValueError(msg)
+    # Labels become names of fields, which numpy replaces where they are empty.
+    if len(set(labels)) < len(labels) or "" in labels:
+        msg = f"`groupby`: the labels of {groupby!r} must be distinct and not empty, as strings; they are {listed(labels)}."
+        raise ValueError(msg)
+    return label_n.rename_categories(dict(zip(label_n.categories, labels, strict=True)))
+
+
+def _chosen(groups: Any, reference: str, known: list[str], groupby: str) -> list[str]:
+    """Groups to rank factors for."""
+    if reference not in (REST, *known):
+        msg = f"`reference` must be 'rest' or a group of {groupby!r}, which has {listed(known, 50)}; got {reference!r}."
+        raise ValueError(msg)
+    if isinstance(groups, str) and groups != "all":
+        msg = f"`groups` must be 'all' or a sequence of groups; got {groups!r}."
+        raise ValueError(msg)
+    chosen = known if isinstance(groups, str) else list(dict.fromkeys(map(str, groups)))
+    unknown = [group for group in chosen if group not in known]
+    if unknown:
+        msg = f"`groups`: {listed(unknown)} not among the groups of {groupby!r}, which has {listed(known, 50)}."
+        raise ValueError(msg)
+    # A group may be called "rest".
+    chosen = [group for group in chosen if reference == REST or group != reference]
+    if not chosen:
+        msg = f"`groups` leaves no group to compare with {reference!r}; got {groups!r}."
+        raise ValueError(msg)
+    return chosen
+
+
+def _check_enough_cells(label_n: pd.Categorical, chosen: list[str], reference: str) -> None:
+    """Raise unless each side of each comparison has the two cells that a variance takes."""
+    n_cells = pd.Series(label_n).value_counts()
+    for group in chosen if reference == REST else (*chosen, reference):
+        if n_cells[group] < 2:
+            msg = f"`groupby`: {group!r} has fewer than 2 cells. Choose other `groups`, or set its cells to NaN."
+            raise ValueError(msg)
+        if reference == REST and len(label_n) - n_cells[group] < 2:
+            msg = f"`groupby`: there are fewer than 2 cells to compare {group!r} with."
+            raise ValueError(msg)
+
+
+def _scanpys_ranking(
+    z_nk: np.ndarray,
+    label_n: pd.Categorical,
+    factors: np.ndarray,
+    chosen: list[str],
+    *,
+    groupby: str,
+    **options: Any,
+) -> dict[str, Any]:
+    """What scanpy writes."""
+    import scanpy as sc
+
+    obs = pd.DataFrame({groupby: label_n}, index=pd.RangeIndex(len(label_n)).astype(str))
+    cells = AnnData(z_nk, obs=obs, var=pd.DataFrame(index=factors))
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        # About log-ratios, which are replaced, and about the columns of its table where there are many groups.
+        warnings.simplefilter("ignore", pd.errors.PerformanceWarning)
+        sc.tl.rank_genes_groups(cells, groupby, groups=chosen, key_added=GROUPS_INFO, **options)
+    return cells.uns[GROUPS_INFO]
+
+
+def _effects(
+    z_nk: np.ndarray, label_n: pd.Categorical, chosen: list[str], reference: str
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Difference of means and AUROC of each group, by factor."""
+    # The rest and the group are all cells, whichever the group, and are ranked once.
+    rank_nk = rankdata(z_nk, axis=0) if reference == REST else None
+    effects = {}
+    for group in chosen:
+        in_n = np.asarray(label_n == group)
+        other_n = ~in_n if reference == REST else np.asarray(label_n == reference)
+        difference_k = z_nk[in_n].mean(axis=0) - z_nk[other_n].mean(axis=0)
+        if rank_nk is None:
+            rank_k = rankdata(np.concatenate([z_nk[in_n], z_nk[other_n]]), axis=0)[: in_n.sum()].sum(axis=0)
+        else:
+            rank_k = rank_nk[in_n].sum(axis=0)
+        n_in, n_other = int(in_n.sum()), int(other_n.sum())
+        # Mann & Whitney's U, as a share of the pairs.
+        effects[group] = difference_k, (rank_k - n_in * (n_in + 1) / 2) / (n_in * n_other)
+    return effects
+
+
+def _table(
+    ranked: dict[str, Any], factors: np.ndarray, group: str, difference_k: np.ndarray, auroc_k: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Fields of a group, best factor first."""
+    tested = ranked["names"].dtype.names
+    # Of two groups, scanpy has the one regression between them under the first.
+    source = group if group in tested else tested[0]
+    table = {field: np.asarray(ranked[field][source]) for field in FIELDS if field in ranked}
+    order = pd.Index(factors).get_indexer(table["names"])
+    return table | {"logfoldchanges": difference_k[order], "auroc": auroc_k[order]}
+
+
+def _towards_its_group(table: dict[str, np.ndarray], *, rankby_abs: bool) -> dict[str, np.ndarray]:
+    """The regression between two groups with the signs for this one, where scanpy has those for the other.
+
+    Coefficients are for the group towards which they point: the likelihood is concave, so their product with the
+    difference of means, its slope where all of them are 0, is positive.
+    """
+    if table["scores"] @ table["logfoldchanges"] >= 0:
+        return table
+    table = table | {"scores": -table["scores"]}
+    return table if rankby_abs else {field: values[::-1] for field, values in table.items()}
