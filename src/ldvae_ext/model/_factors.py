@@ -50,9 +50,9 @@ class FactorsMixin(LDVAEBase):
         Without ``factors`` scvi-tools' own. With them, the expression that is compared is decoded from those factors alone:
         the others are held at the prior mean, z = 0 (u = 0 under ``latent_distribution="ln"``, where z = softmax(u)), in
         every cell. What is then found differs between the groups because of these factors, be it in their mean or in their
-        spread. Cells, draws from their posteriors and importance weights are those of the whole model, so with the same
-        seeds ``factors`` that are all of them give what ``factors=None`` gives, and two sets of factors are compared draw by
-        draw.
+        spread. Cells, draws from their posteriors and importance weights are those of the whole model: with the same
+        seeds and ``batch_correction`` all factors give what ``factors=None`` gives, and two sets of factors are compared draw
+        by draw.
 
         Besides the factors, batch and covariates move the expression. With ``batch_correction=True`` both groups are decoded
         in each of the batches in turn, and the batch makes no difference: with ``factors=[]`` nothing differs. The covariates
