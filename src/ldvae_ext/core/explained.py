@@ -61,10 +61,12 @@ def cell_deviances(decoder: LinearDecoder, cells: EncodedCells, share_bg: np.nda
 
 
 def explained_sets(plan: AblationPlan) -> AblationPlan:
-    """The plan of a scree: each latent of the order taken out alone, then all but the first one, two, ... ."""
+    """The plan of a scree: each latent of the order taken out alone, then all but the first none, one, two, ... ."""
     whole = np.arange(plan.value_pk.shape[1])
     alone = [np.array([k]) for k in plan.order]
-    beyond = [np.setdiff1d(whole, plan.order[: j + 1]) for j in range(len(plan.order))]
+    beyond = [np.setdiff1d(whole, plan.order[:j]) for j in range(len(plan.order) + 1)]
+    # Without any latent on the simplex there is no point of it, and all are left in instead: not reported.
+    beyond[0] = beyond[0] if plan.mode != "drop" else beyond[-1]
     return replace(plan, sets=[*alone, *beyond])
 
 
@@ -98,11 +100,15 @@ class ExplainedSums:
         """A long table, column by column: each group's latents, in order."""
         order, (present_p,) = self._plan.order, np.nonzero(self._n_p)
         null_p1 = self._null_p[present_p, None]
-        alone_pk, beyond_pk = np.split(self._lost_ps[present_p], 2, axis=1)
+        alone_pk, beyond_pj = np.split(self._lost_ps[present_p], [len(order)], axis=1)
+        explained_pj = 1 - (self._full_p[present_p, None] + beyond_pj) / null_p1
+        if self._plan.mode == "drop":
+            explained_pj[:, 0] = np.nan
         return {
             "group": np.repeat(np.asarray(groups)[present_p], len(order)),
             "factor": np.tile(np.asarray(factors)[order], len(present_p)),
             "n_cells": np.repeat(self._n_p[present_p], len(order)),
             "explained_deviance": (alone_pk / null_p1).ravel(),
-            "cumulative": (1 - (self._full_p[present_p, None] + beyond_pk) / null_p1).ravel(),
+            "cumulative": explained_pj[:, 1:].ravel(),
+            "without_latents": np.repeat(explained_pj[:, 0], len(order)),
         }

@@ -334,7 +334,7 @@ class PopulationRequest:
     @property
     def summed_scale(self) -> str | None:
         """The scale on which slopes must be summed; None if none are needed."""
-        return (self.scale or "log") if self.kind == "gradient" else None
+        return (self.scale or "expression") if self.kind == "gradient" else None
 
     def loadings(self, decoder: LinearDecoder, moments: GroupMoments) -> PopulationLoadings:
         """The loadings of the groups."""

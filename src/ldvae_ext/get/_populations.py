@@ -52,8 +52,9 @@ def population_loadings_df(
     Returns
     -------
     One row for each population, factor and gene of the model: ``group``, ``factor`` (``direction`` for ``"within"``), ``gene``,
-    ``value`` (in log-rate, see :meth:`ldvae_ext.model.LDVAE.get_population_loadings`) and, for ``"within"``, ``variance_share``:
-    the share of the variance of the gene's log-rate inside the population that the direction explains.
+    ``value`` (see :meth:`ldvae_ext.model.LDVAE.get_population_loadings` for its unit); for ``"path"`` also ``total``, the sum over all
+    factors and ``"batch"``: the gene's log-ratio between population and reference; for ``"within"`` ``variance_share``: the share
+    of the variance of the gene's log-rate inside the population that the direction explains.
 
     Raises
     ------
@@ -67,7 +68,7 @@ def population_loadings_df(
     groups = strings(info["groups"]).tolist()
     known = ~np.isnan(value_gkp).all(axis=(1, 2))
     genes = adata.var_names.to_numpy()[known]
-    is_within = info["kind"] == "within"
+    is_within, is_path = info["kind"] == "within", info["kind"] == "path"
     tables = []
     for p in group_positions(groups, group):
         total_g = np.square(value_gkp[known, :, p]).sum(axis=1)
@@ -79,6 +80,8 @@ def population_loadings_df(
                 "gene": genes,
                 "value": value_g,
             }
+            if is_path:
+                table["total"] = value_gkp[known, :, p].sum(axis=1)
             if is_within:
                 table["variance_share"] = np.divide(
                     value_g**2, total_g, where=total_g > 0, out=np.full_like(total_g, np.nan)

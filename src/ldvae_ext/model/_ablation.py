@@ -251,7 +251,10 @@ class AblationMixin(DecodingMixin):
         Returns
         -------
         One row for each group and latent, in order: ``group``, ``factor``, ``n_cells``, ``explained_deviance``
-        (``(D(all but it) - D(all)) / D(null)``) and ``cumulative`` (``1 - D(it and those before it) / D(null)``).
+        (``(D(all but it) - D(all)) / D(null)``), ``cumulative`` (``1 - D(it and those before it) / D(null)``) and
+        ``without_latents``, what ``cumulative`` starts from: that of the intercepts alone (NaN for ``"drop"``). All of them can be
+        negative: the null model knows the counts of these cells, and the intercepts, or a latent library that is far from a
+        cell's total, may do worse.
         """
         if mode in ("permute", "prior"):
             msg = f"`mode`: an explained deviance with random latents ({mode!r}) would be another at each draw."

@@ -37,9 +37,9 @@ class PopulationsMixin(AblationMixin):
         groupby
             Column of ``obs``; cells without a value are left out.
         kind
-            * ``"gradient"``: the slope of the decoder at the cells of the group, averaged over them. With ``scale="log"``
-              ``d log rho_g / d z_k = L_gk - E_rho[L_k]``, with ``scale="expression"`` ``rho_g`` times that, where ``rho`` is a cell's
-              decoded expression. *On the log scale every population ranks the genes of a factor alike*: only an offset per
+            * ``"gradient"``: the slope of the decoder at the cells of the group, averaged over them:
+              ``d rho_g / d z_k = rho_g (L_gk - E_rho[L_k])``, where ``rho`` is a cell's decoded expression, or with ``scale="log"``
+              ``d log rho_g / d z_k = L_gk - E_rho[L_k]``. *On the log scale every population ranks the genes of a factor alike*: only an offset per
               factor differs, so look at the expression scale for what a factor moves in this population. (Under
               ``latent_distribution="ln"`` the slope is along u, where z = softmax(u), and ranks differ.)
             * ``"contribution"``: the mean latent of the group minus the reference's, times the centred loading: which factors
@@ -47,7 +47,7 @@ class PopulationsMixin(AblationMixin):
             * ``"path"``: the log-ratio of expression between the group's mean latent and the reference's, split exactly over
               factors; rows sum to ``log rho(group) - log rho(reference)``. Intercepts are averaged by the group's shares of the
               batches; what they and covariates contribute is in the column ``"batch"``, where there are any. See
-              :func:`ldvae_ext.core.populations.path_attribution`.
+              :func:`ldvae_ext.core.path_attribution`.
             * ``"within"``: what varies *inside* the group: leading directions ``D_0``, ``D_1``, ... of the covariance of its latents,
               pushed through the centred loadings (the principal components of its cells' log-rates); change of the log-rate
               per standard deviation of the cells along the direction. Squares are the variance of each gene's log-rate that
@@ -59,14 +59,14 @@ class PopulationsMixin(AblationMixin):
             What ``"contribution"`` and ``"path"`` compare with: the cells of all other groups (``"rest"``), z = 0 (``"prior"``; u = 0
             under ``"ln"``), or the name of a group, which is then left out.
         scale
-            For ``"gradient"``; ``"log"`` if None.
+            For ``"gradient"``; ``"expression"`` if None.
         batch_size
             Cells per minibatch; the result does not depend on it.
 
         Returns
         -------
-        Group -> genes x factors ``Z_i`` (directions for ``"within"``) in the network's order and signs, float64, in log-rate per
-        unit of latent (``"gradient"``; share of expression per unit on that scale) or in log-rate.
+        Group -> genes x factors ``Z_i`` (directions for ``"within"``) in the network's order and signs, float64: share of
+        expression, or log-rate, per unit of latent (``"gradient"``), else log-rate.
 
         Raises
         ------
