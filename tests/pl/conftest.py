@@ -11,6 +11,7 @@ from anndata import AnnData
 
 from ldvae_ext import datasets
 from ldvae_ext._keys import ABLATION_INFO, export_keys
+from ldvae_ext.core import LinearDecoder
 
 mpl.use("Agg")
 
@@ -87,5 +88,35 @@ def ablated() -> Callable[..., AnnData]:
             var=pd.DataFrame(index=[f"Z_{k}" for k in range(n_latent)]),
             uns={ABLATION_INFO: {"mode": "zero", "unit": "nats"}},
         )
+
+    return make
+
+
+@pytest.fixture
+def readable(exported) -> Callable[..., AnnData]:
+    """Makes an export that tools can work with: a decoder of all genes but the first, libraries, batches, named groups."""
+
+    def make(n_latent: int = 5, n_groups: int = 4, *, n_batches: int = 1, link: str = "softmax") -> AnnData:
+        adata = exported(n_latent, n_cells=max(60, 4 * n_groups))
+        rng = np.random.default_rng(2)
+        old = LinearDecoder.from_arrays(adata.uns["ldvae"]["decoder"])
+        genes = adata.var_names[1:]
+        decoder = LinearDecoder(
+            weight_gk=old.weight_gk[1:],
+            intercept_bg=old.intercept_bg[:, 1:] + rng.normal(0, 0.5 * (n_batches > 1), (n_batches, len(genes))),
+            genes=genes,
+            batches=[f"lane {b}" for b in range(n_batches)],
+            factors=old.factors,
+            theta_bg=old.theta_bg[:, 1:],
+            link=link,
+        )
+        adata.uns["ldvae"] |= {"decoder": decoder.to_arrays(), "setup": {"batch_key": "lane"}}
+        adata.obs[export_keys("ldvae").library] = np.asarray(adata.X.sum(axis=1)).ravel()
+        adata.obs["lane"] = rng.choice(decoder.batches, adata.n_obs)
+        groups = [*POPULATIONS, *(f"{POPULATIONS[0]}, subset {i}" for i in range(n_groups))][:n_groups]
+        adata.obs["population"] = pd.Categorical.from_codes(
+            (np.arange(adata.n_obs) % n_groups).tolist(), categories=pd.Index(groups)
+        )
+        return adata
 
     return make

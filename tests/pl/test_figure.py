@@ -10,17 +10,26 @@ import scanpy as sc
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ldvae_ext import pl
+from ldvae_ext import pl, tl
 
-SINGLE = ["factor_scree", "ablation"]
+SINGLE = ["factor_scree", "ablation", "factor_groups", "ablation_genes", "population_loadings", "attribution"]
 MULTI = ["loadings", "latent_pairs", "training_curves"]
 
 
 @pytest.fixture
-def draw(exported, ablated):
+def draw(exported, readable, ablated):
     adata = exported()
+    tl.rank_factors_groups(adata, "population")
+    populations = readable()
+    tl.population_loadings(populations, "population", "path")
     history = {"elbo_train": pd.DataFrame({"elbo_train": np.linspace(9, 5, 10)}, index=pd.RangeIndex(10, name="epoch"))}
-    arguments = {"ablation": (ablated(), "population"), "training_curves": (history,)}
+    arguments = {
+        "ablation": (ablated(), "population"),
+        "ablation_genes": (tl.ablate_genes(populations, "population"), "Z_1"),
+        "population_loadings": (populations, "Z_1"),
+        "attribution": (populations, populations.var_names[5], "B"),
+        "training_curves": (history,),
+    }
     return lambda name, **kwargs: getattr(pl, name)(*arguments.get(name, (adata,)), **kwargs)
 
 
@@ -86,7 +95,7 @@ def test_given_axes_are_drawn_in_and_their_figure_keeps_its_size_and_layout(draw
     assert draw(name, ax=axes[0], return_fig=True) is figure
     assert figure.get_size_inches().tolist() == [13, 4]
     assert figure.get_layout_engine() is layout
-    assert axes[1].patches or axes[1].images
+    assert axes[1].patches or axes[1].images or axes[1].collections
     assert plt.get_fignums() == [figure.number]
     assert draw(name, ax=axes[1], show=True) is None
     assert plt.get_fignums() == [figure.number]
@@ -112,7 +121,7 @@ def test_another_key_is_read(exported, name):
     assert isinstance(getattr(pl, name)(adata, key="other", return_fig=True), Figure)
 
 
-@pytest.mark.parametrize("name", ["loadings", "ablation", "latent_pairs"])
+@pytest.mark.parametrize("name", ["loadings", "ablation", "factor_groups", "latent_pairs"])
 @pytest.mark.parametrize("wrong", [["Z_0", "Z_9"], ["Z_0", 5], [], "Z_9", [None]])
 def test_unknown_factors_are_named_before_anything_is_drawn(draw, name, wrong):
     with pytest.raises(ValueError, match="`factors`"):

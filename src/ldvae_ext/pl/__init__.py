@@ -1,11 +1,25 @@
-"""Figures, drawn with matplotlib from what an export or an ablation holds: no torch, nothing written."""
+"""Figures, drawn with matplotlib from what exports, tools and ablations left: no torch, nothing written."""
 
 from __future__ import annotations
 
 from ldvae_ext.pl._ablation import ablation
+from ldvae_ext.pl._ablation_genes import ablation_genes
+from ldvae_ext.pl._attribution import attribution
+from ldvae_ext.pl._groups import factor_groups
 from ldvae_ext.pl._loadings import loadings
 from ldvae_ext.pl._pairs import latent_pairs
+from ldvae_ext.pl._populations import population_loadings
 from ldvae_ext.pl._scree import factor_scree
 from ldvae_ext.pl._training import training_curves
 
-__all__ = ["ablation", "factor_scree", "latent_pairs", "loadings", "training_curves"]
+__all__ = [
+    "ablation",
+    "ablation_genes",
+    "attribution",
+    "factor_groups",
+    "factor_scree",
+    "latent_pairs",
+    "loadings",
+    "population_loadings",
+    "training_curves",
+]

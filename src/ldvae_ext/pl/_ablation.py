@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
 from anndata import AnnData
 from matplotlib.axes import Axes
 from matplotlib.colors import CenteredNorm
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.transforms import blended_transform_factory
 
 from ldvae_ext import get
+from ldvae_ext._keys import ABLATION_INFO
+from ldvae_ext._validate import check_one_of
 from ldvae_ext.pl._figure import CHARACTER, SMALL, em, factors_in_order, finish, fit, panels, turn_crowded
+from ldvae_ext.pl._heatmap import color_bar, heatmap, largest_of
+
+KINDS = ("heatmap", "dotplot")
+# Side of the square that a dot has to itself, and width of the largest dot, in em.
+_CELL, _DOT = 1.8, 1.5
+# Area of the dot of a factor that helps no cell, as a share of the largest: a factor that hurts all is a finding too.
+_SMALLEST = 0.1
+# Shares in the legend of the sizes.
+_SHARES = (1.0, 0.5, 0.0)
+_SIGNIFICANT = 0.05
+# Width and colour of the edges: a dot of no effect is as white as the paper.
+_RING, _PLAIN = (1.4, "black"), (0.4, "darkgray")
 
 
 def ablation(
     ablation: AnnData,
-    groupby: str,
+    groupby: str | None = None,
     *,
+    kind: Literal["heatmap", "dotplot"] = "heatmap",
     factors: Any = None,
     ax: Axes | None = None,
     show: bool | None = None,
@@ -26,15 +44,21 @@ def ablation(
     """Mean change of the negative log-likelihood of each group of cells without each factor.
 
     Rows are groups, with their number of cells, columns factors, values in nats per cell; the colours are symmetric
-    around 0. Blue: the factor helps to explain the group. Red: it hurts. Values are written into the cells where they
-    fit; elsewhere a minus sign marks the negative ones.
+    around 0. Blue: the factor helps to explain the group. Red: it hurts.
 
     Parameters
     ----------
     ablation
-        Cells x latents, from :meth:`ldvae_ext.model.LDVAE.ablate`.
+        Cells x latents, from :meth:`ldvae_ext.model.LDVAE.ablate` or :func:`ldvae_ext.tl.ablate`.
     groupby
-        Categorical column of its ``obs``; cells where it is NaN are left out, groups without cells too.
+        Categorical column of its ``obs``; cells where it is NaN are left out, groups without cells too. All cells are one
+        group, ``"all"``, if None.
+    kind
+        ``"heatmap"``: values are written into the cells where they fit; elsewhere a minus sign marks the negative ones.
+        ``"dotplot"``: the area of a dot grows with the share of the group's cells that the factor helps, and does not start
+        at 0, so that a factor that helps no cell is still seen; a black ring marks ``q_value < 0.05`` in
+        :func:`ldvae_ext.get.ablation_df`, over all groups and factors of ``ablation``, drawn or not. With many cells most
+        dots have one: look at the colour first.
     factors
         Factors to draw, in this order: names (``"Z_3"``), such as ``ldvae_ext.get.factors(adata).index`` for the
         exported order, or positions. All of them, as they stand in ``ablation``, if None.
@@ -47,68 +71,120 @@ def ablation(
 
     Returns
     -------
-    The axes of the heatmap, the figure if ``return_fig``, or None if it was shown.
+    The axes of the heatmap or the dots, the figure if ``return_fig``, or None if it was shown.
 
     Raises
     ------
     KeyError
         If ``groupby`` is no column.
     ValueError
-        If ``factors`` names none or an unknown one, or if no cell has a group.
+        If ``factors`` names none or an unknown one, if no cell has a group, or if there is no such kind.
     """
+    check_one_of("kind", kind, KINDS)
     table = get.ablation_df(ablation, groupby)
     names = ablation.var_names.astype(str).tolist()
-    chosen = factors_in_order(factors, names)
+    chosen = [names[k] for k in factors_in_order(factors, names)]
     groups = table.drop_duplicates("group")
-    labels = [f"{group} ({n:,})" for group, n in zip(groups["group"], groups["n_cells"], strict=True)]
-    means = table.pivot(index="group", columns="factor", values="mean")
-    mean_pk = means.loc[groups["group"], [names[k] for k in chosen]].to_numpy()
-    finite = mean_pk[np.isfinite(mean_pk)]
-    largest = np.abs(finite).max(initial=0) or 1.0
-    # Three digits of the largest value.
-    digits = max(0, 2 - int(np.floor(np.log10(largest))))
-    # Adding 0 takes the sign off a negative zero.
-    values_pk = np.round(mean_pk, digits) + 0.0
-    texts = [[f"{value:.{digits}f}" for value in row] for row in values_pk]
-
+    labels = with_sizes(groups["group"], groups["n_cells"])
+    wide = table.pivot(index="group", columns="factor")
+    mean_pk, share_pk, q_pk = (
+        wide[column].loc[groups["group"], chosen].to_numpy() for column in ("mean", "share_helped", "q_value")
+    )
     own = ax is None
-    column = CHARACTER * (max(len(text) for row in texts for text in row) + 1)
-    width = max(12, 1.5 * len(chosen), min(column * len(chosen), 70)) * em()
-    height = max(14, 1.8 * len(labels), CHARACTER * len(groupby)) * em()
+    label, ylabel = change_label(ablation), "" if groupby is None else groupby
+    if kind == "heatmap":
+        ax = heatmap(mean_pk, labels, chosen, label=label, xlabel="Factor", ylabel=ylabel, ax=ax)
+    else:
+        ax = _dotplot(mean_pk, share_pk, q_pk < _SIGNIFICANT, labels, chosen, label=label, ylabel=ylabel, ax=ax)
+    return finish(ax, show=show, return_fig=return_fig, own=own)
+
+
+def with_sizes(groups: Any, n_cells: Any) -> list[str]:
+    """Labels of groups, with their numbers of cells."""
+    return [f"{group} ({n:,})" for group, n in zip(groups, n_cells, strict=True)]
+
+
+def change_label(ablation: AnnData) -> str:
+    """What the numbers of an ablation are, and their unit, in three lines."""
+    scheme = ablation.uns.get(ABLATION_INFO, {}).get("scheme", "leave_out")
+    without = {"leave_in": "with the factor alone", "keep_top": "with these alone"}.get(scheme, "without the factor")
+    return f"Change in NLL\n{without}\n(nats per cell)"
+
+
+def _dotplot(
+    mean_pk: np.ndarray,
+    share_pk: np.ndarray,
+    has_ring_pk: np.ndarray,
+    groups: Sequence[str],
+    factors: Sequence[str],
+    *,
+    label: str,
+    ylabel: str,
+    ax: Axes | None,
+) -> Axes:
+    own = ax is None
+    width = max(12, min(3 * len(factors), 36), _CELL * len(factors)) * em()
+    height = max(22, _CELL * len(groups), CHARACTER * len(ylabel)) * em()
     if ax is None:
-        ax = panels(1, 1, width, height, beside=max(map(len, labels)))[1].item()
-    image = ax.imshow(mean_pk, cmap="RdBu", norm=CenteredNorm(halfrange=largest), aspect="auto")
-    ax.set_xticks(np.arange(len(chosen)), [names[k] for k in chosen])
-    ax.set_yticks(np.arange(len(labels)), labels)
+        ax = panels(1, 1, width, height, beside=max(map(len, groups)))[1].item()
+    largest = largest_of(mean_pk)
+    row, column = np.nonzero(~np.isnan(mean_pk))
+    widths, edges = zip(*(_RING if has_ring else _PLAIN for has_ring in has_ring_pk[row, column]), strict=True)
+    points = ax.scatter(
+        column,
+        row,
+        # Infinite effects have the strongest colour; scatter would leave them out.
+        c=np.clip(mean_pk[row, column], -largest, largest),
+        cmap="RdBu",
+        norm=CenteredNorm(halfrange=largest),
+        linewidths=widths,
+        edgecolors=edges,
+    )
+    ax.set_xticks(np.arange(len(factors)), factors)
+    ax.set_yticks(np.arange(len(groups)), groups)
+    ax.set_xlim(-0.6, len(factors) - 0.4)
+    ax.set_ylim(len(groups) - 0.4, -0.6)
     ax.set_xlabel("Factor")
-    ax.set_ylabel(groupby, fontsize=SMALL)
+    ax.set_ylabel(ylabel, fontsize=SMALL)
+    ax.set_axisbelow(True)
     ax.grid(visible=False)
     ax.tick_params(labelsize=SMALL, length=0)
-    ax.spines[:].set_visible(False)
-    bar = ax.figure.colorbar(image, ax=ax, pad=0.02)
-    bar.set_label("Change in NLL\nwithout the factor\n(nats per cell)", fontsize=SMALL)
-    bar.ax.tick_params(labelsize=SMALL)
-    # The colours are symmetric; the bar shows those that occur.
-    bar.ax.set_ylim(finite.min(initial=0), finite.max(initial=0) or 0.05 * largest)
+    # The lower half; the legend of sizes and rings lies above it.
+    bar = color_bar(points, ax, mean_pk, label, shrink=0.45, anchor=(0, 0), aspect=12)
+    legend = bar.ax.legend(
+        [*(_dot("dimgray", *_PLAIN) for _ in _SHARES), _dot("white", *_RING)],
+        [*(f"{share:.0%}" for share in _SHARES), f"q < {_SIGNIFICANT}"],
+        title="Cells helped",
+        loc="upper left",
+        bbox_to_anchor=(0, 1),
+        bbox_transform=blended_transform_factory(bar.ax.transAxes, ax.transAxes),
+        borderaxespad=0,
+        borderpad=0,
+        fontsize=SMALL,
+        title_fontsize=SMALL,
+        alignment="left",
+        frameon=False,
+    )
     if own:
         fit(ax, width, height)
     else:
         turn_crowded(ax)
-    _annotate(ax, image.to_rgba(mean_pk), values_pk, texts)
-    return finish(ax, show=show, return_fig=return_fig, own=own)
-
-
-def _annotate(ax: Axes, rgba_pk: np.ndarray, values_pk: np.ndarray, texts: list[list[str]]) -> None:
-    """Write the values where they fit, else a minus sign where they are negative; the axes must have been laid out."""
     panel = ax.get_window_extent()
-    inches = em() * ax.figure.figure.dpi
-    longest = max(len(text) for row in texts for text in row)
-    n_groups, n_factors = values_pk.shape
-    roomy = panel.width / n_factors >= CHARACTER * longest * inches and panel.height / n_groups >= 1.1 * inches
-    for (p, k), value in np.ndenumerate(values_pk):
-        if not roomy and value >= 0:
-            continue
-        red, green, blue, _ = rgba_pk[p, k]
-        dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
-        text = texts[p][k].replace("-", "\N{MINUS SIGN}") if roomy else "\N{MINUS SIGN}"
-        ax.text(k, p, text, ha="center", va="center", fontsize=SMALL, color="white" if dark else "black")
+    # In points, and never wider than what given axes have for a dot.
+    cell = min(panel.width / len(factors), panel.height / len(groups)) / ax.figure.figure.dpi / em()
+    diameter = 72 * em() * min(_DOT, _DOT / _CELL * cell)
+    points.set_sizes(diameter**2 * _area(share_pk[row, column]))
+    for handle, share in zip(legend.get_lines(), (*_SHARES, 0.5), strict=True):
+        handle.set_markersize(diameter * np.sqrt(_area(share)))
+    return ax
+
+
+def _dot(color: str, width: float, edge: str) -> Line2D:
+    return Line2D(
+        [], [], linestyle="none", marker="o", markerfacecolor=color, markeredgewidth=width, markeredgecolor=edge
+    )
+
+
+def _area(share: Any) -> Any:
+    """Area of a dot, as a share of the largest."""
+    return _SMALLEST + (1 - _SMALLEST) * share

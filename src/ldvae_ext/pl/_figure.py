@@ -14,7 +14,7 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.ticker import MaxNLocator
 from scanpy import settings
 
-from ldvae_ext._validate import factor_indices
+from ldvae_ext._validate import factor_indices, listed
 
 # Okabe & Ito's colours, which people with any kind of colour vision tell apart; black is left for text.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
@@ -73,20 +73,21 @@ def fit(ax: Axes, width: float, height: float, *, n_rows: int = 1, n_cols: int =
 
 
 def turn_crowded(*axes: Axes) -> None:
-    """Lay out a figure, and turn the labels below these axes of it upright where neighbours would touch."""
+    """Lay out a figure, and turn the labels below these axes of it upright where they would touch or one is wider than the axes."""
     figure = axes[0].figure.figure
     figure.draw_without_rendering()
     space = em() * figure.dpi / 2
-    crowded = [ax for ax in axes if _touching(ax, space)]
+    crowded = [ax for ax in axes if _crowded(ax, space)]
     for ax in crowded:
         ax.tick_params(axis="x", labelrotation=90)
     if crowded:
         figure.draw_without_rendering()
 
 
-def _touching(ax: Axes, space: float) -> bool:
+def _crowded(ax: Axes, space: float) -> bool:
     boxes = [label.get_window_extent() for label in ax.get_xticklabels()]
-    return any(right.x0 - left.x1 < space for left, right in itertools.pairwise(boxes))
+    are_touching = any(right.x0 - left.x1 < space for left, right in itertools.pairwise(boxes))
+    return are_touching or max((box.width for box in boxes), default=0) > ax.get_window_extent().width
 
 
 def factors_in_order(factors: Any, names: Sequence[str]) -> list[int]:
@@ -96,6 +97,26 @@ def factors_in_order(factors: Any, names: Sequence[str]) -> list[int]:
     given = list(factors)
     factor_indices(given, names, argument="factors")
     return list(dict.fromkeys(factor_indices([factor], names, argument="factors").item() for factor in given))
+
+
+def one_factor(factor: Any, names: Sequence[str]) -> str:
+    """The name of one factor, given by name or position."""
+    if not isinstance(factor, (str, int, np.integer)):
+        msg = f"`factor` must be one factor, by name or position; got {factor!r}."
+        raise ValueError(msg)
+    return names[factor_indices(factor, names, argument="factor").item()]
+
+
+def groups_in_order(groups: Any, known: Sequence[str]) -> list[str]:
+    """Groups given by name, each once, in the order in which they were given; all of them for None."""
+    if groups is None:
+        return list(known)
+    given = list(dict.fromkeys([groups] if isinstance(groups, str) else map(str, groups)))
+    unknown = [group for group in given if group not in known]
+    if unknown or not given:
+        msg = f"`groups` must name some of {listed(known, 30)}; got {listed(unknown) or 'none'}."
+        raise ValueError(msg)
+    return given
 
 
 def finish[Drawn: (Axes, Figure)](

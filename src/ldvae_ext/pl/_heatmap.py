@@ -1,0 +1,124 @@
+"""Numbers in cells, coloured symmetrically around 0."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colorbar import Colorbar
+from matplotlib.colors import CenteredNorm
+
+from ldvae_ext.pl._figure import CHARACTER, SMALL, em, fit, panels, turn_crowded
+
+
+def heatmap(
+    value_rc: np.ndarray,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    label: str,
+    cmap: str = "RdBu",
+    xlabel: str = "",
+    ylabel: str = "",
+    title: str = "",
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw a matrix with its values written into the cells where they fit; elsewhere a minus sign marks the negative ones.
+
+    Parameters
+    ----------
+    value_rc
+        Values, rows x columns.
+    rows, columns
+        Their labels.
+    label
+        What the values are and their unit, for the colour bar.
+    cmap
+        Diverging colours.
+    xlabel, ylabel, title
+        What columns and rows are, and what is above them.
+    ax
+        Axes to draw in; a new figure if None.
+    """
+    largest = largest_of(value_rc)
+    digits = digits_for(largest)
+    # Adding 0 takes the sign off a negative zero.
+    shown_rc = np.round(value_rc, digits) + 0.0
+    texts = [[f"{value:.{digits}f}" for value in row] for row in shown_rc]
+
+    own = ax is None
+    column = CHARACTER * (max(len(text) for row in texts for text in row) + 1)
+    above = CHARACTER * max(map(len, title.split("\n")))
+    width = max(12, 1.5 * len(columns), min(column * len(columns), 70), above) * em()
+    height = max(14, 1.8 * len(rows), CHARACTER * len(ylabel)) * em()
+    if ax is None:
+        ax = panels(1, 1, width, height, beside=max(map(len, rows)))[1].item()
+    image = ax.imshow(value_rc, cmap=cmap, norm=CenteredNorm(halfrange=largest), aspect="auto")
+    ax.set_xticks(np.arange(len(columns)), columns)
+    ax.set_yticks(np.arange(len(rows)), rows)
+    ax.set_xlabel(xlabel)
+    ax.set_ylabel(ylabel, fontsize=SMALL)
+    ax.set_title(title, fontsize=SMALL)
+    ax.grid(visible=False)
+    ax.tick_params(labelsize=SMALL, length=0)
+    ax.spines[:].set_visible(False)
+    color_bar(image, ax, value_rc, label)
+    if own:
+        fit(ax, width, height)
+    else:
+        turn_crowded(ax)
+    _annotate(ax, image.to_rgba(value_rc), shown_rc, texts)
+    return ax
+
+
+def largest_of(values: np.ndarray) -> float:
+    """The largest absolute value that is finite, or 1 if all are 0: where symmetric colours end."""
+    return float(np.abs(values[np.isfinite(values)]).max(initial=0)) or 1.0
+
+
+def digits_for(largest: float) -> int:
+    """Decimals that give the largest value three digits."""
+    return max(0, 2 - int(np.floor(np.log10(largest))))
+
+
+def color_bar(drawn: ScalarMappable, ax: Axes, values: np.ndarray, label: str, **kwargs: Any) -> Colorbar:
+    """A colour bar that shows the colours that occur, out of those that are symmetric around 0."""
+    finite = values[np.isfinite(values)]
+    bar = ax.figure.colorbar(drawn, ax=ax, pad=0.02, **kwargs)
+    bar.set_label(label, fontsize=SMALL)
+    bar.ax.tick_params(labelsize=SMALL)
+    bar.ax.set_ylim(finite.min(initial=0), finite.max(initial=0) or 0.05 * largest_of(values))
+    return bar
+
+
+def top_rows(value_rc: np.ndarray, n: int) -> np.ndarray:
+    """Positions of the ``n`` rows with the largest absolute values, in an order in which the eye finds a pattern.
+
+    The largest absolute value of a row is its peak. Rows with a positive peak come before those with a negative one, rows
+    that peak in the same column lie together, in the order of the columns, and inside such a block peaks descend. NaN is
+    no peak.
+    """
+    strength_rc = np.nan_to_num(np.abs(value_rc), nan=-1.0)
+    chosen = np.argsort(-strength_rc.max(axis=1), kind="stable")[:n]
+    column = strength_rc[chosen].argmax(axis=1)
+    peak = value_rc[chosen, column]
+    return chosen[np.lexsort((-peak, column, peak < 0))]
+
+
+def _annotate(ax: Axes, rgba_rc: np.ndarray, shown_rc: np.ndarray, texts: list[list[str]]) -> None:
+    """Write the values where they fit, else a minus sign where they are negative; the axes must have been laid out."""
+    panel = ax.get_window_extent()
+    inches = em() * ax.figure.figure.dpi
+    longest = max(len(text) for row in texts for text in row)
+    n_rows, n_columns = shown_rc.shape
+    roomy = panel.width / n_columns >= CHARACTER * longest * inches and panel.height / n_rows >= 1.1 * inches
+    for (r, c), value in np.ndenumerate(shown_rc):
+        if not roomy and value >= 0:
+            continue
+        red, green, blue, _ = rgba_rc[r, c]
+        dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
+        text = texts[r][c].replace("-", "\N{MINUS SIGN}") if roomy else "\N{MINUS SIGN}"
+        ax.text(c, r, text, ha="center", va="center", fontsize=SMALL, color="white" if dark else "black")
