@@ -10,7 +10,7 @@ import pandas as pd
 from anndata import AnnData
 
 from ldvae_ext._keys import ABLATION_INFO
-from ldvae_ext._validate import check_column
+from ldvae_ext._validate import check_column, listed
 
 
 def groups_of(obs: Any, groupby: str) -> tuple[list[str], np.ndarray]:
@@ -21,14 +21,22 @@ def groups_of(obs: Any, groupby: str) -> tuple[list[str], np.ndarray]:
     KeyError
         If there is no such column.
     ValueError
-        If no cell has a value.
+        If no cell has a value, or labels are empty or equal as strings.
     """
+    if not isinstance(groupby, str):
+        msg = f"`groupby` must be the name of a column of `obs`; got {type(groupby).__name__}."
+        raise TypeError(msg)
     check_column(obs.columns, "groupby", groupby)
     column = pd.Categorical(pd.Series(obs[groupby])).remove_unused_categories()
     if not len(column.categories):
         msg = f"`groupby`: no cell has a value in {groupby!r}."
         raise ValueError(msg)
-    return [str(name) for name in column.categories], np.asarray(column.codes, dtype=np.int64)
+    names = [str(name) for name in column.categories]
+    # Labels become names of fields, which numpy replaces where they are empty.
+    if len(set(names)) < len(names) or "" in names:
+        msg = f"`groupby`: the labels of {groupby!r} must be distinct and not empty, as strings; they are {listed(names)}."
+        raise ValueError(msg)
+    return names, np.asarray(column.codes, dtype=np.int64)
 
 
 def gene_ablation(
@@ -51,7 +59,7 @@ def gene_ablation(
             index=[f"{p}: {g}" for p, g in zip(group, gene, strict=True)],
         ),
         var=pd.DataFrame(index=names),
-        uns={ABLATION_INFO: description},
+        uns={ABLATION_INFO: {**description, "of": "genes"}},
     )
 
 

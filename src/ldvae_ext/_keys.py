@@ -51,6 +51,9 @@ def export_keys(key_added: str | None = None) -> ExportKeys:
 
 
 PCA_LATENT, PCA_LOADINGS, PCA_INFO = "X_pca", "PCs", "pca"
+MINIFIED_INFO = "_scvi_adata_minify_type"
+"""``uns``: scvi-tools' word on data without counts."""
+MINIFIED_WITHOUT_COUNTS = "latent_posterior_parameters"
 ABLATION_INFO = "ldvae_ablation"
 GROUPS_INFO = "rank_factors_groups"
 POPULATION_LOADINGS = "ldvae_population_loadings"

@@ -85,4 +85,20 @@ def cell_positions(indices: Any, n_cells: int) -> np.ndarray:
     if not np.issubdtype(indices.dtype, np.integer) and indices.size:
         msg = f"`indices` must be positions (integers) or a mask (bool) of {n_cells} cells; got {indices.dtype} such as {indices.flat[0]!r}."
         raise TypeError(msg)
-    return indices.ravel().astype(np.int64)
+    positions = indices.ravel().astype(np.int64)
+    outside = (positions < -n_cells) | (positions >= n_cells)
+    if outside.any():
+        msg = f"`indices` must be positions of {n_cells} cells; got {positions[outside][0]}."
+        raise ValueError(msg)
+    # As numpy counts them, from the end.
+    return np.where(positions < 0, positions + n_cells, positions)
+
+
+def given_names(argument: str, value: Any) -> list[str]:
+    """Names as strings, where one may stand for a list of it."""
+    one = isinstance(value, (str, int, float, np.generic))
+    names = [str(value)] if one else [str(name) for name in value]
+    if not names:
+        msg = f"`{argument}` must name at least one; got {value!r}."
+        raise ValueError(msg)
+    return names

@@ -325,3 +325,24 @@ def test_nothing_is_written_to_the_models_data_unless_asked(pbmc_trained):
     after = pbmc_trained.adata
     assert set(after.obsm) == set(after.varm) == set()
     assert set(after.uns) == {"_scvi_uuid", "_scvi_manager_uuid"}
+
+
+def test_a_column_of_obs_that_is_no_library_size_is_kept():
+    model = untrained(counts(), use_observed_lib_size=True)
+    model.adata.obs["ldvae_library"] = "mine"
+    with pytest.raises(ValueError, match=r"`adata.obs\['ldvae_library'\]` exists and is no library size"):
+        model.export_to_anndata()
+    assert "ldvae" not in model.adata.uns
+    model.export_to_anndata(overwrite=True)
+    np.testing.assert_allclose(model.adata.obs["ldvae_library"], model.adata.X.toarray().sum(axis=1), rtol=1e-6)
+
+
+def test_what_the_tools_need_is_exported():
+    adata = counts(n_batches=3)
+    model = untrained(adata, latent_distribution="ln", use_observed_lib_size=True)
+    model.export_to_anndata()
+    mean, _ = model.get_latent_representation(return_dist=True)
+    order = adata.uns["ldvae"]["order"]
+    np.testing.assert_allclose(adata.obsm["X_ldvae_u"], mean[:, order], atol=1e-6)
+    np.testing.assert_allclose(adata.obs["ldvae_library"], adata.X.toarray().sum(axis=1), rtol=1e-6)
+    assert adata.uns["ldvae"]["setup"] == {"batch_key": "batch"}

@@ -40,7 +40,7 @@ def bars(ax):
 
 
 def parts_of(adata, gene, group):
-    table = get.population_loadings_df(adata, group)
+    table = get.population_loadings_df(adata, group=group)
     return table[table["gene"] == gene].set_index("factor")["value"]
 
 
@@ -134,6 +134,7 @@ def test_numbers_are_written_at_the_bars_with_three_digits_of_the_largest_or_thr
     texts = sorted(ax.texts, key=lambda text: text.xy[1])
     written = [float(text.get_text().replace(MINUS, "-")) for text in texts]
     np.testing.assert_allclose(written, width, atol=max(0.005 * np.abs(width).max(), 0.0005) + 1e-9)
+    assert max(len(text.get_text().rpartition(".")[2]) for text in texts) == {0.01: 3, 1: 3, 100: 2}[times]
     np.testing.assert_allclose([text.xy[0] for text in texts], np.maximum(start, start + width))
     assert texts[-1].get_fontweight() == "bold"
     assert ax.get_yticklabels()[-1].get_fontweight() == "bold"
@@ -163,6 +164,9 @@ def test_fold_changes_are_few_round_and_inside(low, high, n):
     assert ((at >= low) & (at <= high)).all()
     assert all(len(f"{fold:g}") <= 6 for fold in np.exp(at))
     assert (np.diff(at) > 0).all()
+    if high - low > np.log(5):
+        are_powers = np.allclose(at / np.log(10), np.round(at / np.log(10)))
+        assert are_powers or (np.diff(at) < np.log(3.4)).all()
 
 
 def test_the_title_names_gene_population_and_reference(paths):
@@ -273,9 +277,11 @@ def test_given_axes_hold_one_gene(paths):
 def test_numbers_stay_inside_given_axes(paths):
     adata = paths(12)
     figure, axes = plt.subplots(1, 2, figsize=(8, 4), layout="constrained")
-    pl.attribution(adata, adata.var_names[7], "B", ax=axes[0], show=False)
-    pl.attribution(adata, adata.var_names[9], "B", ax=axes[1], show=False)
+    for ax, gene in zip(axes, adata.var_names[[7, 9]], strict=True):
+        pl.attribution(adata, gene, "B", ax=ax, show=False)
     assert_legible(figure)
+    for ax in axes:
+        assert max(text.get_window_extent().x1 for text in ax.texts) < ax.get_window_extent().x1
 
 
 @pytest.mark.parametrize("argument", ["n_factors", "ncols"])

@@ -199,7 +199,46 @@ def test_bad_input_is_named():
     del old.obs["ldvae_library"]
     with pytest.raises(KeyError, match="export again"):
         tl.ablate(old)
+    with pytest.raises(ValueError, match="`indices` must be positions of 50 cells; got 50"):
+        tl.ablate(adata, indices=[0, 50])
+    with pytest.raises(ValueError, match="`value` must be a finite number, one for each of 4 latents"):
+        tl.ablate(adata, mode="value", value=[1, 2])
+    with pytest.raises(TypeError, match="`groupby` must be the name of a column"):
+        tl.ablate_genes(adata, ["type"])
     lost = adata.copy()
     del lost.obs["batch"]
     with pytest.raises(KeyError, match=r"`adata.obs` lacks 'batch'"):
         tl.ablate(lost)
+
+
+def test_positions_may_count_from_the_end():
+    model, adata = exported()
+    for request in ({}, {"mode": "prior"}, {"mode": "permute"}):
+        whole = tl.ablate(adata, **request)
+        np.testing.assert_array_equal(tl.ablate(adata, indices=[-1, 0], **request).X, whole.X[[49, 0]])
+        of_model = model.ablate(indices=[-1, 0], **request)[:, whole.var_names]
+        np.testing.assert_allclose(of_model.X, whole.X[[49, 0]], atol=1e-3)
+
+
+def test_a_value_is_described_in_the_exported_order_and_signs():
+    _, adata = exported()
+    info = tl.ablate(adata, mode="value", value=[1, 2, 3, 4]).uns["ldvae_ablation"]
+    assert info["value"].tolist() == [1, 2, 3, 4]
+    assert info["value_of"].tolist() == get.factors(adata).index.tolist()
+
+
+def test_minified_data_have_no_counts_to_ablate():
+    adata = counts(n_batches=3)
+    model = untrained(adata, use_observed_lib_size=True)
+    model.export_to_anndata()
+    adata.obsm["X_latent_qzm"], adata.obsm["X_latent_qzv"] = model.get_latent_representation(return_dist=True)
+    model.minify_adata()
+    with pytest.raises(ValueError, match="`adata` was minified"):
+        tl.ablate(model.adata)
+
+
+def test_labels_that_are_one_string_are_named_before_any_work():
+    _, adata = exported()
+    adata.obs["mixed"] = pd.Categorical([1, "1"] * 25)
+    with pytest.raises(ValueError, match="labels of 'mixed' must be distinct and not empty"):
+        tl.ablate_genes(adata, "mixed")

@@ -38,14 +38,13 @@ def test_the_numbers_are_the_models_own_in_the_exported_order_and_signs(latent_d
     assert tl.population_loadings(adata, "type", chunk_size=7, **kind) is None
     table = get.population_loadings_df(adata)
     factors = get.factors(adata)
-    column = "direction" if kind["kind"] == "within" else "factor"
-    names = list(dict.fromkeys(table[column]))
+    names = list(dict.fromkeys(table["factor"]))
     if kind["kind"] != "within":
         assert names[: model.n_latent] == factors.index.tolist()
     assert list(dict.fromkeys(table["group"])) == list(expected)
     for group, loadings in expected.items():
         for name in names:
-            got = table[(table["group"] == group) & (table[column] == name)].set_index("gene")["value"]
+            got = table[(table["group"] == group) & (table["factor"] == name)].set_index("gene")["value"]
             # Only a slope knows which way a factor points.
             sign = factors["sign"].get(name, 1) if kind["kind"] == "gradient" else 1
             largest = loadings.abs().max().max()
@@ -83,7 +82,7 @@ def test_genes_that_the_model_does_not_know_are_left_out_and_counts_are_not_need
         model.export_to_anndata(more)
     tl.population_loadings(more, "type", "contribution")
     assert np.isnan(more.varm[KEY][0]).all()
-    table = get.population_loadings_df(more, "B", "Z_1").set_index("gene")["value"]
+    table = get.population_loadings_df(more, "Z_1", "B").set_index("gene")["value"]
     assert "new" not in table.index
     expected = model.get_population_loadings("type", "contribution")["B"]["Z_1"]
     np.testing.assert_allclose(table[expected.index], expected, atol=1e-5)
@@ -104,14 +103,14 @@ def test_covariates_are_read_from_obs():
     model.export_to_anndata()
     tl.population_loadings(adata, "type", "path")
     expected = model.get_population_loadings("type", "path")["T/NK"]
-    table = get.population_loadings_df(adata, "T/NK", "batch").set_index("gene")["value"]
+    table = get.population_loadings_df(adata, "batch", "T/NK").set_index("gene")["value"]
     np.testing.assert_allclose(table, expected["batch"], atol=1e-6)
 
 
 def test_top_genes_of_a_population_are_those_of_its_loadings():
     _, adata = exported()
     tl.population_loadings(adata, "type", scale="expression")
-    table = get.population_loadings_df(adata, "NK", "Z_2").set_index("gene")["value"]
+    table = get.population_loadings_df(adata, "Z_2", "NK").set_index("gene")["value"]
     top = get.top_genes(adata, "Z_2", "NK", n=3)
     assert top.columns.tolist() == ["group", "factor", "direction", "rank", "gene", "value"]
     assert top.query("direction == 'up'")["gene"].tolist() == table.nlargest(3).index.tolist()
@@ -132,15 +131,23 @@ def test_bad_input_is_named_and_nothing_is_written():
         ({"groupby": "type", "key": "x"}, KeyError, "No export 'x'"),
         ({"groupby": "type", "key_added": "a/b"}, ValueError, "without '/'"),
         ({"groupby": "type", "chunk_size": 0}, ValueError, "`chunk_size`"),
+        ({"groupby": "type", "key_added": "ldvae"}, ValueError, "belongs to the export 'ldvae'"),
+        ({"groupby": "type", "key_added": "ldvae_loadings"}, ValueError, "belongs to the export 'ldvae'"),
     ):
         with pytest.raises(error, match=message):
             tl.population_loadings(adata, **arguments)
     assert KEY not in adata.uns
     tl.population_loadings(adata, "type")
+    with pytest.raises(ValueError, match="`group` must name at least one"):
+        get.population_loadings_df(adata, None, [])
+    renamed = adata.copy()
+    renamed.var_names = [f"x{name}" for name in adata.var_names]
+    with pytest.raises(ValueError, match="has none of its genes"):
+        tl.population_loadings(renamed, "type")
     with pytest.raises(ValueError, match="`group` must be one of 'B', 'CD4"):
-        get.population_loadings_df(adata, "T")
+        get.population_loadings_df(adata, None, "T")
     with pytest.raises(ValueError, match="'D_0' is no latent"):
-        get.population_loadings_df(adata, None, "D_0")
+        get.population_loadings_df(adata, "D_0")
     with pytest.raises(ValueError, match="directions belong to 'within'"):
         get.population_directions_df(adata)
     with pytest.raises(ValueError, match="`rank_by` ranks by the decoder alone"):

@@ -37,5 +37,11 @@ def normal_draws(seed: int, purpose: int, position_n: np.ndarray, n_latent: int,
 
 
 def donors(seed: int, n_cells: int) -> np.ndarray:
-    """For each cell the one whose latents it is given: a permutation, shape (cells,), int64."""
-    return np.random.default_rng(seed).permutation(n_cells)
+    """For each cell the other one whose latents it is given: a permutation, shape (cells,), int64.
+
+    It is a single cycle through all cells, so that none is given its own.
+    """
+    cycle = np.random.default_rng(seed).permutation(n_cells)
+    out = np.empty(n_cells, dtype=np.int64)
+    out[cycle] = np.roll(cycle, -1)
+    return out

@@ -99,7 +99,9 @@ class ExplainedSums:
     def columns(self, groups: Sequence[str], factors: Sequence[str]) -> dict[str, Any]:
         """A long table, column by column: each group's latents, in order."""
         order, (present_p,) = self._plan.order, np.nonzero(self._n_p)
-        null_p1 = self._null_p[present_p, None]
+        # A null model that fits exactly, such as that of a single cell, leaves nothing to explain.
+        null_p1 = self._null_p[present_p, None].copy()
+        null_p1[null_p1 <= 1e-9 * (1 + np.abs(self._full_p[present_p, None]))] = np.nan
         alone_pk, beyond_pj = np.split(self._lost_ps[present_p], [len(order)], axis=1)
         explained_pj = 1 - (self._full_p[present_p, None] + beyond_pj) / null_p1
         if self._plan.mode == "drop":

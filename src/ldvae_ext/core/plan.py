@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
 from ldvae_ext._validate import check_one_of, check_positive_int, factor_indices, listed
+from ldvae_ext.core._arrays import strings
 from ldvae_ext.core.ablation import ablation_changes
 from ldvae_ext.core.cells import EncodedCells, indicator
 from ldvae_ext.core.decoder import LinearDecoder
 from ldvae_ext.core.draws import POSTERIOR, PRIOR, donors, normal_draws
 from ldvae_ext.core.posterior import kl_per_dimension
 
-MODES = ("zero", "mean", "group_mean", "permute", "prior", "value", "drop")
-SCHEMES = ("leave_out", "leave_in", "keep_top")
+Mode = Literal["zero", "mean", "group_mean", "permute", "prior", "value", "drop"]
+Scheme = Literal["leave_out", "leave_in", "keep_top"]
+MODES, SCHEMES = get_args(Mode), get_args(Scheme)
 POSTERIORS = ("mean", "samples")
 N_SAMPLES = 10
 
@@ -42,11 +44,14 @@ class AblationRequest:
         check_one_of("scheme", self.scheme, SCHEMES)
         check_one_of("use_posterior", self.use_posterior, POSTERIORS)
         decoder, is_sampled = self.decoder, self.use_posterior == "samples"
+        if isinstance(self.latents, Iterator):
+            object.__setattr__(self, "latents", list(self.latents))
         if self.n_samples is not None:
             check_positive_int("n_samples", self.n_samples)
         problems = {
             "`mode='drop'` takes a latent out of the simplex; `latent_distribution='normal'` has none. `mode='zero'` "
             "sets it to the prior mean.": self.mode == "drop" and decoder.latent_distribution != "ln",
+            "`mode='drop'` leaves nothing of a single latent.": self.mode == "drop" and len(decoder.factors) == 1,
             "`mode='group_mean'` needs `groupby`.": self.mode == "group_mean" and not self.has_groups,
             "`mode='value'` needs `value`.": self.mode == "value" and self.value is None,
             f"`value` belongs to `mode='value'`; got mode {self.mode!r}.": self.mode != "value"
@@ -65,15 +70,21 @@ class AblationRequest:
             if is_wrong:
                 raise ValueError(msg)
         is_int = isinstance(self.seed, (int, np.integer)) and not isinstance(self.seed, bool)
-        if self.seed is not None and (not is_int or self.seed < 0):
-            msg = f"`seed` must be a non-negative integer; got {self.seed!r}."
+        if self.seed is not None and (not is_int or not 0 <= self.seed < 2**64):
+            msg = f"`seed` must be a non-negative integer below 2**64; got {self.seed!r}."
             raise ValueError(msg)
-        value_k = _value_of_each(decoder, self.value)[0]
+        value_k = value_of_each(decoder, self.value)[0]
         for name, replaced in named_sets(decoder, self.latents, self.scheme, self.mode, None):
             if np.isnan(value_k[replaced]).any():
                 missing = decoder.factors[replaced[np.isnan(value_k[replaced])]]
                 msg = f"`value` has none for {listed(missing)}, which {name!r} replaces."
                 raise ValueError(msg)
+
+    def reject_unused_groups(self) -> None:
+        """Raise if groups were named that nothing is replaced by."""
+        if self.has_groups and self.mode != "group_mean":
+            msg = f"`groupby` belongs to `mode='group_mean'`; got mode {self.mode!r}. `get.ablation_df` summarises by group."
+            raise ValueError(msg)
 
     @property
     def needs_latents(self) -> bool:
@@ -86,7 +97,7 @@ class AblationRequest:
         order = None if seen is None else np.argsort(-seen.kl_k, kind="stable")
         value_pk = np.zeros((1, len(self.decoder.factors)))
         if self.mode == "value":
-            value_pk = _value_of_each(self.decoder, self.value)
+            value_pk = value_of_each(self.decoder, self.value)
         elif self.mode == "drop":
             value_pk = np.full_like(value_pk, -np.inf)
         elif self.mode == "mean" and seen is not None:
@@ -94,18 +105,22 @@ class AblationRequest:
         elif self.mode == "group_mean" and seen is not None:
             value_pk = seen.mean_pk
         sets = named_sets(self.decoder, self.latents, self.scheme, self.mode, order)
+        seed, donated = default_seed if self.seed is None else int(self.seed), None
+        if self.mode == "permute" and seen is not None:
+            mean_nk, variance_nk = seen.latents()
+            donated = Donated(donors(seed, len(mean_nk)), mean_nk, variance_nk)
         return AblationPlan(
             mode=self.mode,
             order=latent_order(self.decoder, self.latents, order),
             names=[name for name, _ in sets],
             sets=[positions for _, positions in sets],
             value_pk=value_pk,
-            donors=seen.latents() if self.mode == "permute" and seen is not None else None,
+            donated=donated,
             refit_heads=self.refit_heads,
             n_samples=(N_SAMPLES if self.n_samples is None else self.n_samples)
             if self.use_posterior == "samples"
             else 0,
-            seed=default_seed if self.seed is None else int(self.seed),
+            seed=seed,
             batches=self.batches,
         )
 
@@ -116,14 +131,21 @@ class AblationRequest:
             info["groupby"] = groupby
         if self.scheme == "keep_top":
             info["order"] = self.decoder.factors[plan.order]
+        if isinstance(self.latents, Mapping):
+            members = named_sets(self.decoder, self.latents, "leave_out", "zero", None)
+            info["sets"] = strings([name for name, latents in members for _ in latents])
+            info["latents"] = self.decoder.factors[np.concatenate([latents for _, latents in members])]
         if self.use_posterior == "samples":
             info["n_samples"] = plan.n_samples
         if self.use_posterior == "samples" or self.mode in ("permute", "prior"):
             info["seed"] = plan.seed
         if self.mode == "value":
             info["value"] = plan.value_pk[0]
+            info["value_of"] = self.decoder.factors
         if self.batches != (None,):
-            info["transform_batch"] = np.array([str(self.decoder.batches[b]) for b in self.batches if b is not None])
+            info["transform_batch"] = strings(
+                ["each cell's own" if b is None else self.decoder.batches[b] for b in self.batches]
+            )
         return {**info, "refit_heads": self.refit_heads, "unit": "nats"}
 
 
@@ -181,6 +203,17 @@ class LatentSummary:
         return mean_nk, variance_nk
 
 
+class Donated(NamedTuple):
+    """Latents that cells are given instead of their own."""
+
+    donor_n: np.ndarray
+    """Which cell's, for each cell."""
+    mean_nk: np.ndarray
+    """Posterior means of all cells."""
+    variance_nk: np.ndarray
+    """Posterior variances of all cells."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AblationPlan:
     """Sets of latents, and what replaces them in each cell."""
@@ -190,7 +223,7 @@ class AblationPlan:
     names: list[str]
     sets: list[np.ndarray]
     value_pk: np.ndarray
-    donors: tuple[np.ndarray, np.ndarray] | None
+    donated: Donated | None
     refit_heads: bool
     n_samples: int
     seed: int
@@ -265,12 +298,11 @@ class AblationPlan:
         new: Iterable[Any]
         if self.mode == "prior":
             new = normal_draws(self.seed, PRIOR, position_n, n_latent, n_draws)
-        elif self.mode == "permute" and self.donors is not None:
-            mean_ak, variance_ak = self.donors
-            donor_n = donors(self.seed, len(mean_ak))[position_n]
-            new = [mean_ak[donor_n]]
+        elif self.donated is not None:
+            donor_n = self.donated.donor_n[position_n]
+            new = [self.donated.mean_nk[donor_n]]
             if self.n_samples > 0:
-                new = self._samples(mean_ak[donor_n], variance_ak[donor_n], donor_n)
+                new = self._samples(new[0], self.donated.variance_nk[donor_n], donor_n)
         elif self.mode == "group_mean":
             value_nk = np.where(self._without_value(group_n)[:, None], mean_nk, self.value_pk[group_n])
             new = [value_nk] * n_draws
@@ -299,8 +331,8 @@ def named_sets(
         return [(f"top_{j}", np.setdiff1d(whole, order[:j])) for j in range(1 if mode == "drop" else 0, len(order) + 1)]
     if isinstance(latents, Mapping):
         sets = [(str(name), factor_indices(members, names)) for name, members in latents.items()]
-        if not sets:
-            msg = "`latents` must name at least one set of latents; got {}."
+        if len({name for name, _ in sets}) < max(1, len(latents)):
+            msg = f"`latents` must name at least one set of latents, and each by another name; got {listed(latents)}."
             raise ValueError(msg)
     else:
         sets = [(names[k], np.array([k])) for k in factor_indices(latents, names)]
@@ -324,18 +356,22 @@ def latent_order(decoder: LinearDecoder, latents: Any, default: np.ndarray | Non
     return np.array(list(dict.fromkeys(int(factor_indices([latent], names)[0]) for latent in given)))
 
 
-def _value_of_each(decoder: LinearDecoder, value: Any) -> np.ndarray:
+def value_of_each(decoder: LinearDecoder, value: Any) -> np.ndarray:
     """What each latent is set to, shape (1, latents), from one number, one for each or a mapping; NaN for one without."""
-    names = decoder.factors.tolist()
-    if hasattr(value, "keys"):
-        out_k = np.full(len(names), np.nan)
-        for name in value.keys():  # noqa: SIM118 - a Series iterates over values
-            out_k[factor_indices([name], names, argument="value")] = value[name]
-        is_finite = np.isfinite([value[name] for name in value.keys()]).all()  # noqa: SIM118
-    else:
-        out_k = np.asarray(0.0 if value is None else value, dtype=np.float64)
-        is_finite = np.isfinite(out_k).all()
-    if out_k.shape not in ((), (len(names),)) or not is_finite:
+    names, out_k = decoder.factors.tolist(), np.full(len(decoder.factors), np.nan)
+    try:
+        if hasattr(value, "keys"):
+            for name in value.keys():  # noqa: SIM118 - a Series iterates over values
+                out_k[factor_indices([name], names, argument="value")] = float(value[name])
+            is_good = all(np.isfinite(float(value[name])) for name in value.keys())  # noqa: SIM118
+        else:
+            out_k[:] = 0.0 if value is None else np.asarray(value, dtype=np.float64)
+            is_good = bool(np.isfinite(out_k).all())
+    except (TypeError, ValueError) as error:
+        if "is no latent" in str(error):
+            raise
+        is_good = False
+    if not is_good:
         msg = f"`value` must be a finite number, one for each of {len(names)} latents, or a mapping from their names; got {value!r}."
         raise ValueError(msg)
-    return np.broadcast_to(out_k, (1, len(names))).astype(np.float64)
+    return out_k[None]

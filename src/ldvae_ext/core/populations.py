@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.special import expit
+from scipy.special import expit, log_softmax
 
-from ldvae_ext._validate import check_one_of
+from ldvae_ext._validate import check_one_of, warn
 from ldvae_ext.core._design import design_matrix
 from ldvae_ext.core.cells import indicator
 from ldvae_ext.core.decoder import LinearDecoder
@@ -19,8 +19,10 @@ SCALES = ("log", "expression")
 REFERENCES = ("rest", "prior")
 # Column of a path for what is no factor's: batches and covariates.
 BATCH = "batch"
-# Nodes of the quadrature along a path: doubled until the split is exact to this, in log-rate.
-_NODES, _EXACT = (16, 32, 64, 128, 256), 1e-10
+# Nodes of the quadrature along a path, which is cut into more pieces until the split is exact, in log-rate; it is said where
+# it is not even good.
+_NODES, _PIECES = 16, (1, 2, 4, 8, 16, 64, 256)
+_EXACT, _GOOD = 1e-10, 1e-6
 
 
 class GroupMoments:
@@ -140,7 +142,7 @@ def summed_slopes(decoder: LinearDecoder, z_nk: np.ndarray, batch: Any, covariat
     expression_ng = decoder.apply_link(logits_ng)
     is_softmax = decoder.link == "softmax"
     # The slope of a cell is (steepness_g L_gk - common_k), times its expression on that scale.
-    steepness_ng = np.ones_like(logits_ng) if is_softmax else expit(logits_ng) / expression_ng
+    steepness_ng = np.ones_like(logits_ng) if is_softmax else _softplus_log_slope(logits_ng)
     common_nk = expression_ng @ weight_gk if is_softmax else np.zeros_like(z_nk)
     times_ng = expression_ng if scale == "expression" else np.ones_like(logits_ng)
     steepness_ng = steepness_ng * times_ng
@@ -193,20 +195,40 @@ def path_attribution(
     )
     start_g = decoder.weight_gk @ reference_k + reference_offset_g
     step_g = direction_gk.sum(axis=1)
-    ends = decoder.apply_link(np.stack([start_g, start_g + step_g]))
-    whole_g = np.log(ends[1]) - np.log(ends[0])
-    out_gk = direction_gk
-    for n_nodes in _NODES:
-        node_t, weight_t = np.polynomial.legendre.leggauss(n_nodes)
-        logits_tg = start_g + (node_t[:, None] + 1) / 2 * step_g
-        expression_tg = decoder.apply_link(logits_tg)
-        if decoder.link == "softmax":
-            out_gk = direction_gk - (weight_t / 2) @ (expression_tg @ direction_gk)
+    is_softmax = decoder.link == "softmax"
+    ends = np.stack([start_g, start_g + step_g])
+    log_ends = log_softmax(ends, axis=1) if is_softmax else _log_softplus(ends)
+    node_t, weight_t = np.polynomial.legendre.leggauss(_NODES)
+    out_gk, off = direction_gk, np.inf
+    for n_pieces in _PIECES:
+        # The same nodes in each piece of the path.
+        at_t = ((node_t + 1) / 2 + np.arange(n_pieces)[:, None]).ravel() / n_pieces
+        share_t = np.tile(weight_t / 2, n_pieces) / n_pieces
+        logits_tg = start_g + at_t[:, None] * step_g
+        if is_softmax:
+            out_gk = direction_gk - share_t @ (decoder.apply_link(logits_tg) @ direction_gk)
         else:
-            out_gk = direction_gk * ((weight_t / 2) @ (expit(logits_tg) / expression_tg))[:, None]
-        if np.abs(out_gk.sum(axis=1) - whole_g).max() <= _EXACT:
-            break
+            out_gk = direction_gk * (share_t @ _softplus_log_slope(logits_tg))[:, None]
+        off = np.abs(out_gk.sum(axis=1) - (log_ends[1] - log_ends[0])).max()
+        if off <= _EXACT:
+            return out_gk
+    if off > _GOOD:
+        warn(f"A path is so long that the split of its log-ratios adds up to within {off:.1g} only.")
     return out_gk
+
+
+def _log_softplus(logits: np.ndarray) -> np.ndarray:
+    """Logarithm of the softplus, also where that is too small to be told from 0."""
+    inside = np.clip(logits, -30.0, 20.0)
+    # Below, softplus is an exponential; above, torch's is the identity.
+    return np.where(logits < -30.0, logits, np.log(np.where(logits > 20.0, logits, np.logaddexp(0.0, inside))))
+
+
+def _softplus_log_slope(logits: np.ndarray) -> np.ndarray:
+    """Derivative of :func:`_log_softplus`."""
+    inside = np.clip(logits, -30.0, 20.0)
+    slope = np.where(logits > 20.0, 1.0 / np.maximum(logits, 1.0), expit(inside) / np.logaddexp(0.0, inside))
+    return np.where(logits < -30.0, 1.0, slope)
 
 
 class WithinDirections(NamedTuple):
@@ -217,7 +239,7 @@ class WithinDirections(NamedTuple):
     variance_j: np.ndarray
     """Variance of the log-rates along each direction, summed over genes; descending."""
     share_jk: np.ndarray
-    """Share of each factor in it; rows sum to 1."""
+    """Share of each factor in it; rows sum to 1, and are NaN for a direction in which nothing varies."""
 
 
 def within_directions(decoder: LinearDecoder, covariance_kk: np.ndarray) -> WithinDirections:
@@ -244,7 +266,9 @@ def within_directions(decoder: LinearDecoder, covariance_kk: np.ndarray) -> With
     projected_kj = weight_gk.T @ left_gj
     term_jk = (projected_kj * (covariance_kk @ projected_kj)).T
     total_j1 = term_jk.sum(axis=1, keepdims=True)
-    share_jk = np.divide(term_jk, total_j1, where=total_j1 > 0, out=np.zeros_like(term_jk))
+    # Below rounding there is no direction that anything could have a share in.
+    is_there = total_j1 > 1e-12 * total_j1.max(initial=0)
+    share_jk = np.divide(term_jk, total_j1, where=is_there, out=np.full_like(term_jk, np.nan))
     return WithinDirections(left_gj * singular_j, singular_j**2, share_jk)
 
 

@@ -63,14 +63,18 @@ def ablation_df(
         If no cell has a group, or the ablation is one of genes.
     """
     check_one_of("alternative", alternative, ALTERNATIVES)
+    if (
+        isinstance(min_effect, bool)
+        or not isinstance(min_effect, (int, float, np.number))
+        or not 0 <= min_effect < np.inf
+    ):
+        msg = f"`min_effect` must be a finite number of at least 0; got {min_effect!r}."
+        raise ValueError(msg)
     if min_effect and alternative == "two-sided":
         msg = "`min_effect` belongs to a one-sided test: `alternative='greater'` or `'less'`."
         raise ValueError(msg)
-    if not (np.isfinite(min_effect) and min_effect >= 0):
-        msg = f"`min_effect` must be a finite number of at least 0; got {min_effect!r}."
-        raise ValueError(msg)
     shift = -min_effect if alternative == "less" else min_effect
-    if {"group", "gene", "n_cells"} <= set(ablation.obs.columns) and groupby is None:
+    if _is_of_genes(ablation):
         msg = "`ablation` is one of genes; `get.gene_ablation_df` reads it."
         raise ValueError(msg)
     groups, code_n = (
@@ -96,6 +100,10 @@ def ablation_df(
     if is_tested.any():
         table.loc[is_tested, "q_value"] = false_discovery_control(table.loc[is_tested, "p_value"])
     return table
+
+
+def _is_of_genes(ablation: AnnData) -> bool:
+    return ablation.uns.get(ABLATION_INFO, {}).get("of") == "genes"
 
 
 _COLUMNS = ["n_cells", "mean", "median", "share_helped", "effect_size", "p_value"]
@@ -142,13 +150,14 @@ def gene_ablation_df(ablation: AnnData, factor: Any = None) -> pd.DataFrame:
     ValueError
         If the ablation is not one of genes.
     """
-    if ABLATION_INFO not in ablation.uns or not {"group", "gene", "n_cells"} <= set(ablation.obs.columns):
+    if not _is_of_genes(ablation):
         msg = "`ablation` must come from `ablate_genes`; `get.ablation_df` reads one of cells."
         raise ValueError(msg)
     chosen = factor_indices(factor, ablation.var_names.astype(str).tolist(), argument="factor")
     effect = np.asarray(ablation.X, dtype=np.float64)
     group = ablation.obs["group"].astype(str).to_numpy()
-    tables = []
+    columns = ["group", "factor", "gene", "n_cells", "mean", "share"]
+    tables = [pd.DataFrame(columns=columns)] if not ablation.n_obs else []
     for name in dict.fromkeys(group):
         rows = group == name
         for k in chosen:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from ldvae_ext._keys import DEFAULT_KEY, ExportKeys, export_keys
+from ldvae_ext._keys import DEFAULT_KEY, ExportKeys, check_key_added, export_keys
 from ldvae_ext._validate import listed
 from ldvae_ext.core import LinearDecoder
 from ldvae_ext.core._arrays import strings
@@ -26,6 +27,15 @@ def export_of(adata: AnnData, key: str = DEFAULT_KEY) -> tuple[ExportKeys, Any]:
         msg = f"No export {key!r} in `adata.uns`, which has {listed(adata.uns)}; `LDVAE.export_to_anndata` writes one."
         raise KeyError(msg)
     return keys, adata.uns[keys.info]
+
+
+def check_no_export(adata: AnnData, key_added: str) -> None:
+    """Raise if writing under this key would replace a part of an export, or if it is no key."""
+    check_key_added(key_added)
+    for name, entry in adata.uns.items():
+        if isinstance(entry, Mapping) and "decoder" in entry and key_added in (name, export_keys(name).loadings):
+            msg = f"`key_added`: {key_added!r} belongs to the export {name!r}, which would be lost."
+            raise ValueError(msg)
 
 
 def decoder(adata: AnnData, *, key: str = DEFAULT_KEY) -> LinearDecoder:

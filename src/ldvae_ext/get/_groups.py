@@ -10,7 +10,7 @@ import pandas as pd
 from anndata import AnnData
 
 from ldvae_ext._keys import GROUPS_INFO
-from ldvae_ext._validate import listed
+from ldvae_ext._validate import given_names, listed
 from ldvae_ext.core._arrays import strings
 
 
@@ -54,13 +54,10 @@ def rank_factors_groups_df(
     """
     entry = ranking_of(adata, key)
     known = list(entry["names"].dtype.names)
-    chosen = known if group is None else [group] if isinstance(group, str) else list(group)
+    chosen = known if group is None else given_names("group", group)
     unknown = [name for name in chosen if name not in known]
     if unknown:
         msg = f"`group`: {listed(unknown)} not among the groups of the ranking, which has {listed(known, 50)}."
-        raise ValueError(msg)
-    if not chosen:
-        msg = f"`group` must name at least one group; got {group!r}."
         raise ValueError(msg)
     tables = []
     for name in chosen:

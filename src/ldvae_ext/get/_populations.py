@@ -11,7 +11,7 @@ from anndata import AnnData
 
 from ldvae_ext._groups import directions_table
 from ldvae_ext._keys import POPULATION_LOADINGS
-from ldvae_ext._validate import check_one_of, factor_indices, listed
+from ldvae_ext._validate import check_one_of, factor_indices, given_names, listed
 from ldvae_ext.core._arrays import strings
 
 
@@ -26,14 +26,14 @@ def populations_of(adata: AnnData, key: str = POPULATION_LOADINGS) -> tuple[np.n
 def group_positions(groups: Sequence[str], group: Any) -> list[int]:
     """Positions of one group, several, or, for None, all of them, in the order in which they were given."""
     known = [str(name) for name in groups]
-    given = known if group is None else [group] if isinstance(group, str) else [str(name) for name in group]
+    given = known if group is None else given_names("group", group)
     for name in given:
         check_one_of("group", name, known)
     return [known.index(name) for name in given]
 
 
 def population_loadings_df(
-    adata: AnnData, group: Any = None, factor: Any = None, *, key: str = POPULATION_LOADINGS
+    adata: AnnData, factor: Any = None, group: Any = None, *, key: str = POPULATION_LOADINGS
 ) -> pd.DataFrame:
     """Population loadings as a long table.
 
@@ -41,17 +41,17 @@ def population_loadings_df(
     ----------
     adata
         AnnData that :func:`ldvae_ext.tl.population_loadings` wrote to.
-    group
-        One population or several; all of them if None.
     factor
         One factor or several: names or positions; all of them if None. For ``kind="within"`` directions (``"D_0"``); for
         ``kind="path"`` ``"batch"`` is among them.
+    group
+        One population or several; all of them if None.
     key
         ``key_added`` of the population loadings.
 
     Returns
     -------
-    One row for each population, factor and gene of the model: ``group``, ``factor`` (``direction`` for ``"within"``), ``gene``,
+    One row for each population, factor and gene of the model: ``group``, ``factor`` (or direction), ``gene``,
     ``value`` (see :meth:`ldvae_ext.model.LDVAE.get_population_loadings` for its unit); for ``"path"`` also ``total``, the sum over all
     factors and ``"batch"``: the gene's log-ratio between population and reference; for ``"within"`` ``variance_share``: the share
     of the variance of the gene's log-rate inside the population that the direction explains.
@@ -76,7 +76,7 @@ def population_loadings_df(
             value_g = value_gkp[known, k, p]
             table = {
                 "group": groups[p],
-                "direction" if is_within else "factor": names[k],
+                "factor": names[k],
                 "gene": genes,
                 "value": value_g,
             }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -12,16 +13,18 @@ from scvi.utils import track
 
 from ldvae_ext._groups import gene_ablation, groups_of
 from ldvae_ext._keys import ABLATION_INFO
+from ldvae_ext._validate import check_one_of
 from ldvae_ext.core.cells import EncodedCells
 from ldvae_ext.core.explained import ExplainedSums, PooledProfile, explained_sets
-from ldvae_ext.core.plan import AblationPlan, AblationRequest, LatentSummary
+from ldvae_ext.core.plan import MODES, AblationPlan, AblationRequest, LatentSummary, Mode, Scheme
 from ldvae_ext.model._cells import stream_cells, with_positions
 from ldvae_ext.model._decoding import DecodingMixin
 
-Mode = Literal["zero", "mean", "group_mean", "permute", "prior", "value", "drop"]
-Scheme = Literal["leave_out", "leave_in", "keep_top"]
 # Name of the group that all cells are without `groupby`.
 _ALL = "all"
+_READ_TWICE = (
+    "`dataloader` is read twice here, which an iterator cannot be; give a data loader or a list of minibatches."
+)
 
 
 class AblationMixin(DecodingMixin):
@@ -128,9 +131,7 @@ class AblationMixin(DecodingMixin):
             n_samples=n_samples,
             seed=seed,
         )
-        if groupby is not None and mode != "group_mean":
-            msg = f"`groupby` belongs to `mode='group_mean'`; got mode {mode!r}. `get.ablation_df` summarises by group."
-            raise ValueError(msg)
+        request.reject_unused_groups()
         _, code_n = self._groups(adata, groupby)
         plan = self._plan(request, adata, code_n, batch_size, dataloader)
         with stream_cells(self, adata, indices, batch_size, dataloader) as cells:
@@ -246,7 +247,7 @@ class AblationMixin(DecodingMixin):
         mode, value
             What a latent is replaced by, see :meth:`ablate`; not the random ones.
         batch_size, dataloader, silent
-            As in :meth:`ablate`; a data loader is read twice.
+            As in :meth:`ablate`; a data loader is read twice, and once more for the order by KL or a mean.
 
         Returns
         -------
@@ -254,11 +255,12 @@ class AblationMixin(DecodingMixin):
         (``(D(all but it) - D(all)) / D(null)``), ``cumulative`` (``1 - D(it and those before it) / D(null)``) and
         ``without_latents``, what ``cumulative`` starts from: that of the intercepts alone (NaN for ``"drop"``). All of them can be
         negative: the null model knows the counts of these cells, and the intercepts, or a latent library that is far from a
-        cell's total, may do worse.
+        cell's total, may do worse. NaN where the null model fits exactly, as it does a single cell.
         """
-        if mode in ("permute", "prior"):
-            msg = f"`mode`: an explained deviance with random latents ({mode!r}) would be another at each draw."
-            raise ValueError(msg)
+        # With random latents it would be another at each draw.
+        check_one_of("mode", mode, [known for known in MODES if known not in ("permute", "prior")])
+        if isinstance(dataloader, Iterator):
+            raise TypeError(_READ_TWICE)
         self._check_has_counts("get_explained_deviance")
         request = self._ablation_request(
             dataloader, groupby, None, latents=latents, mode=mode, value=value, scheme="keep_top"
@@ -341,9 +343,12 @@ class AblationMixin(DecodingMixin):
             msg = "`groupby` needs the obs of an AnnData; a `dataloader` brings none."
             raise ValueError(msg)
         codes = self._transform_batch_codes(transform_batch)
-        return AblationRequest(
+        request = AblationRequest(
             decoder=self.get_decoder(), has_groups=groupby is not None, batches=tuple(codes), **arguments
         )
+        if request.needs_latents and isinstance(dataloader, Iterator):
+            raise TypeError(_READ_TWICE)
+        return request
 
     def _groups(self, adata: AnnData | None, groupby: str | None) -> tuple[list[str], np.ndarray | None]:
         """Groups of all cells; without ``groupby`` they are one."""

@@ -84,14 +84,14 @@ class ExportMixin(DecodingMixin, TrainingMixin):
         as_pca
             Whether to write the same as a PCA too, for scanpy's PCA plots.
         overwrite
-            Whether an existing PCA, or a column of ``var`` with the name of the export, may be replaced.
+            Whether an existing PCA, or columns of ``var`` and ``obs`` with a name of the export, may be replaced.
         batch_size
             Cells per minibatch; ``scvi.settings.batch_size`` if None.
 
         Raises
         ------
         ValueError
-            If the cells are not the model's and cannot be encoded, or if a PCA or a column of ``var`` would be replaced.
+            If the cells are not the model's and cannot be encoded, or if a PCA or a column of ``var`` or ``obs`` would be replaced.
             Nothing is written.
 
         Notes
@@ -123,6 +123,10 @@ class ExportMixin(DecodingMixin, TrainingMixin):
             raise ValueError(msg)
         if not overwrite and keys.genes in target.var and "decoder" not in target.uns.get(keys.info, {}):
             msg = f"`adata.var[{keys.genes!r}]` exists and is no export's; choose another `key_added`, or `overwrite=True`."
+            raise ValueError(msg)
+        library = target.obs.get(keys.library)
+        if not overwrite and library is not None and not pd.api.types.is_float_dtype(library):
+            msg = f"`adata.obs[{keys.library!r}]` exists and is no library size; choose another `key_added`, or `overwrite=True`."
             raise ValueError(msg)
         if as_pca and not overwrite:
             taken = [

@@ -73,12 +73,15 @@ class PopulationsMixin(AblationMixin):
         KeyError
             If ``groupby`` is no column.
         ValueError
-            If a group or kind does not exist, or an argument has no use for the kind.
+            If a group or kind does not exist, a group is called as a reference is (``"rest"``, ``"prior"``), or an argument has no
+            use for the kind.
 
         Notes
         -----
         No counts are needed: minified data will do. Under a softplus link (size factors) nothing is centred, since there the
-        constant over genes means something; the formulas are those of the link.
+        constant over genes means something. ``"gradient"`` and ``"path"`` are of ``log softplus`` there, and populations may rank genes
+        otherwise on the log scale too; ``"contribution"`` and ``"within"`` are in units of the argument of the softplus, which is the
+        log-rate only where expression is low.
         """
         loadings, groups = self._population_loadings(groupby, kind, adata, indices, reference, scale, batch_size)
         names = self.get_var_names()
@@ -129,7 +132,7 @@ class PopulationsMixin(AblationMixin):
         positions = cell_positions(indices, source.n_obs)
         # Groups of the chosen cells only, so that none is empty.
         groups, chosen_n = groups_of(cast("pd.DataFrame", source.obs).iloc[positions], groupby)
-        request = PopulationRequest(groups=groups, kind=kind, reference=reference, scale=scale)
+        request = PopulationRequest(groups=groups, kind=kind, reference=str(reference), scale=scale)
         decoder = self.get_decoder()
         moments = GroupMoments(decoder, len(groups), request.summed_scale)
         with stream_cells(self, adata, positions, batch_size) as cells:

@@ -167,7 +167,7 @@ def _path(adata: AnnData, gene: Any, group: str, key: str) -> tuple[pd.DataFrame
         raise ValueError(msg)
     check_one_of("group", group, strings(info["groups"]).tolist())
     genes = list(dict.fromkeys([gene] if isinstance(gene, str) else map(str, gene)))
-    table = get.population_loadings_df(adata, group, key=key)
+    table = get.population_loadings_df(adata, group=group, key=key)
     value_gk = pd.DataFrame(
         {factor: part.set_index("gene")["value"] for factor, part in table.groupby("factor", sort=False)}
     )

@@ -85,7 +85,7 @@ def population_loadings(
     name = one_factor(factor, strings(info["names"]).tolist())
     chosen = groups_in_order(groups, strings(info["groups"]).tolist())
     label, times = _label(adata, info)
-    table = get.population_loadings_df(adata, chosen, name, key=key)
+    table = get.population_loadings_df(adata, name, chosen, key=key)
     values = table.pivot(index="gene", columns="group", values="value").loc[table["gene"].unique(), chosen] * times
     values = values.iloc[top_rows(values.to_numpy(), n_genes)]
     own = ax is None

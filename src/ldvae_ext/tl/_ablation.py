@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -11,14 +12,12 @@ from anndata import AnnData
 
 from ldvae_ext._groups import gene_ablation, groups_of
 from ldvae_ext._keys import ABLATION_INFO, DEFAULT_KEY
-from ldvae_ext._validate import cell_positions, check_positive_int, factor_indices, listed
+from ldvae_ext._validate import cell_positions, check_positive_int, factor_indices, given_names, listed
 from ldvae_ext.core.cells import EncodedCells
-from ldvae_ext.core.plan import AblationPlan, AblationRequest, LatentSummary
+from ldvae_ext.core.plan import AblationPlan, AblationRequest, LatentSummary, Mode, Scheme, value_of_each
 from ldvae_ext.tl._cells import ExportedCells
 
 CHUNK_SIZE = 256
-Mode = Literal["zero", "mean", "group_mean", "permute", "prior", "value", "drop"]
-Scheme = Literal["leave_out", "leave_in", "keep_top"]
 
 
 def ablate(
@@ -96,9 +95,7 @@ def ablate(
         seed=seed,
         transform_batch=transform_batch,
     )
-    if groupby is not None and mode != "group_mean":
-        msg = f"`groupby` belongs to `mode='group_mean'`; got mode {mode!r}. `get.ablation_df` summarises by group."
-        raise ValueError(msg)
+    work.request.reject_unused_groups()
     positions = cell_positions(indices, adata.n_obs)
     chunks = work.chunks(positions)
     plan = work.plan()
@@ -109,7 +106,7 @@ def ablate(
         X=effect_ns[:, in_order],
         obs=cast("pd.DataFrame", adata.obs).iloc[positions].copy(),
         var=pd.DataFrame(index=[plan.names[column] for column in in_order]),
-        uns={ABLATION_INFO: work.request.description(plan, groupby)},
+        uns={ABLATION_INFO: work.description(plan, groupby)},
     )
 
 
@@ -173,9 +170,7 @@ def ablate_genes(
         n_p += np.bincount(group_n[group_n >= 0], minlength=len(n_p))
     in_order = work.in_order(plan.names)
     names = [plan.names[column] for column in in_order]
-    return gene_ablation(
-        total_pgs[:, :, in_order], n_p, work.groups, genes, names, work.request.description(plan, groupby)
-    )
+    return gene_ablation(total_pgs[:, :, in_order], n_p, work.groups, genes, names, work.description(plan, groupby))
 
 
 class _Work:
@@ -227,22 +222,18 @@ class _Work:
         names, signs = self.exported.names, self.exported.signs
         if value is None:
             return None
-        if hasattr(value, "keys"):
-            # A Series iterates over values.
-            given = {name: value[name] for name in value.keys()}  # noqa: SIM118
-        else:
-            given = dict(zip(names, np.broadcast_to(value, len(names)), strict=True))
-        at = {name: factor_indices([name], names, argument="value")[0] for name in given}
-        return {names[k]: given[name] * signs[k] for name, k in at.items()}
+        frame = replace(self.exported.decoder, factors=np.asarray(names))
+        given_k = value_of_each(frame, value)[0]
+        return {name: given_k[k] * signs[k] for k, name in enumerate(names) if not np.isnan(given_k[k])}
 
     def _batches(self, transform_batch: Any) -> tuple[int | None, ...]:
         if transform_batch is None:
             return (None,)
         known = self.exported.decoder.batches.tolist()
-        given = [transform_batch] if isinstance(transform_batch, str) else [str(batch) for batch in transform_batch]
+        given = given_names("transform_batch", transform_batch)
         unknown = [batch for batch in given if batch not in known]
-        if unknown or not given:
-            msg = f"`transform_batch` must name batches of the decoder, {listed(known)}; got {listed(given) or 'none'}."
+        if unknown:
+            msg = f"`transform_batch` must name batches of the decoder, {listed(known)}; got {listed(given)}."
             raise ValueError(msg)
         return tuple(known.index(batch) for batch in given)
 
@@ -252,10 +243,20 @@ class _Work:
 
     def plan(self) -> AblationPlan:
         """What is replaced by what, after a look at the exported latents."""
+        if not self.request.needs_latents:
+            return self.request.plan()
         mean_nk = self.exported.mean_nk
-        seen = LatentSummary(mean_nk.shape[1], len(self.groups), keep=True)
+        seen = LatentSummary(mean_nk.shape[1], len(self.groups), keep=self.request.mode == "permute")
         seen.add(mean_nk, self.exported.variance_nk, self.code_n)
         return self.request.plan(seen)
+
+    def description(self, plan: AblationPlan, groupby: str | None) -> dict[str, Any]:
+        """What was done, for ``uns``, in the exported order and signs."""
+        info = self.request.description(plan, groupby)
+        if "value" in info:
+            info["value"] = info["value"][self.exported.order] * self.exported.signs
+            info["value_of"] = np.asarray(self.exported.names)
+        return info
 
     def in_order(self, names: list[str]) -> list[int]:
         """Columns of an ablation in the exported order, if they are latents."""

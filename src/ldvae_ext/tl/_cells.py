@@ -10,6 +10,7 @@ import pandas as pd
 from anndata import AnnData
 from scipy import sparse
 
+from ldvae_ext._keys import MINIFIED_INFO, MINIFIED_WITHOUT_COUNTS
 from ldvae_ext._validate import listed, warn
 from ldvae_ext.core import LinearDecoder
 from ldvae_ext.core._arrays import strings
@@ -76,6 +77,9 @@ class ExportedCells:
 
     def counts(self, layer: str | None) -> Any:
         """The count matrix of all genes of the AnnData."""
+        if self._adata.uns.get(MINIFIED_INFO) == MINIFIED_WITHOUT_COUNTS:
+            msg = "`adata` was minified: scvi-tools has taken its counts away, which a likelihood needs."
+            raise ValueError(msg)
         layer = self._setup.get("layer") if layer is None else layer
         if layer is not None and layer not in self._adata.layers:
             msg = f"`layer`: {layer!r} is not in `adata.layers`, which has {listed(filter(None, self._adata.layers)) or 'none'}."
@@ -102,14 +106,14 @@ class ExportedCells:
         return None if np.array_equal(position, np.arange(self._adata.n_vars)) else position
 
     def chunks(
-        self, positions: np.ndarray, chunk_size: int, layer: str | None, *, with_counts: bool = True
+        self, positions: np.ndarray, chunk_size: int, layer: str | None
     ) -> Callable[[], Iterator[tuple[EncodedCells, np.ndarray]]]:
         """A function that walks over cells, a chunk at a time, each with its positions.
 
         Everything that can be wrong is looked at before the first chunk.
         """
-        counts = self.counts(layer) if with_counts else sparse.csr_array((self._adata.n_obs, 0))
-        genes = self._gene_positions() if with_counts else None
+        counts = self.counts(layer)
+        genes = self._gene_positions()
 
         def walk() -> Iterator[tuple[EncodedCells, np.ndarray]]:
             said = False

@@ -11,10 +11,11 @@ import pandas as pd
 from anndata import AnnData
 from scipy.stats import rankdata
 
-from ldvae_ext._keys import DEFAULT_KEY, GROUPS_INFO, check_key_added
-from ldvae_ext._validate import check_column, check_one_of, listed
+from ldvae_ext._groups import groups_of
+from ldvae_ext._keys import DEFAULT_KEY, GROUPS_INFO
+from ldvae_ext._validate import check_one_of, given_names, listed
 from ldvae_ext.core._arrays import strings
-from ldvae_ext.get._export import export_of
+from ldvae_ext.get._export import check_no_export, export_of
 
 METHODS = ("wilcoxon", "t-test", "t-test_overestim_var", "logreg")
 CORRECTIONS = ("benjamini-hochberg", "bonferroni")
@@ -109,18 +110,15 @@ def rank_factors_groups(
       ask for it).
     """
     keys, info = export_of(adata, key)
-    check_column(adata.obs.columns, "groupby", groupby)
     check_one_of("method", method, METHODS)
     check_one_of("corr_method", corr_method, CORRECTIONS)
-    check_key_added(key_added)
-    if "decoder" in adata.uns.get(key_added, {}):
-        msg = f"`key_added`: {key_added!r} is the key of an export, which would be lost."
-        raise ValueError(msg)
+    check_no_export(adata, key_added)
     reference = str(reference)
     if method == "logreg" and reference != REST:
         msg = f"`reference` must be 'rest' for `method='logreg'`, which tells `groups` from each other; got {reference!r}."
         raise ValueError(msg)
-    label_n = _labels(pd.Series(adata.obs[groupby]), groupby)
+    names, code_n = groups_of(adata.obs, groupby)
+    label_n = pd.Categorical.from_codes(code_n, pd.Index(names, dtype=object))
     chosen = _chosen(groups, reference, label_n.categories.tolist(), groupby)
     used_n = np.asarray(label_n.isin(chosen) if method == "logreg" else label_n.notna())
     label_n = label_n[used_n]
@@ -151,29 +149,14 @@ def rank_factors_groups(
     return adata if copy else None
 
 
-def _labels(column: pd.Series, groupby: str) -> pd.Categorical:
-    """Group of each cell, with a string for each group that has cells."""
-    label_n = pd.Categorical(column).remove_unused_categories()
-    labels = [str(label) for label in label_n.categories]
-    if not labels:
-        msg = f"`groupby`: no cell has a value in {groupby!r}."
-        raise ValueError(msg)
-    # Labels become names of fields, which numpy replaces where they are empty.
-    if len(set(labels)) < len(labels) or "" in labels:
-        msg = f"`groupby`: the labels of {groupby!r} must be distinct and not empty, as strings; they are {listed(labels)}."
-        raise ValueError(msg)
-    return label_n.rename_categories(dict(zip(label_n.categories, labels, strict=True)))
-
-
 def _chosen(groups: Any, reference: str, known: list[str], groupby: str) -> list[str]:
     """Groups to rank factors for."""
     if reference not in (REST, *known):
         msg = f"`reference` must be 'rest' or a group of {groupby!r}, which has {listed(known, 50)}; got {reference!r}."
         raise ValueError(msg)
-    if isinstance(groups, str) and groups != "all":
-        msg = f"`groups` must be 'all' or a sequence of groups; got {groups!r}."
-        raise ValueError(msg)
-    chosen = known if isinstance(groups, str) else list(dict.fromkeys(map(str, groups)))
+    chosen = (
+        known if isinstance(groups, str) and groups == "all" else list(dict.fromkeys(given_names("groups", groups)))
+    )
     unknown = [group for group in chosen if group not in known]
     if unknown:
         msg = f"`groups`: {listed(unknown)} not among the groups of {groupby!r}, which has {listed(known, 50)}."

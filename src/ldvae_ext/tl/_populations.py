@@ -9,11 +9,12 @@ import pandas as pd
 from anndata import AnnData
 
 from ldvae_ext._groups import groups_of
-from ldvae_ext._keys import DEFAULT_KEY, POPULATION_LOADINGS, check_key_added
+from ldvae_ext._keys import DEFAULT_KEY, POPULATION_LOADINGS
 from ldvae_ext._validate import check_positive_int
 from ldvae_ext.core._arrays import strings
 from ldvae_ext.core.populations import GroupMoments, PopulationRequest
 from ldvae_ext.core.posterior import deterministic_latent
+from ldvae_ext.get._export import check_no_export
 from ldvae_ext.tl._cells import ExportedCells
 
 CHUNK_SIZE = 1024
@@ -62,7 +63,8 @@ def population_loadings(
     KeyError
         If there is no such export or column.
     ValueError
-        If a group or kind does not exist, or an argument has no use for the kind.
+        If a group or kind does not exist, a group is called as a reference is, an argument has no use for the kind, or
+        ``key_added`` belongs to an export. Nothing is written.
 
     Notes
     -----
@@ -75,11 +77,16 @@ def population_loadings(
 
     :func:`ldvae_ext.get.population_loadings_df` reads them.
     """
-    check_key_added(key_added)
+    check_no_export(adata, key_added)
     check_positive_int("chunk_size", chunk_size)
     exported = ExportedCells(adata, key)
     groups, code_n = groups_of(adata.obs, groupby)
-    request = PopulationRequest(groups=groups, kind=kind, reference=reference, scale=scale)
+    request = PopulationRequest(groups=groups, kind=kind, reference=str(reference), scale=scale)
+    position = adata.var_names.astype(str).get_indexer_for(pd.Index(exported.decoder.genes))
+    if len(position) != len(exported.decoder.genes) or not (position >= 0).any():
+        problem = "has a gene twice" if len(position) != len(exported.decoder.genes) else "has none of its genes"
+        msg = f"Loadings are written to the genes of the decoder; `adata` {problem}."
+        raise ValueError(msg)
     decoder = exported.decoder.reordered(exported.order, exported.signs)
     moments = GroupMoments(decoder, len(groups), request.summed_scale)
     for start in range(0, adata.n_obs, chunk_size):
@@ -90,10 +97,6 @@ def population_loadings(
     loadings = request.loadings(decoder, moments)
 
     target = adata.copy() if copy else adata
-    position = target.var_names.astype(str).get_indexer_for(pd.Index(decoder.genes))
-    if len(position) != len(decoder.genes):
-        msg = "`adata.var_names` must be unique."
-        raise ValueError(msg)
     known = position >= 0
     array = np.full((target.n_vars, len(loadings.columns), len(loadings.groups)), np.nan, dtype=np.float32)
     array[position[known]] = loadings.value_pgk.transpose(1, 2, 0)[known]
@@ -106,7 +109,7 @@ def population_loadings(
         "key": key,
     }
     if kind in ("contribution", "path"):
-        info["reference"] = reference
+        info["reference"] = request.reference
     if request.summed_scale is not None:
         info["scale"] = request.summed_scale
     if kind == "within":
