@@ -24,9 +24,13 @@ def groups_of(obs: Any, groupby: str) -> tuple[list[str], np.ndarray]:
         If no cell has a value, or labels are empty or equal as strings.
     """
     if not isinstance(groupby, str):
-        msg = f"`groupby` must be the name of a column of `obs`; got {type(groupby).__name__}."
+        what = f"an {type(groupby).__name__}; `adata=` takes one" if isinstance(groupby, AnnData) else repr(groupby)
+        msg = f"`groupby` must be the name of a column of `obs`; got {what}."
         raise TypeError(msg)
     check_column(obs.columns, "groupby", groupby)
+    if pd.api.types.is_float_dtype(obs[groupby]) and (pd.Series(obs[groupby]).dropna() % 1 != 0).any():
+        msg = f"`groupby`: {groupby!r} holds numbers such as {pd.Series(obs[groupby]).dropna().iloc[0]:g}, not groups; `pd.cut` makes some."
+        raise ValueError(msg)
     column = pd.Categorical(pd.Series(obs[groupby])).remove_unused_categories()
     if not len(column.categories):
         msg = f"`groupby`: no cell has a value in {groupby!r}."

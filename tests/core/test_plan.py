@@ -310,7 +310,7 @@ def decoder():
         ({"mode": "value", "value": [0.0, np.nan, 1.0]}, "`value` must be a finite number"),
         ({"mode": "value", "value": {"Z_0": np.nan, "Z_1": 0, "Z_2": 0}}, "`value` must be a finite number"),
         ({"mode": "value", "value": {"Z_5": 1.0}}, "`value`: 'Z_5' is no latent"),
-        ({"mode": "value", "value": {"Z_0": 1.0}}, "`value` has none for 'Z_1', which 'Z_1' replaces"),
+        ({"mode": "value", "value": {"Z_0": 1.0}, "latents": [0, 1]}, "`value` has none for 'Z_1', which 'Z_1' replaces"),
         (
             {"mode": "value", "value": pd.Series({"Z_0": 1.0}), "latents": {"pair": ["Z_0", "Z_2"]}},
             "`value` has none for 'Z_2', which 'pair' replaces",

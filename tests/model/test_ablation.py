@@ -11,6 +11,7 @@ import torch
 from scipy import sparse
 from scvi.model import LinearSCVI
 
+from ldvae_ext import get
 from ldvae_ext.core import kl_per_dimension
 from ldvae_ext.model import LDVAE
 from tests.helpers import TRAIN, brute_force_ablation, counts, untrained
@@ -213,3 +214,47 @@ def test_ablated_expression_decodes_without_the_latents(latent_distribution):
 def test_bad_input_is_named(trained, arguments, message):
     with pytest.raises(ValueError, match=message):
         trained.ablate(**arguments)
+
+
+def test_data_that_were_normalised_since_are_named():
+    adata = counts(n_batches=3)
+    model = untrained(adata)
+    adata.X = adata.X * 0.5
+    with pytest.warns(UserWarning, match="values that are not integers"):
+        model.ablate()
+    with pytest.warns(UserWarning, match="values that are not integers"):
+        model.ablate_genes("batch")
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda m: m.ablate("batch"),
+            TypeError,
+            "`adata` must be an AnnData or None, for the model's own; got 'batch'",
+        ),
+        (
+            lambda m: m.ablate_genes(m.adata),
+            TypeError,
+            "`groupby` must be the name of a column of `obs`; got an AnnData",
+        ),
+        (lambda m: m.get_explained_deviance("batch", "zero"), TypeError, "`adata` must be an AnnData or None"),
+        (lambda m: m.get_population_loadings(m.adata, "batch"), TypeError, "`groupby` must be the name of a column"),
+        (lambda m: m.ablate_genes("depth"), ValueError, "'depth' holds numbers such as 0.5, not groups"),
+        (lambda m: get.ablation_df(m.adata), TypeError, "`ablation` must be what `ablate` returned"),
+        (lambda m: m.ablate(indices=[9999]), ValueError, "`indices` must be positions of 60 cells; got 9999"),
+    ],
+)
+def test_things_that_are_confused_are_told_apart(call, error, message):
+    adata = counts()
+    adata.obs["depth"] = np.arange(60) + 0.5
+    with pytest.raises(error, match=message):
+        call(untrained(adata))
+
+
+def test_a_mapping_of_values_names_the_latents():
+    model = untrained(counts())
+    got = model.ablate(mode="value", value={"Z_2": 1.0, "Z_0": -1.0})
+    assert got.var_names.tolist() == ["Z_0", "Z_2"]
+    np.testing.assert_array_equal(got.X, model.ablate(latents=[0, 2], mode="value", value=[-1.0, 0, 1.0, 0]).X)

@@ -163,8 +163,8 @@ def dots(ax):
     return parts
 
 
-def wide(ablation, column):
-    table = get.ablation_df(ablation, "population")
+def wide(ablation, column, **kwargs):
+    table = get.ablation_df(ablation, "population", **kwargs)
     return table.pivot_table(index="group", columns="factor", values=column, sort=False, dropna=False)[
         ablation.var_names
     ].to_numpy()
@@ -208,15 +208,22 @@ def test_areas_grow_with_the_share_of_cells_helped_and_none_vanishes(ablated):
     assert 0 < intercept < slope / 5
 
 
-def test_a_ring_marks_small_q_values_of_the_whole_ablation(ablated):
+@pytest.mark.parametrize("min_effect", [0.0, 0.5])
+def test_a_ring_marks_factors_that_help_more_than_chance_in_the_whole_ablation(ablated, min_effect):
     ablation = noisy(ablated)
-    significant = wide(ablation, "q_value") < 0.05
-    assert significant.any()
-    assert not significant.all()
-    ax = pl.ablation(ablation, "population", kind="dotplot", factors=[4, 2, 1], show=False)
+    significant = wide(ablation, "q_value", alternative="greater", min_effect=min_effect) < 0.05
+    assert not significant[:, 0].any()
+    chosen = [0, 4, 2, 1]
+    ax = pl.ablation(ablation, "population", kind="dotplot", factors=chosen, min_effect=min_effect, show=False)
     width = dots(ax)[2]
-    assert set(np.unique(width)) == {width.min(), width.max()}
-    np.testing.assert_array_equal(width == width.max(), significant[:, [4, 2, 1]])
+    assert len(np.unique(width)) == 2
+    np.testing.assert_array_equal(width == width.max(), significant[:, chosen])
+
+
+def test_a_smallest_effect_without_rings_is_refused(ablated):
+    with pytest.raises(ValueError, match="`min_effect` is for the rings"):
+        pl.ablation(ablated(), "population", min_effect=1.0)
+    assert not plt.get_fignums()
 
 
 def test_what_cannot_be_tested_has_no_ring(ablated):

@@ -97,6 +97,17 @@ def test_a_copy_is_written_to_if_asked_for():
     assert KEY not in adata.uns
 
 
+def test_conditions_are_compared_inside_the_named_cells():
+    model, adata = exported()
+    inside = (adata.obs["batch"] != "b1").to_numpy()
+    expected = model.get_population_loadings("type", "path", indices=inside, reference="B")["NK"]
+    for indices in (inside, np.random.default_rng(0).permutation(np.flatnonzero(inside))):
+        tl.population_loadings(adata, "type", "path", indices=indices, reference="B", chunk_size=7)
+        table = get.population_loadings_df(adata, group="NK").drop_duplicates("gene").set_index("gene")
+        np.testing.assert_allclose(table["total"], expected.to_numpy().sum(axis=1), atol=1e-5)
+        assert adata.uns[KEY]["n_cells"].sum() < inside.sum()
+
+
 def test_covariates_are_read_from_obs():
     adata = covariate_counts(n_batches=2)
     model = untrained(adata, setup=setup_arguments("both"))
@@ -117,8 +128,13 @@ def test_top_genes_of_a_population_are_those_of_its_loadings():
     assert top.query("direction == 'down'")["gene"].tolist() == table.nsmallest(3).index.tolist()
     np.testing.assert_allclose(top["value"], table[top["gene"]])
     assert set(get.top_genes(adata, group=["B", "NK"])["group"]) == {"B", "NK"}
+    tl.population_loadings(adata, "type", "path", key_added="path")
+    total = get.population_loadings_df(adata, group="NK", key="path").drop_duplicates("gene").set_index("gene")["total"]
+    ranked = get.top_genes(adata, "total", "NK", n=3, key="path")
+    assert ranked.query("direction == 'up'")["gene"].tolist() == total.nlargest(3).index.tolist()
+    np.testing.assert_allclose(ranked["value"], total[ranked["gene"]], rtol=1e-6)
     tl.population_loadings(adata, "type", "within", key_added="inside")
-    assert set(get.top_genes(adata, "D_0", "B", population_key="inside")["factor"]) == {"D_0"}
+    assert set(get.top_genes(adata, "D_0", "B", key="inside")["factor"]) == {"D_0"}
 
 
 def test_bad_input_is_named_and_nothing_is_written():
@@ -152,5 +168,3 @@ def test_bad_input_is_named_and_nothing_is_written():
         get.population_directions_df(adata)
     with pytest.raises(ValueError, match="`rank_by` ranks by the decoder alone"):
         get.top_genes(adata, "Z_0", "B", rank_by="loading")
-    with pytest.raises(ValueError, match="`population_key` needs `group`"):
-        get.top_genes(adata, "Z_0", population_key=KEY)

@@ -44,6 +44,8 @@ class AblationRequest:
         check_one_of("scheme", self.scheme, SCHEMES)
         check_one_of("use_posterior", self.use_posterior, POSTERIORS)
         decoder, is_sampled = self.decoder, self.use_posterior == "samples"
+        if self.latents is None and hasattr(self.value, "keys") and self.scheme == "leave_out":
+            object.__setattr__(self, "latents", list(self.value.keys()))
         if isinstance(self.latents, Iterator):
             object.__setattr__(self, "latents", list(self.latents))
         if self.n_samples is not None:

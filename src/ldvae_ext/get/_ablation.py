@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 from anndata import AnnData
+from scipy.sparse import issparse
 from scipy.stats import false_discovery_control, wilcoxon
 
 from ldvae_ext._groups import groups_of
@@ -74,6 +75,9 @@ def ablation_df(
         msg = "`min_effect` belongs to a one-sided test: `alternative='greater'` or `'less'`."
         raise ValueError(msg)
     shift = -min_effect if alternative == "less" else min_effect
+    if not isinstance(ablation, AnnData) or issparse(ablation.X):
+        msg = "`ablation` must be what `ablate` returned, not the data or the model."
+        raise TypeError(msg)
     if _is_of_genes(ablation):
         msg = "`ablation` is one of genes; `get.gene_ablation_df` reads it."
         raise ValueError(msg)

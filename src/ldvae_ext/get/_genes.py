@@ -14,6 +14,8 @@ from ldvae_ext.core._arrays import strings
 from ldvae_ext.get._export import decoder, loadings
 from ldvae_ext.get._populations import group_positions, populations_of
 
+# What ranks the genes of a path by the sum over its factors.
+TOTAL = "total"
 RANKS = ("information", "loading")
 
 
@@ -60,7 +62,6 @@ def top_genes(
     n: int = 10,
     rank_by: Literal["information", "loading"] | None = None,
     key: str | None = None,
-    population_key: str | None = None,
 ) -> pd.DataFrame:
     """The genes that rise and that fall most with a factor, at large or in one population.
 
@@ -72,16 +73,15 @@ def top_genes(
         One factor or several: names (``"Z_3"``) or positions in the exported order. All of them if None.
     group
         One population or several of those that :func:`ldvae_ext.tl.population_loadings` wrote; genes are ranked by their values
-        there, and ``factor`` may be all that they have: directions (``"D_0"``) for ``kind="within"``, ``"batch"`` for ``"path"``. (With
-        ``kind="gradient", scale="log"`` all populations rank genes alike, see there.) None ranks by the decoder alone.
+        there, and ``factor`` may be all that they have: directions (``"D_0"``) for ``kind="within"``; for ``"path"`` ``"batch"``, and
+        ``"total"``, the sum over all factors. (With ``kind="gradient", scale="log"`` all populations rank genes alike, see
+        there.) None ranks by the decoder alone.
     n
         Genes in each direction; fewer are returned where fewer rise or fall.
     rank_by
         Without ``group``: see :func:`gene_scores`; ``"information"`` if None.
     key
-        Without ``group``: ``key_added`` of the export.
-    population_key
-        With ``group``: ``key_added`` of the population loadings.
+        ``key_added`` of the export or, with ``group``, of the population loadings.
 
     Returns
     -------
@@ -96,15 +96,10 @@ def top_genes(
     """
     check_positive_int("n", n)
     if group is not None:
-        if rank_by is not None or key is not None:
-            msg = f"`{'key' if rank_by is None else 'rank_by'}` ranks by the decoder alone; with `group`, `population_key` says by what."
+        if rank_by is not None:
+            msg = "`rank_by` ranks by the decoder alone; with `group`, the population loadings of `key` rank."
             raise ValueError(msg)
-        return _top_in_groups(
-            adata, factor, group, n, POPULATION_LOADINGS if population_key is None else population_key
-        )
-    if population_key is not None:
-        msg = "`population_key` needs `group`."
-        raise ValueError(msg)
+        return _top_in_groups(adata, factor, group, n, POPULATION_LOADINGS if key is None else key)
     rank_by, key = rank_by or "information", DEFAULT_KEY if key is None else key
     score, loading = gene_scores(adata, rank_by=rank_by, key=key).to_numpy(), loadings(adata, key=key)
     tables = []
@@ -127,6 +122,8 @@ def _top_in_groups(adata: AnnData, factor: Any, group: Any, n: int, key: str) ->
     value_gkp, info = populations_of(adata, key)
     names, groups = strings(info["names"]).tolist(), strings(info["groups"]).tolist()
     tables = []
+    if info["kind"] == "path" and factor == TOTAL:
+        value_gkp, names = value_gkp.sum(axis=1, keepdims=True), [TOTAL]
     for p in group_positions(groups, group):
         for k in factor_indices(factor, names, argument="factor"):
             for direction, rows in _ends(value_gkp[:, k, p], n):

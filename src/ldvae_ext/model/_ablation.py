@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -13,11 +13,11 @@ from scvi.utils import track
 
 from ldvae_ext._groups import gene_ablation, groups_of
 from ldvae_ext._keys import ABLATION_INFO
-from ldvae_ext._validate import check_one_of
+from ldvae_ext._validate import check_one_of, warn
 from ldvae_ext.core.cells import EncodedCells
 from ldvae_ext.core.explained import ExplainedSums, PooledProfile, explained_sets
 from ldvae_ext.core.plan import MODES, AblationPlan, AblationRequest, LatentSummary, Mode, Scheme
-from ldvae_ext.model._cells import stream_cells, with_positions
+from ldvae_ext.model._cells import check_is_anndata, stream_cells, with_positions
 from ldvae_ext.model._decoding import DecodingMixin
 
 # Name of the group that all cells are without `groupby`.
@@ -79,7 +79,8 @@ class AblationMixin(DecodingMixin):
             * ``"value"``: ``value``;
             * ``"drop"``: only under ``"ln"``: z = 0, and the other latents renormalised to sum to 1.
         value
-            For ``mode="value"``: one number, one for each latent, or a mapping from names.
+            For ``mode="value"``: one number, one for each latent, or a mapping from names, which names the latents, too, if
+            ``latents`` does not.
         groupby
             For ``mode="group_mean"``: a column of ``obs``.
         scheme
@@ -138,7 +139,8 @@ class AblationMixin(DecodingMixin):
             parts = [
                 plan.effects(request.decoder, chunk, at, _codes_at(code_n, at))
                 for chunk, at in with_positions(
-                    track(cells.chunks, description="Ablating", total=cells.n_chunks, disable=silent), cells.positions
+                    track(self._raw(cells.chunks), description="Ablating", total=cells.n_chunks, disable=silent),
+                    cells.positions,
                 )
             ]
             obs = None if cells.obs is None else cells.obs.copy()
@@ -207,7 +209,7 @@ class AblationMixin(DecodingMixin):
         genes = request.decoder.genes
         total_pgs, n_p = np.zeros((len(groups), len(genes), len(plan.sets))), np.zeros(len(groups), dtype=np.int64)
         with stream_cells(self, adata, indices, batch_size, dataloader) as cells:
-            chunks = track(cells.chunks, description="Ablating", total=cells.n_chunks, disable=silent)
+            chunks = track(self._raw(cells.chunks), description="Ablating", total=cells.n_chunks, disable=silent)
             for chunk, at in with_positions(chunks, cells.positions):
                 group_n = _codes_at(code_n, at)
                 plan.add_gene_effects(total_pgs, request.decoder, chunk, at, group_n)
@@ -273,7 +275,7 @@ class AblationMixin(DecodingMixin):
         plan = explained_sets(self._plan(request, adata, code_n, batch_size, dataloader))
         sums = ExplainedSums(len(groups), plan)
         with stream_cells(self, adata, indices, batch_size, dataloader) as cells:
-            chunks = track(cells.chunks, description="Ablating", total=cells.n_chunks, disable=silent)
+            chunks = track(self._raw(cells.chunks), description="Ablating", total=cells.n_chunks, disable=silent)
             for chunk, at in with_positions(chunks, cells.positions):
                 sums.add(request.decoder, chunk, at, _codes_at(code_n, at), profile.share_bg)
         return pd.DataFrame(sums.columns(groups, self.latent_names))
@@ -350,10 +352,20 @@ class AblationMixin(DecodingMixin):
             raise TypeError(_READ_TWICE)
         return request
 
+    def _raw(self, chunks: Iterable[EncodedCells]) -> Iterator[EncodedCells]:
+        """The chunks, with a warning if their counts are none: the model's own data may have been normalised since."""
+        said = self.module.gene_likelihood == "normal"
+        for chunk in chunks:
+            if not said and (chunk.counts != np.rint(chunk.counts)).any():
+                said = True
+                warn("The counts hold values that are not integers; the likelihood is that of raw counts.")
+            yield chunk
+
     def _groups(self, adata: AnnData | None, groupby: str | None) -> tuple[list[str], np.ndarray | None]:
         """Groups of all cells; without ``groupby`` they are one."""
         if groupby is None:
             return [_ALL], None
+        check_is_anndata(adata)
         source = self.adata if adata is None else adata
         if source is None:
             msg = "This model was loaded without data: give `adata`."

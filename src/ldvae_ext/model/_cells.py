@@ -30,6 +30,13 @@ if TYPE_CHECKING:
     from ldvae_ext.model._base import LDVAEBase
 
 
+def check_is_anndata(adata: Any) -> None:
+    """Raise unless these are cells, or None."""
+    if adata is not None and not isinstance(adata, AnnData):
+        msg = f"`adata` must be an AnnData or None, for the model's own; got {adata!r}. Other arguments are best given by name."
+        raise TypeError(msg)
+
+
 class CellStream(NamedTuple):
     """Cells on their way through the encoder."""
 
@@ -53,6 +60,7 @@ def stream_cells(
     data_loader_kwargs: dict | None = None,
 ) -> Iterator[CellStream]:
     """Posteriors and counts of cells, from an AnnData or from a data loader, read once."""
+    check_is_anndata(adata)
     _validate_adata_dataloader_input(model, adata, dataloader)
     model._check_if_trained(warn=True)
     covariates = covariates_of(model.registry)

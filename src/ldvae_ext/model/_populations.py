@@ -13,7 +13,7 @@ from ldvae_ext._validate import cell_positions
 from ldvae_ext.core.populations import GroupMoments, PopulationLoadings, PopulationRequest
 from ldvae_ext.core.posterior import deterministic_latent
 from ldvae_ext.model._ablation import AblationMixin
-from ldvae_ext.model._cells import stream_cells, with_positions
+from ldvae_ext.model._cells import check_is_anndata, stream_cells, with_positions
 
 
 class PopulationsMixin(AblationMixin):
@@ -125,6 +125,7 @@ class PopulationsMixin(AblationMixin):
         scale: str | None,
         batch_size: int | None,
     ) -> tuple[PopulationLoadings, list[str]]:
+        check_is_anndata(adata)
         source = self.adata if adata is None else adata
         if source is None:
             msg = "This model was loaded without data: give `adata`."

@@ -37,6 +37,7 @@ def ablation(
     *,
     kind: Literal["heatmap", "dotplot"] = "heatmap",
     factors: Any = None,
+    min_effect: float = 0.0,
     ax: Axes | None = None,
     show: bool | None = None,
     return_fig: bool = False,
@@ -56,12 +57,14 @@ def ablation(
     kind
         ``"heatmap"``: values are written into the cells where they fit; elsewhere a minus sign marks the negative ones.
         ``"dotplot"``: the area of a dot grows with the share of the group's cells that the factor helps, and does not start
-        at 0, so that a factor that helps no cell is still seen; a black ring marks ``q_value < 0.05`` in
-        :func:`ldvae_ext.get.ablation_df`, over all groups and factors of ``ablation``, drawn or not. With many cells most
-        dots have one: look at the colour first.
+        at 0, so that a factor that helps no cell is still seen; a black ring marks a factor that helps with
+        ``q_value < 0.05`` in ``get.ablation_df(ablation, groupby, alternative="greater", min_effect=min_effect)``, over all groups
+        and factors of ``ablation``, drawn or not. With many cells most dots have one: name a ``min_effect``.
     factors
         Factors to draw, in this order: names (``"Z_3"``), such as ``ldvae_ext.get.factors(adata).index`` for the
         exported order, or positions. All of them, as they stand in ``ablation``, if None.
+    min_effect
+        For ``"dotplot"``: the effect, in nats per cell, that a factor must exceed to have a ring.
     ax
         Axes to draw in; a new figure if None.
     show
@@ -81,7 +84,10 @@ def ablation(
         If ``factors`` names none or an unknown one, if no cell has a group, or if there is no such kind.
     """
     check_one_of("kind", kind, KINDS)
-    table = get.ablation_df(ablation, groupby)
+    if min_effect and kind != "dotplot":
+        msg = "`min_effect` is for the rings of `kind='dotplot'`."
+        raise ValueError(msg)
+    table = get.ablation_df(ablation, groupby, alternative="greater", min_effect=min_effect)
     names = ablation.var_names.astype(str).tolist()
     chosen = [names[k] for k in factors_in_order(factors, names)]
     groups = table.drop_duplicates("group")

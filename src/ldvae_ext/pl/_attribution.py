@@ -163,7 +163,7 @@ def _path(adata: AnnData, gene: Any, group: str, key: str) -> tuple[pd.DataFrame
     """Genes x parts of the log-ratio, and the lines that say which ratio it is."""
     _, info = populations_of(adata, key)
     if info["kind"] != "path":
-        msg = f"`key={key!r}` holds population loadings of kind {str(info['kind'])!r}; those of kind 'path' add up to a log-ratio."
+        msg = f"`key={key!r}` holds population loadings of kind {str(info['kind'])!r}; those of kind 'path', `tl.population_loadings(adata, groupby, 'path')`, add up to a log-ratio."
         raise ValueError(msg)
     check_one_of("group", group, strings(info["groups"]).tolist())
     genes = list(dict.fromkeys([gene] if isinstance(gene, str) else map(str, gene)))
@@ -183,11 +183,11 @@ def _waterfall(value_k: pd.Series, n_factors: int) -> _Fall:
     # A bar for "1 other" would take the room of its name.
     n_own = len(factors) if len(factors) <= n_factors + 1 else n_factors
     parts = {str(factor): value for factor, value in factors.iloc[:n_own].items()}
-    colors = [ORANGE if value < 0 else BLUE for value in parts.values()]
+    colors = [BLUE if value < 0 else ORANGE for value in parts.values()]
     if n_own < len(factors):
         pooled = factors.iloc[n_own:].sum()
         parts[f"{len(factors) - n_own} others"] = pooled
-        colors.append(ORANGE if pooled < 0 else BLUE)
+        colors.append(BLUE if pooled < 0 else ORANGE)
     if BATCH in value_k.index:
         parts[BATCH] = value_k[BATCH]
         colors.append(_GRAY)

@@ -96,7 +96,7 @@ def population_loadings(
         label=label,
         cmap="RdBu_r",
         xlabel=str(info["groupby"]),
-        title="\n".join([name, *reference_line(info)]),
+        title="\n".join([name, *reference_line(info), *(["another in each"] if info["kind"] == "within" else [])]),
         ax=ax,
     )
     return finish(ax, show=show, return_fig=return_fig, own=own)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import pandas as pd
@@ -10,7 +10,7 @@ from anndata import AnnData
 
 from ldvae_ext._groups import groups_of
 from ldvae_ext._keys import DEFAULT_KEY, POPULATION_LOADINGS
-from ldvae_ext._validate import check_positive_int
+from ldvae_ext._validate import cell_positions, check_positive_int
 from ldvae_ext.core._arrays import strings
 from ldvae_ext.core.populations import GroupMoments, PopulationRequest
 from ldvae_ext.core.posterior import deterministic_latent
@@ -25,6 +25,7 @@ def population_loadings(
     groupby: str,
     kind: Literal["gradient", "contribution", "path", "within"] = "gradient",
     *,
+    indices: Any = None,
     reference: str = "rest",
     scale: Literal["log", "expression"] | None = None,
     key: str = DEFAULT_KEY,
@@ -43,6 +44,9 @@ def population_loadings(
         AnnData that :meth:`ldvae_ext.model.LDVAE.export_to_anndata` wrote to.
     groupby
         Column of ``obs``; cells without a value are left out.
+    indices
+        Cells to look at, as positions or a mask; the reference too is made of them. To compare conditions inside one cell
+        type, give the cells of the type.
     kind, reference, scale
         As in :meth:`ldvae_ext.model.LDVAE.get_population_loadings`.
     key
@@ -80,7 +84,9 @@ def population_loadings(
     check_no_export(adata, key_added)
     check_positive_int("chunk_size", chunk_size)
     exported = ExportedCells(adata, key)
-    groups, code_n = groups_of(adata.obs, groupby)
+    positions = cell_positions(indices, adata.n_obs)
+    # Groups of the chosen cells only, so that none is empty.
+    groups, code_n = groups_of(cast("pd.DataFrame", adata.obs).iloc[positions], groupby)
     request = PopulationRequest(groups=groups, kind=kind, reference=str(reference), scale=scale)
     position = adata.var_names.astype(str).get_indexer_for(pd.Index(exported.decoder.genes))
     if len(position) != len(exported.decoder.genes) or not (position >= 0).any():
@@ -89,11 +95,16 @@ def population_loadings(
         raise ValueError(msg)
     decoder = exported.decoder.reordered(exported.order, exported.signs)
     moments = GroupMoments(decoder, len(groups), request.summed_scale)
-    for start in range(0, adata.n_obs, chunk_size):
-        at = np.arange(start, min(start + chunk_size, adata.n_obs))
+    for start in range(0, len(positions), chunk_size):
+        at = positions[start : start + chunk_size]
         z_nk = deterministic_latent(exported.mean_nk[at], decoder.latent_distribution)
         covariates = None if exported.covariates is None else exported.covariates.iloc[at]
-        moments.add(z_nk[:, exported.order] * exported.signs, exported.batch_n[at], covariates, code_n[at])
+        moments.add(
+            z_nk[:, exported.order] * exported.signs,
+            exported.batch_n[at],
+            covariates,
+            code_n[start : start + chunk_size],
+        )
     loadings = request.loadings(decoder, moments)
 
     target = adata.copy() if copy else adata
