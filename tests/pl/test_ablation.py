@@ -247,7 +247,7 @@ def test_the_legend_explains_sizes_and_rings(ablated):
     for text, handle in zip(shares, legend.legend_handles, strict=False):
         assert handle.get_markersize() ** 2 == pytest.approx(intercept + slope * float(text[:-1]) / 100)
         assert handle.get_markeredgewidth() == width.min()
-    assert ring == "q < 0.05"
+    assert ring == "helps, q < 0.05"
     assert legend.legend_handles[-1].get_markeredgewidth() == width.max()
     assert legend.legend_handles[-1].get_markeredgecolor() == "black"
 

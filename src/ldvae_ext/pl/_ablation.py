@@ -159,7 +159,7 @@ def _dotplot(
     bar = color_bar(points, ax, mean_pk, label, shrink=0.45, anchor=(0, 0), aspect=12)
     legend = bar.ax.legend(
         [*(_dot("dimgray", *_PLAIN) for _ in _SHARES), _dot("white", *_RING)],
-        [*(f"{share:.0%}" for share in _SHARES), f"q < {_SIGNIFICANT}"],
+        [*(f"{share:.0%}" for share in _SHARES), f"helps, q < {_SIGNIFICANT}"],
         title="Cells helped",
         loc="upper left",
         bbox_to_anchor=(0, 1),
