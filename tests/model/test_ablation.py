@@ -258,3 +258,10 @@ def test_a_mapping_of_values_names_the_latents():
     got = model.ablate(mode="value", value={"Z_2": 1.0, "Z_0": -1.0})
     assert got.var_names.tolist() == ["Z_0", "Z_2"]
     np.testing.assert_array_equal(got.X, model.ablate(latents=[0, 2], mode="value", value=[-1.0, 0, 1.0, 0]).X)
+
+
+def test_groups_that_nothing_is_set_to_are_refused():
+    model = untrained(counts())
+    for call in (model.ablate, lambda **kwargs: model.get_ablated_expression("Z_0", **kwargs)):
+        with pytest.raises(ValueError, match="`groupby` belongs to `mode='group_mean'`; got mode 'zero'"):
+            call(groupby="batch")

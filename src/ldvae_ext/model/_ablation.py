@@ -318,6 +318,7 @@ class AblationMixin(DecodingMixin):
         request = self._ablation_request(
             dataloader, groupby, None, latents={"all": latents}, mode=mode, value=value, seed=seed
         )
+        request.reject_unused_groups()
         _, code_n = self._groups(adata, groupby)
         plan = self._plan(request, adata, code_n, batch_size, dataloader)
 
