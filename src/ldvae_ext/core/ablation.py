@@ -9,6 +9,7 @@ import numpy as np
 
 from ldvae_ext.core.cells import Nonzero, dense, nonzero
 from ldvae_ext.core.decoder import LinearDecoder
+from ldvae_ext.core.heads import heads_at
 from ldvae_ext.core.likelihood import EPS, log_likelihood, mean_dependent_part
 from ldvae_ext.core.posterior import deterministic_latent
 
@@ -104,21 +105,14 @@ def ablation_changes(
     z_nk = deterministic_latent(mean_nk, decoder.latent_distribution)
     logits_ng = decoder.logits(z_nk, batch, covariates)
     library_n1 = np.asarray(library_n, dtype=np.float64).reshape(-1, 1)
-
-    def heads(at_nk: np.ndarray) -> tuple[Any, Any]:
-        theta = None
-        if decoder.likelihood != "poisson":
-            theta = decoder.theta(batch, len(at_nk), label=label, z_nk=at_nk, covariates=covariates)
-        is_zinb = decoder.likelihood == "zinb"
-        return theta, decoder.dropout_logits(at_nk, batch, covariates) if is_zinb else None
-
+    heads = heads_at(decoder, z_nk, batch, covariates, label)
     full_ng = logits_ng.copy()
     _to_rate(decoder, full_ng, library_n1)
     if refit_heads:
         counts_ng = dense(x_ng)
-        full_ng = log_likelihood(decoder.likelihood, counts_ng, full_ng, *heads(z_nk))
+        full_ng = log_likelihood(decoder.likelihood, counts_ng, full_ng, *heads)
     else:
-        change = _change(decoder.likelihood, x_ng, full_ng, *heads(z_nk))
+        change = _change(decoder.likelihood, x_ng, full_ng, *heads)
     buffer_ng = np.empty_like(logits_ng)
     for replaced in sets:
         moved_nk = mean_nk.copy()
@@ -129,7 +123,8 @@ def ablation_changes(
         buffer_ng += logits_ng
         _to_rate(decoder, buffer_ng, library_n1)
         if refit_heads:
-            yield full_ng - log_likelihood(decoder.likelihood, counts_ng, buffer_ng, *heads(moved_nk))
+            moved_heads = heads_at(decoder, moved_nk, batch, covariates, label)
+            yield full_ng - log_likelihood(decoder.likelihood, counts_ng, buffer_ng, *moved_heads)
         else:
             yield change(buffer_ng)
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from ldvae_ext.core.cells import EncodedCells, dense, indicator
 from ldvae_ext.core.decoder import LinearDecoder
+from ldvae_ext.core.heads import parameters_given
 from ldvae_ext.core.likelihood import deviance
 from ldvae_ext.core.plan import AblationPlan
 from ldvae_ext.core.posterior import deterministic_latent
@@ -45,14 +46,7 @@ def cell_deviances(decoder: LinearDecoder, cells: EncodedCells, share_bg: np.nda
     """
     x_ng = dense(cells.counts)
     z_nk = deterministic_latent(np.asarray(cells.mean, dtype=np.float64), decoder.latent_distribution)
-    batch = decoder.batches[cells.batch]
-    label = None if decoder.labels is None else decoder.labels[cells.label]
-    theta = dropout_ng = None
-    if decoder.likelihood != "poisson":
-        theta = decoder.theta(batch, len(z_nk), label=label, z_nk=z_nk, covariates=cells.covariates)
-    if decoder.likelihood == "zinb":
-        dropout_ng = decoder.dropout_logits(z_nk, batch, cells.covariates)
-    full_ng = decoder.rate(z_nk, batch, cells.covariates, library=cells.library)
+    full_ng, theta, dropout_ng = parameters_given(decoder, z_nk, cells, cells.library)
     null_ng = share_bg[cells.batch] * cells.library[:, None]
     full_n, null_n = (
         deviance(decoder.likelihood, x_ng, mu_ng, theta, dropout_ng).sum(axis=1) for mu_ng in (full_ng, null_ng)

@@ -256,6 +256,11 @@ def within_directions(decoder: LinearDecoder, covariance_kk: np.ndarray) -> With
         The decoder.
     covariance_kk
         Covariance of the latents of its cells, shape (factors, factors).
+
+    Returns
+    -------
+    ``loading_gj``, genes x directions, in log-rate per standard deviation of the cells (under a softplus link in its argument);
+    ``variance_j``, its square, summed over genes; ``share_jk``, directions x factors.
     """
     weight_gk = decoder.centered().weight_gk
     value_k, vector_kk = np.linalg.eigh(covariance_kk)

@@ -117,6 +117,8 @@ class AblationMixin(DecodingMixin):
         ValueError
             If a latent, mode, batch or group does not exist, an argument has no use in the mode, or the model's data are
             minified without counts.
+        TypeError
+            If ``adata`` is no AnnData, or ``dataloader`` an iterator that would have to be read twice.
         """
         self._check_has_counts("ablate")
         request = self._ablation_request(

@@ -21,6 +21,7 @@ from scvi.module._constants import MODULE_KEYS
 from ldvae_ext._validate import check_column, check_one_of
 from ldvae_ext.core import LinearDecoder, log_likelihood
 from ldvae_ext.core.cells import EncodedCells
+from ldvae_ext.core.heads import parameters_given
 from ldvae_ext.core.posterior import deterministic_latent
 from ldvae_ext.model._base import LDVAEBase
 from ldvae_ext.model._cells import stream_cells
@@ -371,16 +372,3 @@ def _log_likelihood_at_mean(decoder: LinearDecoder, cells: EncodedCells) -> np.n
     z_nk = deterministic_latent(cells.mean.astype(np.float64), decoder.latent_distribution)
     mu_ng, theta, dropout_ng = parameters_given(decoder, z_nk, cells, cells.library)
     return log_likelihood(decoder.likelihood, cells.counts.astype(np.float64), mu_ng, theta, dropout_ng).sum(axis=1)
-
-
-def parameters_given(
-    decoder: LinearDecoder, z_nk: np.ndarray, cells: EncodedCells, library: Any
-) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
-    """Mean, dispersion and dropout logits of given latents in the batches of given cells."""
-    batch, label = decoder.batches[cells.batch], None if decoder.labels is None else decoder.labels[cells.label]
-    mu_ng = decoder.rate(z_nk, batch, cells.covariates, library=library)
-    theta = None
-    if decoder.likelihood != "poisson":
-        theta = decoder.theta(batch, len(z_nk), label=label, z_nk=z_nk, covariates=cells.covariates)
-    is_inflated = decoder.likelihood == "zinb"
-    return mu_ng, theta, decoder.dropout_logits(z_nk, batch, cells.covariates) if is_inflated else None

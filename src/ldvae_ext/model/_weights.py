@@ -14,9 +14,10 @@ from ldvae_ext._keys import ABUNDANCE
 from ldvae_ext._validate import check_column
 from ldvae_ext.core import log_likelihood
 from ldvae_ext.core.cells import EncodedCells
+from ldvae_ext.core.heads import parameters_given
 from ldvae_ext.core.importance import importance_weights, latent_log_density
 from ldvae_ext.model._cells import stream_cells
-from ldvae_ext.model._tasks import TasksMixin, parameters_given, quiet, with_u
+from ldvae_ext.model._tasks import TasksMixin, quiet, with_u
 
 
 class WeightsMixin(TasksMixin):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal, cast
 
@@ -99,7 +99,7 @@ def ablate(
     positions = cell_positions(indices, adata.n_obs)
     chunks = work.chunks(positions)
     plan = work.plan()
-    parts = [plan.effects(work.request.decoder, cells, at, work.code_n[at]) for cells, at in chunks()]
+    parts = [plan.effects(work.request.decoder, cells, at, work.code_n[at]) for cells, at in chunks]
     effect_ns = np.concatenate(parts) if parts else np.empty((0, len(plan.sets)))
     in_order = work.in_order(plan.names)
     return AnnData(
@@ -164,7 +164,7 @@ def ablate_genes(
     plan, genes = work.plan(), work.request.decoder.genes
     n_p = np.zeros(len(work.groups), dtype=np.int64)
     total_pgs = np.zeros((len(work.groups), len(genes), len(plan.sets)))
-    for cells, at in chunks():
+    for cells, at in chunks:
         group_n = work.code_n[at]
         plan.add_gene_effects(total_pgs, work.request.decoder, cells, at, group_n)
         n_p += np.bincount(group_n[group_n >= 0], minlength=len(n_p))
@@ -237,8 +237,8 @@ class _Work:
             raise ValueError(msg)
         return tuple(known.index(batch) for batch in given)
 
-    def chunks(self, positions: np.ndarray) -> Callable[[], Iterator[tuple[EncodedCells, np.ndarray]]]:
-        """A function that walks over these cells; see :meth:`ExportedCells.chunks`."""
+    def chunks(self, positions: np.ndarray) -> Iterator[tuple[EncodedCells, np.ndarray]]:
+        """These cells, a chunk at a time; see :meth:`ExportedCells.chunks`."""
         return self.exported.chunks(positions, self._chunk_size, self._layer)
 
     def plan(self) -> AblationPlan:

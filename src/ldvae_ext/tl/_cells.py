@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -27,13 +27,11 @@ class ExportedCells:
 
     def __init__(self, adata: AnnData, key: str) -> None:
         keys, info = export_of(adata, key)
-        missing = [f"adata.{slot}[{name!r}]" for slot, name in (("obs", keys.library),) if name not in adata.obs]
         self.decoder = LinearDecoder.from_arrays(info["decoder"])
         is_ln = self.decoder.latent_distribution == "ln"
-        if is_ln and keys.logits not in adata.obsm:
-            missing.append(f"adata.obsm[{keys.logits!r}]")
-        if missing:
-            msg = f"This export lacks {listed(missing)}; export again with `LDVAE.export_to_anndata`."
+        if keys.library not in adata.obs or (is_ln and keys.logits not in adata.obsm):
+            lost = f"obs[{keys.library!r}]" if keys.library not in adata.obs else f"obsm[{keys.logits!r}]"
+            msg = f"This export lacks `adata.{lost}`; export again with `LDVAE.export_to_anndata`."
             raise KeyError(msg)
         self.names = strings(info["names"]).tolist()
         self.order, self.signs = np.asarray(info["order"]), np.asarray(info["signs"])
@@ -67,10 +65,10 @@ class ExportedCells:
     def _covariates(self) -> pd.DataFrame | None:
         if not self.decoder.covariates:
             return None
-        columns = {c.name: self._column(c.name) for c in self.decoder.covariates}
+        # Levels are known by their names, numbers too.
         return pd.DataFrame(
             {
-                c.name: columns[c.name].astype(str) if c.levels is not None else columns[c.name]
+                c.name: self._column(c.name) if c.levels is None else self._column(c.name).astype(str)
                 for c in self.decoder.covariates
             }
         )
@@ -107,34 +105,32 @@ class ExportedCells:
 
     def chunks(
         self, positions: np.ndarray, chunk_size: int, layer: str | None
-    ) -> Callable[[], Iterator[tuple[EncodedCells, np.ndarray]]]:
-        """A function that walks over cells, a chunk at a time, each with its positions.
+    ) -> Iterator[tuple[EncodedCells, np.ndarray]]:
+        """Cells, a chunk at a time, each with its positions; layer and genes are looked at before the first."""
+        counts, genes = self.counts(layer), self._gene_positions()
+        return self._walk(counts, genes, positions, chunk_size)
 
-        Everything that can be wrong is looked at before the first chunk.
-        """
-        counts = self.counts(layer)
-        genes = self._gene_positions()
-
-        def walk() -> Iterator[tuple[EncodedCells, np.ndarray]]:
-            said = False
-            for start, chunk in enumerate(row_chunks(counts, positions, chunk_size)):
-                at = positions[start * chunk_size : (start + 1) * chunk_size]
-                x_ng = chunk if genes is None else chunk[:, genes]
-                said = _look_at(x_ng, said=said)
-                yield (
-                    EncodedCells(
-                        mean=self.mean_nk[at],
-                        variance=self.variance_nk[at],
-                        library=self.library_n[at],
-                        batch=self.batch_n[at],
-                        label=self.label_n[at],
-                        covariates=None if self.covariates is None else self.covariates.iloc[at],
-                        counts=x_ng,
-                    ),
-                    at,
-                )
-
-        return walk
+    def _walk(
+        self, counts: Any, genes: np.ndarray | None, positions: np.ndarray, chunk_size: int
+    ) -> Iterator[tuple[EncodedCells, np.ndarray]]:
+        said = False
+        for i, chunk in enumerate(row_chunks(counts, positions, chunk_size)):
+            at = positions[i * chunk_size : (i + 1) * chunk_size]
+            x_ng = chunk if genes is None else chunk[:, genes]
+            said = _look_at(x_ng, said=said)
+            covariates = None if self.covariates is None else self.covariates.iloc[at]
+            yield (
+                EncodedCells(
+                    mean=self.mean_nk[at],
+                    variance=self.variance_nk[at],
+                    library=self.library_n[at],
+                    batch=self.batch_n[at],
+                    label=self.label_n[at],
+                    covariates=covariates,
+                    counts=x_ng,
+                ),
+                at,
+            )
 
 
 def _look_at(x_ng: Any, *, said: bool) -> bool:
