@@ -11,17 +11,15 @@ from matplotlib.axes import Axes
 from matplotlib.colors import CenteredNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.transforms import blended_transform_factory
 
 from ldvae_ext import get
 from ldvae_ext._keys import ABLATION_INFO
 from ldvae_ext._validate import check_one_of
-from ldvae_ext.pl._figure import CHARACTER, SMALL, em, factors_in_order, finish, fit, panels, turn_crowded
+from ldvae_ext.pl._dots import CELL, dress, laid_out_diameter, size_legend
+from ldvae_ext.pl._figure import CHARACTER, em, factors_in_order, finish, panels
 from ldvae_ext.pl._heatmap import color_bar, heatmap, largest_of
 
 KINDS = ("heatmap", "dotplot")
-# Side of the square that a dot has to itself, and width of the largest dot, in em.
-_CELL, _DOT = 1.8, 1.5
 # Area of the dot of a factor that helps no cell, as a share of the largest: a factor that hurts all is a finding too.
 _SMALLEST = 0.1
 # Shares in the legend of the sizes.
@@ -129,8 +127,8 @@ def _dotplot(
     ax: Axes | None,
 ) -> Axes:
     own = ax is None
-    width = max(12, min(3 * len(factors), 36), _CELL * len(factors)) * em()
-    height = max(22, _CELL * len(groups), CHARACTER * len(ylabel)) * em()
+    width = max(12, min(3 * len(factors), 36), CELL * len(factors)) * em()
+    height = max(22, CELL * len(groups), CHARACTER * len(ylabel)) * em()
     if ax is None:
         ax = panels(1, 1, width, height, beside=max(map(len, groups)))[1].item()
     largest = largest_of(mean_pk)
@@ -146,39 +144,17 @@ def _dotplot(
         linewidths=widths,
         edgecolors=edges,
     )
-    ax.set_xticks(np.arange(len(factors)), factors)
-    ax.set_yticks(np.arange(len(groups)), groups)
-    ax.set_xlim(-0.6, len(factors) - 0.4)
-    ax.set_ylim(len(groups) - 0.4, -0.6)
-    ax.set_xlabel("Factor")
-    ax.set_ylabel(ylabel, fontsize=SMALL)
-    ax.set_axisbelow(True)
-    ax.grid(visible=False)
-    ax.tick_params(labelsize=SMALL, length=0)
+    dress(ax, groups, factors, ylabel)
     # The lower half; the legend of sizes and rings lies above it.
     bar = color_bar(points, ax, mean_pk, label, shrink=0.45, anchor=(0, 0), aspect=12)
-    legend = bar.ax.legend(
+    legend = size_legend(
+        bar,
+        ax,
         [*(_dot("dimgray", *_PLAIN) for _ in _SHARES), _dot("white", *_RING)],
         [*(f"{share:.0%}" for share in _SHARES), f"helps, q < {_SIGNIFICANT}"],
-        title="Cells helped",
-        loc="upper left",
-        bbox_to_anchor=(0, 1),
-        bbox_transform=blended_transform_factory(bar.ax.transAxes, ax.transAxes),
-        borderaxespad=0,
-        borderpad=0,
-        fontsize=SMALL,
-        title_fontsize=SMALL,
-        alignment="left",
-        frameon=False,
+        "Cells helped",
     )
-    if own:
-        fit(ax, width, height)
-    else:
-        turn_crowded(ax)
-    panel = ax.get_window_extent()
-    # In points, and never wider than what given axes have for a dot.
-    cell = min(panel.width / len(factors), panel.height / len(groups)) / ax.figure.figure.dpi / em()
-    diameter = 72 * em() * min(_DOT, _DOT / _CELL * cell)
+    diameter = laid_out_diameter(ax, len(groups), len(factors), own=own, width=width, height=height)
     points.set_sizes(diameter**2 * _area(share_pk[row, column]))
     for handle, share in zip(legend.get_lines(), (*_SHARES, 0.5), strict=True):
         handle.set_markersize(diameter * np.sqrt(_area(share)))

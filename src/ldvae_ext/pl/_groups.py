@@ -10,16 +10,14 @@ from matplotlib.axes import Axes
 from matplotlib.colors import CenteredNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.transforms import blended_transform_factory
 
 from ldvae_ext import get
 from ldvae_ext._keys import GROUPS_INFO
 from ldvae_ext.core._arrays import strings
 from ldvae_ext.get._groups import ranking_of
-from ldvae_ext.pl._figure import CHARACTER, SMALL, em, factors_in_order, finish, fit, panels, turn_crowded
+from ldvae_ext.pl._dots import CELL, dress, laid_out_diameter, size_legend
+from ldvae_ext.pl._figure import CHARACTER, SMALL, em, factors_in_order, finish, panels
 
-# Side of the square that a dot has to itself, and width of the largest dot, in em.
-_CELL, _DOT = 1.8, 1.5
 # AUROCs in the legend, largest first.
 _SHOWN = (1.0, 0.9, 0.75, 0.6)
 
@@ -77,8 +75,8 @@ def factor_groups(
     title = "" if reference == "rest" else f"reference: {reference}"
 
     own = ax is None
-    width = max(12, min(3 * len(chosen), 36), _CELL * len(chosen), CHARACTER * len(title)) * em()
-    height = max(20, _CELL * len(groups), CHARACTER * len(groupby)) * em()
+    width = max(12, min(3 * len(chosen), 36), CELL * len(chosen), CHARACTER * len(title)) * em()
+    height = max(20, CELL * len(groups), CHARACTER * len(groupby)) * em()
     if ax is None:
         ax = panels(1, 1, width, height, beside=max(map(len, groups)))[1].item()
     row, column = np.indices(difference_pk.shape).reshape(2, -1)
@@ -92,44 +90,22 @@ def factor_groups(
         edgecolors="dimgray",
         linewidths=0.4,
     )
-    ax.set_xticks(np.arange(len(chosen)), chosen)
-    ax.set_yticks(np.arange(len(groups)), groups)
-    ax.set_xlim(-0.6, len(chosen) - 0.4)
-    ax.set_ylim(len(groups) - 0.4, -0.6)
-    ax.set_xlabel("Factor")
-    ax.set_ylabel(groupby, fontsize=SMALL)
+    dress(ax, groups, chosen, groupby)
     ax.set_title(title, fontsize=SMALL)
-    ax.set_axisbelow(True)
-    ax.grid(visible=False)
-    ax.tick_params(labelsize=SMALL, length=0)
     # The lower half; the legend of the sizes lies above it.
     bar = ax.figure.colorbar(points, ax=ax, pad=0.02, shrink=0.45, anchor=(0, 0), aspect=12)
     other = "rest" if reference == "rest" else "reference"
     bar.set_label(f"Mean in group\n\N{MINUS SIGN} mean in {other}\n(units of latent)", fontsize=SMALL)
     bar.ax.tick_params(labelsize=SMALL)
-    legend = bar.ax.legend(
+    legend = size_legend(
+        bar,
+        ax,
         [Line2D([], [], linestyle="none", marker="o", color="dimgray") for _ in _SHOWN],
         [f"{auroc:g} or {1 - auroc:g}" for auroc in _SHOWN],
-        title="AUROC",
-        loc="upper left",
-        bbox_to_anchor=(0, 1),
-        bbox_transform=blended_transform_factory(bar.ax.transAxes, ax.transAxes),
-        borderaxespad=0,
-        borderpad=0,
-        fontsize=SMALL,
-        title_fontsize=SMALL,
-        alignment="left",
-        frameon=False,
+        "AUROC",
     )
-    if own:
-        fit(ax, width, height)
-    else:
-        turn_crowded(ax)
-    panel = ax.get_window_extent()
-    # In points, and never wider than what given axes have for a dot.
-    cell = min(panel.width / len(chosen), panel.height / len(groups)) / ax.figure.figure.dpi / em()
-    diameter = 72 * em() * min(_DOT, _DOT / _CELL * cell)
+    diameter = laid_out_diameter(ax, len(groups), len(chosen), own=own, width=width, height=height)
     points.set_sizes(diameter**2 * strength_pk.ravel())
-    for handle, auroc in zip(legend.legend_handles, _SHOWN, strict=True):
+    for handle, auroc in zip(legend.get_lines(), _SHOWN, strict=True):
         handle.set_markersize(diameter * np.sqrt(abs(2 * auroc - 1)))
     return finish(ax, show=show, return_fig=return_fig, own=own)
