@@ -20,12 +20,13 @@ FILES = sorted(SRC.rglob("*.py"))
 ALLOWED = {
     "core": {"core", "_validate"},
     "module": {"core", "module", "_validate"},
-    "model": {"core", "module", "model", "_validate", "_keys", "_groups"},
-    "get": {"core", "get", "_validate", "_keys", "_groups"},
+    "model": {"core", "module", "model", "_validate", "_keys", "_groups", "_stats"},
+    "get": {"core", "get", "_validate", "_keys", "_groups", "_stats"},
     "tl": {"core", "get", "tl", "_validate", "_keys", "_groups"},
     "pl": {"core", "get", "pl", "_validate", "_keys"},
     "datasets": {"core", "_validate", "_keys"},
     "_groups": {"_validate", "_keys"},
+    "_stats": set(),
     "_keys": set(),
     "_validate": set(),
 }

@@ -43,6 +43,11 @@ def groups_of(obs: Any, groupby: str) -> tuple[list[str], np.ndarray]:
     return names, np.asarray(column.codes, dtype=np.int64)
 
 
+def codes_at(code_n: np.ndarray | None, at: np.ndarray) -> np.ndarray:
+    """Group codes of cells at given positions; without groups all are in one."""
+    return np.zeros(len(at), dtype=np.int64) if code_n is None else code_n[at]
+
+
 def gene_ablation(
     total_pgs: np.ndarray,
     n_p: np.ndarray,

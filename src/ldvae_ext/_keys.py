@@ -24,6 +24,8 @@ class ExportKeys:
     """``obs``: library size of each cell, or its size factor."""
     logits: str
     """``obsm``: posterior means of u under ``"ln"``, cells x factors."""
+    network_variance: str
+    """``obsm``: posterior variances of the network's latents where the factors are rotated, cells x latents."""
     info: str
     """``uns``: names, order, signs, statistics, decoder, versions."""
 
@@ -46,6 +48,7 @@ def export_keys(key_added: str | None = None) -> ExportKeys:
         genes=key,
         library=f"{key}_library",
         logits=f"X_{key}_u",
+        network_variance=f"X_{key}_network_var",
         info=key,
     )
 

@@ -42,7 +42,7 @@ def random_cells(decoder: LinearDecoder, n_cells: int, seed: int, *, density: fl
 
 def rows_of(cells: EncodedCells, rows: Any) -> EncodedCells:
     covariates = cells.covariates and {name: value[rows] for name, value in cells.covariates.items()}
-    parts = {name: getattr(cells, name)[rows] for name in cells._fields if name != "covariates"}
+    parts = {name: getattr(cells, name)[rows] for name in cells._fields if name not in ("covariates", "axes")}
     return EncodedCells(**parts, covariates=covariates)
 
 
@@ -194,7 +194,9 @@ def test_a_summary_of_chunks_is_that_of_all_cells(seed, sizes, n_latent):
     for p in range(3):
         mine = mean_nk[group_n == p]
         np.testing.assert_allclose(seen.mean_pk[p], mine.mean(axis=0) if len(mine) else np.nan, atol=1e-12)
-    np.testing.assert_array_equal(seen.latents(), [mean_nk, variance_nk])
+    kept_nk, axes = seen.latents()
+    np.testing.assert_array_equal([kept_nk, axes.variance_nk], [mean_nk, variance_nk])
+    np.testing.assert_array_equal(axes.rotation_kk, np.eye(n_latent))
 
 
 def untidy(matrix: np.ndarray, fmt: str, seed: int) -> Any:

@@ -9,13 +9,27 @@ import numpy as np
 from scipy import sparse
 
 
+class PosteriorAxes(NamedTuple):
+    """Axes along which posteriors are independent, where those of the factors are others."""
+
+    variance_nk: np.ndarray
+    """Posterior variances along these axes, cells x latents."""
+    rotation_kk: np.ndarray
+    """Orthogonal, latents x factors."""
+
+    @classmethod
+    def of(cls, variance_nk: np.ndarray, axes: PosteriorAxes | None) -> PosteriorAxes:
+        """The given axes, or those of the factors where there are no others."""
+        return cls(np.asarray(variance_nk), np.eye(variance_nk.shape[1])) if axes is None else axes
+
+
 class EncodedCells(NamedTuple):
     """The posterior of some cells, with all that their likelihood needs."""
 
     mean: np.ndarray
-    """Posterior means (of u under ``"ln"``), cells x latents."""
+    """Posterior means (of u under ``"ln"``), cells x factors."""
     variance: np.ndarray
-    """Posterior variances, cells x latents."""
+    """Posterior variances, cells x factors."""
     library: np.ndarray
     """Library sizes in counts, or size factors, shape (cells,), float64."""
     batch: np.ndarray
@@ -26,6 +40,13 @@ class EncodedCells(NamedTuple):
     """Levels and values of the covariates by name, shape (cells,) each; None without covariates."""
     counts: Any
     """Counts, cells x genes, dense or CSR."""
+    axes: PosteriorAxes | None = None
+    """Where the factors are rotated: what their posterior covariance is made of."""
+
+    @property
+    def spread(self) -> PosteriorAxes:
+        """What the posterior covariance is made of, rotated or not."""
+        return PosteriorAxes.of(self.variance, self.axes)
 
 
 class Nonzero(NamedTuple):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,18 +13,17 @@ from ldvae_ext.core._arrays import names_array
 from ldvae_ext.core._design import Covariate, design_matrix, level_codes
 from ldvae_ext.core._information import fisher_shares
 from ldvae_ext.core._storage import FromArrays
+from ldvae_ext.core._views import HEADS, DecoderViews
 from ldvae_ext.core.fold import RawLinear
 
 LIKELIHOODS = ("nb", "zinb", "poisson", "normal")
 DISPERSIONS = ("gene", "gene-batch", "gene-label", "gene-cell")
 LATENT_DISTRIBUTIONS = ("normal", "ln")
 LINKS = ("softmax", "softplus")
-# Affine maps that a decoder can have: log-rate, logits of zero inflation, log of the dispersion.
-HEADS = ("", "dropout_", "dispersion_")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class LinearDecoder(FromArrays):
+class LinearDecoder(DecoderViews, FromArrays):
     """An affine map from the latent space to the log-rates of genes, with what a likelihood needs besides.
 
     For a cell of batch ``b`` with latent ``z``, covariates ``c`` and library size ``l`` the decoder of an LDVAE in
@@ -300,86 +298,6 @@ class LinearDecoder(FromArrays):
         if self.labels is not None:
             return self.theta_bg[level_codes(self.labels, label, n_cells, "label")]
         return self.theta_bg if self.dispersion == "gene" else self.theta_bg[self.batch_codes(batch, n_cells)]
-
-    def signs(self) -> np.ndarray:
-        """The canonical sign of each factor, +1 or -1, shape (factors,).
-
-        A factor points to its longer tail of genes: the sum of cubes of its gene-centred loadings is positive. Cubes
-        weigh many genes rather than the single largest loading, which in rarely seen genes is mostly noise. Under
-        ``"ln"`` all signs are +1, since -z is no point of the simplex.
-        """
-        if self.latent_distribution == "ln":
-            return np.ones(len(self.factors), dtype=np.int64)
-        centred_gk = self.weight_gk - self.weight_gk.mean(axis=0)
-        cubes_k = (centred_gk * centred_gk * centred_gk).sum(axis=0)
-        return np.where(cubes_k < 0, -1, 1)
-
-    def centered(self) -> LinearDecoder:
-        """The same decoder in the canonical gauge: loadings and intercepts sum to zero over genes.
-
-        The softmax ignores a constant added to all genes of a cell, so each column of the loadings, each intercept and
-        each effect of a covariate is free up to one. Under ``"ln"``, where z sums to 1, a vector added to all columns
-        and taken from the intercepts changes nothing either; there the loadings also sum to zero over factors. A
-        softplus fixes the constant over genes, so that nothing is centred over genes there.
-        """
-        weight_gk, intercept_bg, covariate_cg = self.weight_gk, self.intercept_bg, self.covariate_cg
-        if self.link == "softmax":
-            weight_gk = weight_gk - weight_gk.mean(axis=0)
-            intercept_bg = intercept_bg - intercept_bg.mean(axis=1, keepdims=True)
-            covariate_cg = None if covariate_cg is None else covariate_cg - covariate_cg.mean(axis=1, keepdims=True)
-        if self.latent_distribution == "ln":
-            common_g = weight_gk.mean(axis=1)
-            weight_gk, intercept_bg = weight_gk - common_g[:, None], intercept_bg + common_g
-        return replace(self, weight_gk=weight_gk, intercept_bg=intercept_bg, covariate_cg=covariate_cg)
-
-    def reordered(
-        self, order: Sequence[int] | np.ndarray, signs: Sequence[int] | np.ndarray | None = None
-    ) -> LinearDecoder:
-        """The same decoder with its factors permuted and, where asked for, turned.
-
-        ``decoder.reordered(order, signs).scale(z[:, order] * signs)`` equals ``decoder.scale(z)``. The raw parts stay
-        in the network's order.
-
-        Parameters
-        ----------
-        order
-            A permutation: position of each new factor among the present ones.
-        signs
-            +1 or -1 for each new factor.
-        """
-        order = np.asarray(order)
-        signs = np.ones(len(order), dtype=np.int64) if signs is None else np.asarray(signs)
-        if not np.array_equal(np.sort(order), np.arange(len(self.factors))):
-            msg = f"`order` must be a permutation of 0 to {len(self.factors) - 1}; got {order.tolist()}."
-            raise ValueError(msg)
-        if signs.shape != order.shape or not np.isin(signs, (-1, 1)).all():
-            msg = f"`signs` must be +1 or -1 for each factor; got {signs.tolist()}."
-            raise ValueError(msg)
-        if self.latent_distribution == "ln" and (signs < 0).any():
-            msg = "A factor of a logistic-normal latent cannot be turned: -z is no point of the simplex."
-            raise ValueError(msg)
-        weights = {f"{head}weight_gk": getattr(self, f"{head}weight_gk") for head in HEADS}
-        turned = {name: weight[:, order] * signs for name, weight in weights.items() if weight is not None}
-        return replace(self, **turned, factors=self.factors[order])
-
-    def with_genes_in_order(self, order: np.ndarray) -> LinearDecoder:
-        """The same decoder with its genes permuted; the raw parts are left out, since they belong to the network.
-
-        Parameters
-        ----------
-        order
-            A permutation: position of each new gene among the present ones.
-        """
-        if not np.array_equal(np.sort(order), np.arange(len(self.genes))):
-            msg = f"`order` must be a permutation of 0 to {len(self.genes) - 1}."
-            raise ValueError(msg)
-        if np.array_equal(order, np.arange(len(order))):
-            return self
-        first = ["genes", *(f"{head}weight_gk" for head in HEADS)]
-        last = ["theta_bg", *(f"{head}{part}" for head in HEADS for part in ("intercept_bg", "covariate_cg"))]
-        along_first = {n: v[order] for n in first if (v := getattr(self, n)) is not None}
-        along_last = {n: v[:, order] for n in last if (v := getattr(self, n)) is not None}
-        return replace(self, **along_first, **along_last, raw=None, raw_dropout=None)
 
     def gene_information(self) -> np.ndarray:
         """Share of each gene in what the counts say about each factor, for a cell at the prior mean.

@@ -11,7 +11,7 @@ import numpy as np
 from ldvae_ext._validate import check_one_of, check_positive_int, factor_indices, listed
 from ldvae_ext.core._arrays import strings
 from ldvae_ext.core.ablation import ablation_changes
-from ldvae_ext.core.cells import EncodedCells, indicator
+from ldvae_ext.core.cells import EncodedCells, PosteriorAxes, indicator
 from ldvae_ext.core.decoder import LinearDecoder
 from ldvae_ext.core.draws import POSTERIOR, PRIOR, donors, normal_draws
 from ldvae_ext.core.posterior import kl_per_dimension
@@ -109,8 +109,8 @@ class AblationRequest:
         sets = named_sets(self.decoder, self.latents, self.scheme, self.mode, order)
         seed, donated = default_seed if self.seed is None else int(self.seed), None
         if self.mode == "permute" and seen is not None:
-            mean_nk, variance_nk = seen.latents()
-            donated = Donated(donors(seed, len(mean_nk)), mean_nk, variance_nk)
+            mean_nk, axes = seen.latents()
+            donated = Donated(donors(seed, len(mean_nk)), mean_nk, axes)
         return AblationPlan(
             mode=self.mode,
             order=latent_order(self.decoder, self.latents, order),
@@ -166,9 +166,15 @@ class LatentSummary:
         self._total_pk = np.zeros((n_groups, n_latent))
         self._n_p = np.zeros(n_groups)
         self._total_k, self._kl_k, self._n = np.zeros(n_latent), np.zeros(n_latent), 0
-        self._kept: list[tuple[np.ndarray, np.ndarray]] | None = [] if keep else None
+        self._kept: list[tuple[np.ndarray, PosteriorAxes]] | None = [] if keep else None
 
-    def add(self, mean_nk: np.ndarray, variance_nk: np.ndarray, group_n: np.ndarray | None = None) -> None:
+    def add(
+        self,
+        mean_nk: np.ndarray,
+        variance_nk: np.ndarray,
+        group_n: np.ndarray | None = None,
+        axes: PosteriorAxes | None = None,
+    ) -> None:
         """Count some cells in; a group of -1 is none."""
         mean_nk = np.asarray(mean_nk, dtype=np.float64)
         self._n += len(mean_nk)
@@ -178,7 +184,7 @@ class LatentSummary:
             self._total_pk += indicator(group_n, len(self._n_p)) @ mean_nk
             self._n_p += np.bincount(group_n[group_n >= 0], minlength=len(self._n_p))
         if self._kept is not None:
-            self._kept.append((mean_nk, np.asarray(variance_nk, dtype=np.float64)))
+            self._kept.append((mean_nk, PosteriorAxes.of(variance_nk, axes)))
 
     @property
     def mean_k(self) -> np.ndarray:
@@ -197,12 +203,14 @@ class LatentSummary:
         """Mean KL of each latent, in nats."""
         return self._kl_k / max(1, self._n)
 
-    def latents(self) -> tuple[np.ndarray, np.ndarray]:
-        """Means and variances of all cells, where they were kept."""
+    def latents(self) -> tuple[np.ndarray, PosteriorAxes]:
+        """Posteriors of all cells, where they were kept."""
+        n_latent = len(self._total_k)
         if not self._kept:
-            return np.empty((0, len(self._total_k))), np.empty((0, len(self._total_k)))
-        mean_nk, variance_nk = (np.concatenate(parts) for parts in zip(*self._kept, strict=True))
-        return mean_nk, variance_nk
+            return np.empty((0, n_latent)), PosteriorAxes(np.empty((0, n_latent)), np.eye(n_latent))
+        means, axes = zip(*self._kept, strict=True)
+        variance_nk = np.concatenate([part.variance_nk for part in axes]).astype(np.float64)
+        return np.concatenate(means), PosteriorAxes(variance_nk, axes[0].rotation_kk)
 
 
 class Donated(NamedTuple):
@@ -212,8 +220,8 @@ class Donated(NamedTuple):
     """Which cell's, for each cell."""
     mean_nk: np.ndarray
     """Posterior means of all cells."""
-    variance_nk: np.ndarray
-    """Posterior variances of all cells."""
+    axes: PosteriorAxes
+    """What the posterior covariances of all cells are made of."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -296,7 +304,7 @@ class AblationPlan:
         """The latents of the cells and what they are replaced by, for each sample."""
         mean_nk = np.asarray(cells.mean, dtype=np.float64)
         n_latent, n_draws = mean_nk.shape[1], max(1, self.n_samples)
-        own = [mean_nk] if self.n_samples == 0 else self._samples(mean_nk, cells.variance, position_n)
+        own = [mean_nk] if self.n_samples == 0 else self._samples(mean_nk, cells.spread, position_n)
         new: Iterable[Any]
         if self.mode == "prior":
             new = normal_draws(self.seed, PRIOR, position_n, n_latent, n_draws)
@@ -304,7 +312,8 @@ class AblationPlan:
             donor_n = self.donated.donor_n[position_n]
             new = [self.donated.mean_nk[donor_n]]
             if self.n_samples > 0:
-                new = self._samples(new[0], self.donated.variance_nk[donor_n], donor_n)
+                spread = PosteriorAxes(self.donated.axes.variance_nk[donor_n], self.donated.axes.rotation_kk)
+                new = self._samples(new[0], spread, donor_n)
         elif self.mode == "group_mean":
             value_nk = np.where(self._without_value(group_n)[:, None], mean_nk, self.value_pk[group_n])
             new = [value_nk] * n_draws
@@ -316,9 +325,9 @@ class AblationPlan:
         """Cells without a group, which have no group mean to be set to and so no effect."""
         return group_n < 0 if self.mode == "group_mean" else np.zeros(len(group_n), dtype=bool)
 
-    def _samples(self, mean_nk: np.ndarray, variance_nk: np.ndarray, position_n: np.ndarray) -> np.ndarray:
+    def _samples(self, mean_nk: np.ndarray, axes: PosteriorAxes, position_n: np.ndarray) -> np.ndarray:
         draws = normal_draws(self.seed, POSTERIOR, position_n, mean_nk.shape[1], self.n_samples)
-        return mean_nk + np.sqrt(np.asarray(variance_nk, dtype=np.float64)) * draws
+        return mean_nk + (np.sqrt(np.asarray(axes.variance_nk, dtype=np.float64)) * draws) @ axes.rotation_kk
 
 
 def named_sets(

@@ -11,14 +11,14 @@ import scvi
 from anndata import AnnData
 from scvi.utils import track
 
-from ldvae_ext._groups import gene_ablation, groups_of
+from ldvae_ext._groups import codes_at, gene_ablation, groups_of
 from ldvae_ext._keys import ABLATION_INFO
 from ldvae_ext._validate import check_one_of, warn
 from ldvae_ext.core.cells import EncodedCells
 from ldvae_ext.core.explained import ExplainedSums, PooledProfile, explained_sets
 from ldvae_ext.core.plan import MODES, AblationPlan, AblationRequest, LatentSummary, Mode, Scheme
-from ldvae_ext.model._cells import check_is_anndata, stream_cells, with_positions
-from ldvae_ext.model._decoding import DecodingMixin
+from ldvae_ext.model._cells import check_is_anndata, with_positions
+from ldvae_ext.model._rotation import RotationMixin
 
 # Name of the group that all cells are without `groupby`.
 _ALL = "all"
@@ -27,7 +27,7 @@ _READ_TWICE = (
 )
 
 
-class AblationMixin(DecodingMixin):
+class AblationMixin(RotationMixin):
     """Ablation of latents: paired, streamed, on raw counts."""
 
     def ablate(
@@ -62,9 +62,9 @@ class AblationMixin(DecodingMixin):
         indices
             Cells of ``adata`` to ablate, as positions or a mask.
         latents
-            Latents to take out, one at a time: names (``"Z_3"``) or positions; all of them if None. A mapping from a name to
-            several latents takes each of these sets out as a whole. With ``scheme="keep_top"`` the order in which latents
-            are kept; descending KL over all cells of ``adata`` if None.
+            Latents to take out, one at a time: names (``"Z_3"``; ``"F_3"`` while a rotation is in force) or positions; all if
+            None. A mapping from a name to several takes each of these sets out as a whole. With ``scheme="keep_top"`` the
+            order in which latents are kept; descending KL over all cells of ``adata`` if None.
         mode
             What a latent is replaced by (u under ``latent_distribution="ln"``, where z = softmax(u)):
 
@@ -137,9 +137,9 @@ class AblationMixin(DecodingMixin):
         request.reject_unused_groups()
         _, code_n = self._groups(adata, groupby)
         plan = self._plan(request, adata, code_n, batch_size, dataloader)
-        with stream_cells(self, adata, indices, batch_size, dataloader) as cells:
+        with self._factor_stream(adata, indices, batch_size, dataloader) as cells:
             parts = [
-                plan.effects(request.decoder, chunk, at, _codes_at(code_n, at))
+                plan.effects(request.decoder, chunk, at, codes_at(code_n, at))
                 for chunk, at in with_positions(
                     track(self._raw(cells.chunks), description="Ablating", total=cells.n_chunks, disable=silent),
                     cells.positions,
@@ -210,10 +210,10 @@ class AblationMixin(DecodingMixin):
         plan = self._plan(request, adata, code_n, batch_size, dataloader)
         genes = request.decoder.genes
         total_pgs, n_p = np.zeros((len(groups), len(genes), len(plan.sets))), np.zeros(len(groups), dtype=np.int64)
-        with stream_cells(self, adata, indices, batch_size, dataloader) as cells:
+        with self._factor_stream(adata, indices, batch_size, dataloader) as cells:
             chunks = track(self._raw(cells.chunks), description="Ablating", total=cells.n_chunks, disable=silent)
             for chunk, at in with_positions(chunks, cells.positions):
-                group_n = _codes_at(code_n, at)
+                group_n = codes_at(code_n, at)
                 plan.add_gene_effects(total_pgs, request.decoder, chunk, at, group_n)
                 n_p += np.bincount(group_n[group_n >= 0], minlength=len(groups))
         return gene_ablation(total_pgs, n_p, groups, genes, plan.names, request.description(plan, groupby))
@@ -271,16 +271,16 @@ class AblationMixin(DecodingMixin):
         )
         groups, code_n = self._groups(adata, groupby)
         profile = PooledProfile(*request.decoder.intercept_bg.shape)
-        with stream_cells(self, adata, indices, batch_size, dataloader) as cells:
+        with self._factor_stream(adata, indices, batch_size, dataloader) as cells:
             for chunk in cells.chunks:
                 profile.add(chunk)
         plan = explained_sets(self._plan(request, adata, code_n, batch_size, dataloader))
         sums = ExplainedSums(len(groups), plan)
-        with stream_cells(self, adata, indices, batch_size, dataloader) as cells:
+        with self._factor_stream(adata, indices, batch_size, dataloader) as cells:
             chunks = track(self._raw(cells.chunks), description="Ablating", total=cells.n_chunks, disable=silent)
             for chunk, at in with_positions(chunks, cells.positions):
-                sums.add(request.decoder, chunk, at, _codes_at(code_n, at), profile.share_bg)
-        return pd.DataFrame(sums.columns(groups, self.latent_names))
+                sums.add(request.decoder, chunk, at, codes_at(code_n, at), profile.share_bg)
+        return pd.DataFrame(sums.columns(groups, self.factor_names))
 
     def get_ablated_expression(
         self,
@@ -325,7 +325,7 @@ class AblationMixin(DecodingMixin):
         plan = self._plan(request, adata, code_n, batch_size, dataloader)
 
         def without(chunk: EncodedCells, at: np.ndarray) -> np.ndarray:
-            return plan.replaced(chunk, at, _codes_at(code_n, at))
+            return plan.replaced(chunk, at, codes_at(code_n, at))
 
         return self._posterior_mean_expression(
             adata,
@@ -338,6 +338,7 @@ class AblationMixin(DecodingMixin):
             silent,
             dataloader,
             edit=without,
+            rotation=self.rotation,
         )
 
     def _ablation_request(
@@ -349,7 +350,7 @@ class AblationMixin(DecodingMixin):
             raise ValueError(msg)
         codes = self._transform_batch_codes(transform_batch)
         request = AblationRequest(
-            decoder=self.get_decoder(), has_groups=groupby is not None, batches=tuple(codes), **arguments
+            decoder=self._factor_decoder(), has_groups=groupby is not None, batches=tuple(codes), **arguments
         )
         if request.needs_latents and isinstance(dataloader, Iterator):
             raise TypeError(_READ_TWICE)
@@ -389,11 +390,7 @@ class AblationMixin(DecodingMixin):
             return request.plan(default_seed=default_seed)
         n_groups = 0 if code_n is None else code_n.max() + 1
         seen = LatentSummary(self.n_latent, n_groups, keep=request.mode == "permute")
-        with stream_cells(self, adata, None, batch_size, dataloader) as cells:
+        with self._factor_stream(adata, None, batch_size, dataloader) as cells:
             for chunk, at in with_positions(cells.chunks, cells.positions):
-                seen.add(chunk.mean, chunk.variance, None if code_n is None else code_n[at])
+                seen.add(chunk.mean, chunk.variance, None if code_n is None else code_n[at], chunk.axes)
         return request.plan(seen, default_seed=default_seed)
-
-
-def _codes_at(code_n: np.ndarray | None, at: np.ndarray) -> np.ndarray:
-    return np.zeros(len(at), dtype=np.int64) if code_n is None else code_n[at]

@@ -24,6 +24,7 @@ from scvi.model import LinearSCVI
 from scvi.model.base import BaseMinifiedModeModelClass, EmbeddingMixin, RNASeqMixin, UnsupervisedTrainingMixin, VAEMixin
 
 from ldvae_ext._validate import check_positive_int, listed, warn
+from ldvae_ext.core.rotation import Rotation
 from ldvae_ext.model._counts import (
     CountsField,
     CovariatesField,
@@ -50,6 +51,9 @@ class LDVAEBase(EmbeddingMixin, RNASeqMixin, VAEMixin, UnsupervisedTrainingMixin
     # The keys of LinearSCVI, so that minified data of either class opens in the other.
     _LATENT_QZM_KEY = LinearSCVI._LATENT_QZM_KEY
     _LATENT_QZV_KEY = LinearSCVI._LATENT_QZV_KEY
+    # These end in an underscore to be saved with the model, as scvi-tools saves such attributes.
+    rotation_: dict[str, Any] | None = None
+    is_ordered_: bool = False
 
     def __init__(
         self,
@@ -268,6 +272,10 @@ class LDVAEBase(EmbeddingMixin, RNASeqMixin, VAEMixin, UnsupervisedTrainingMixin
                 raise ValueError(msg)
         return super()._validate_anndata(adata, *args, **kwargs)
 
+    def _keeps_loadings(self) -> bool:
+        """Whether training leaves the loadings as they are."""
+        return False
+
     def _check_has_counts(self, method: str) -> None:
         if self.minified_data_type == ADATA_MINIFY_TYPE.LATENT_POSTERIOR:
             msg = (
@@ -281,16 +289,20 @@ class LDVAEBase(EmbeddingMixin, RNASeqMixin, VAEMixin, UnsupervisedTrainingMixin
         """The latent dimensions in the network's order, ``Z_0`` first."""
         return [f"Z_{i}" for i in range(self.n_latent)]
 
+    @property
+    def rotation(self) -> Rotation | None:
+        """The rotation that is in force, see :meth:`LDVAE.rotate`; None on the network's own axes."""
+        if self.rotation_ is None:
+            return None
+        return Rotation(matrix_kk=self.rotation_["matrix"], method=self.rotation_["method"])
+
+    @property
+    def factor_names(self) -> list[str]:
+        """What is looked at: ``F_0``, ``F_1``, ... while a rotation is in force, else the latents."""
+        return self.latent_names if self.rotation is None else self.rotation.names
+
     def get_loadings(self) -> pd.DataFrame:
-        """Weights of the linear decoder, as LinearSCVI returns them.
-
-        Folded with the batch norm, in the network's order, sign and gauge. For what a decoder needs besides, see
-        :meth:`get_decoder`; for loadings in order of information, :meth:`export_to_anndata`.
-
-        Returns
-        -------
-        Genes x latents (``Z_0``, ``Z_1``, ...), in log-rate per unit of latent.
-        """
+        """Weights of the linear decoder, as LinearSCVI returns them."""
         return pd.DataFrame(self.module.get_loadings(), index=self.get_var_names(), columns=self.latent_names)
 
 

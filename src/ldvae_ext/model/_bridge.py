@@ -12,6 +12,7 @@ from scvi.nn import FCLayers
 
 from ldvae_ext.core import BatchNorm, Covariate, LinearDecoder, RawLinear
 from ldvae_ext.core.cells import EncodedCells
+from ldvae_ext.core.rotation import Rotation
 from ldvae_ext.module import LDVAEModule
 
 
@@ -109,14 +110,17 @@ def _covariate_values(
 
 
 def encode(
-    module: LDVAEModule, minibatches: Iterable[dict[str, torch.Tensor]], covariates: Sequence[Covariate] = ()
+    module: LDVAEModule,
+    minibatches: Iterable[dict[str, torch.Tensor]],
+    covariates: Sequence[Covariate] = (),
+    rotation: Rotation | None = None,
 ) -> Iterator[EncodedCells]:
     """Posteriors of the cells, minibatch by minibatch."""
     n_labels = module.n_labels if module.dispersion == "gene-label" else 1
     for tensors in minibatches:
         posterior = module.posterior(tensors)
         n_cells = len(posterior.mean)
-        yield EncodedCells(
+        cells = EncodedCells(
             mean=posterior.mean.cpu().numpy(),
             variance=posterior.variance.cpu().numpy(),
             library=np.exp(_array(posterior.log_library)),
@@ -125,3 +129,4 @@ def encode(
             covariates=_covariate_values(tensors, covariates),
             counts=tensors[REGISTRY_KEYS.X_KEY].cpu().numpy(),
         )
+        yield cells if rotation is None else rotation.cells(cells)

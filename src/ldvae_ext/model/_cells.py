@@ -15,6 +15,7 @@ from scvi.data._utils import _get_adata_minify_type, _validate_adata_dataloader_
 
 from ldvae_ext._validate import cell_positions, listed
 from ldvae_ext.core.cells import EncodedCells
+from ldvae_ext.core.rotation import Rotation
 from ldvae_ext.model._bridge import encode
 from ldvae_ext.model._counts import (
     are_counts,
@@ -58,8 +59,9 @@ def stream_cells(
     batch_size: int | None = None,
     dataloader: Any = None,
     data_loader_kwargs: dict | None = None,
+    rotation: Rotation | None = None,
 ) -> Iterator[CellStream]:
-    """Posteriors and counts of cells, from an AnnData or from a data loader, read once."""
+    """Posteriors and counts of cells, from an AnnData or from a data loader, read once; on rotated axes where given."""
     check_is_anndata(adata)
     _validate_adata_dataloader_input(model, adata, dataloader)
     model._check_if_trained(warn=True)
@@ -69,7 +71,7 @@ def stream_cells(
             msg = "`indices` choose cells of an AnnData; with `dataloader` it decides which cells come."
             raise ValueError(msg)
         length = len(dataloader) if hasattr(dataloader, "__len__") else None
-        yield CellStream(None, encode(model.module, dataloader, covariates), length, None)
+        yield CellStream(None, encode(model.module, dataloader, covariates, rotation), length, None)
         return
     if (data_loader_kwargs or {}).get("shuffle"):
         msg = "`data_loader_kwargs={'shuffle': True}` would return cells in another order than their names."
@@ -81,7 +83,9 @@ def stream_cells(
         loader = model._make_data_loader(cells, indices=positions, batch_size=batch_size, **loader_kwargs)
         # The obs as the user knows it: scvi-tools adds columns to what it registers.
         obs = cast("pd.DataFrame", (cells if adata is None else adata).obs)
-        yield CellStream(obs.iloc[positions], encode(model.module, loader, covariates), len(loader), positions)
+        yield CellStream(
+            obs.iloc[positions], encode(model.module, loader, covariates, rotation), len(loader), positions
+        )
 
 
 def with_positions(

@@ -15,6 +15,7 @@ from ldvae_ext._validate import listed
 from ldvae_ext.core import LinearDecoder
 from ldvae_ext.core.cells import EncodedCells
 from ldvae_ext.core.posterior import deterministic_latent
+from ldvae_ext.core.rotation import Rotation
 from ldvae_ext.model._base import LDVAEBase
 from ldvae_ext.model._bridge import linear_decoder
 from ldvae_ext.model._cells import stream_cells, with_positions
@@ -211,9 +212,11 @@ class DecodingMixin(LDVAEBase):
         dataloader: Any,
         data_loader_kwargs: dict | None = None,
         edit: Callable[[EncodedCells, np.ndarray], np.ndarray] = lambda cells, _: cells.mean.astype(np.float64),
+        rotation: Rotation | None = None,
     ) -> np.ndarray | pd.DataFrame:
         """Decode the posterior mean, minibatch by minibatch, or what ``edit`` makes of the cells and their positions."""
         decoder = self.get_decoder()
+        decoder = decoder if rotation is None else decoder.rotated(rotation.matrix_kk, rotation.names)
         genes = _gene_positions(decoder.genes, gene_list)
         if not np.isscalar(library_size) or (isinstance(library_size, str) and library_size != "latent"):
             msg = f"`library_size` must be a number or 'latent'; got {library_size!r}."
@@ -227,7 +230,7 @@ class DecodingMixin(LDVAEBase):
             rates = [decoder.rate(z_nk, batch, cells.covariates, library=library)[:, genes] for batch in batches]
             return np.mean(rates, axis=0)
 
-        with stream_cells(self, adata, indices, batch_size, dataloader, data_loader_kwargs) as cells:
+        with stream_cells(self, adata, indices, batch_size, dataloader, data_loader_kwargs, rotation) as cells:
             chunks = track(cells.chunks, description="Decoding", total=cells.n_chunks, disable=silent)
             located = with_positions(chunks, cells.positions)
             if cells.obs is None:

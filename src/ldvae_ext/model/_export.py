@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -11,17 +11,33 @@ from anndata import AnnData
 
 import ldvae_ext
 from ldvae_ext._keys import PCA_INFO, PCA_LATENT, PCA_LOADINGS, export_keys
+from ldvae_ext._stats import MEASURES
 from ldvae_ext._validate import check_one_of, listed, warn
 from ldvae_ext.core import kl_per_dimension
 from ldvae_ext.core.posterior import deterministic_latent
 from ldvae_ext.model._cells import shared_counts_agree, stream_cells
-from ldvae_ext.model._decoding import DecodingMixin
+from ldvae_ext.model._stats import StatsMixin
 from ldvae_ext.model._training import TrainingMixin
 
-ORDERS = ("kl", "network")
+# "network": latents as they are, factors of a rotation as they are numbered.
+ORDERS = ("network", *MEASURES)
 
 
-class ExportMixin(DecodingMixin, TrainingMixin):
+class _ExportedCells(NamedTuple):
+    """Posteriors of the cells to export."""
+
+    mean: np.ndarray
+    variance: np.ndarray
+    library: np.ndarray
+    network_variance: np.ndarray | None
+    """Variances of the network's latents, where the factors are rotated."""
+    source: AnnData | None
+    """Whose cells they are; None: the model's own."""
+    rows: np.ndarray | None
+    """Their positions there; None: all."""
+
+
+class ExportMixin(StatsMixin, TrainingMixin):
     """The information of each latent, and the export that is ordered by it."""
 
     def get_latent_kl(
@@ -56,8 +72,9 @@ class ExportMixin(DecodingMixin, TrainingMixin):
         self,
         adata: AnnData | None = None,
         key_added: str | None = None,
-        order_by: Literal["kl", "network"] = "kl",
+        order_by: str | None = None,
         *,
+        stats: bool = False,
         as_pca: bool = False,
         overwrite: bool = False,
         batch_size: int | None = None,
@@ -66,7 +83,7 @@ class ExportMixin(DecodingMixin, TrainingMixin):
 
         Factors are named after the network's dimension (``Z_3``), sorted by their mean KL over the exported cells, and
         turned so that each points to its longer tail of genes (:meth:`ldvae_ext.core.LinearDecoder.signs`); loadings
-        are centred over genes. Then ``softmax(X_ldvae @ ldvae_loadings.T + intercept)`` is the decoded expression,
+        are centred over genes. While a rotation is in force (:meth:`rotate`) its factors are exported, ``F_0``, ``F_1``, ... . Then ``softmax(X_ldvae @ ldvae_loadings.T + intercept)`` is the decoded expression,
         where the intercept is ``ldvae_ext.get.decoder(adata).intercept_bg`` of the cell's batch, for the genes of the model. (To
         decode the exported latents use that decoder; :meth:`decode` takes latents with the network's signs.) For the first five
         factors in scanpy: ``sc.pp.neighbors(adata, use_rep="X_ldvae", n_pcs=5)``.
@@ -80,7 +97,11 @@ class ExportMixin(DecodingMixin, TrainingMixin):
         key_added
             Replaces ``ldvae`` in all keys together.
         order_by
-            ``"kl"`` (descending) or ``"network"`` (as it is).
+            ``"kl"``, or another measure of :meth:`get_factor_stats`, descending; ``"network"``: latents as they are, factors of a
+            rotation as they are numbered. None: ``"kl"``, but ``"network"`` where factors have an order of their own, after
+            ``rotate("deviance")`` and :meth:`order_factors`.
+        stats
+            Whether to store all measures of :meth:`get_factor_stats` beside the KL; so is done for an order by one of them.
         as_pca
             Whether to write the same as a PCA too, for scanpy's PCA plots.
         overwrite
@@ -100,18 +121,25 @@ class ExportMixin(DecodingMixin, TrainingMixin):
 
         * ``obsm["X_ldvae"]``: posterior means, cells x factors, float32 (softmax of those of u under ``"ln"``);
         * ``obsm["X_ldvae_var"]``: posterior variances, same order, float32 (of u under ``"ln"``);
+        * ``obsm["X_ldvae_network_var"]``: posterior variances of the network's latents, in the network's order, float32; only
+          under a rotation, where the covariance of a cell's factors is ``R'diag(v)R``, which the marginal variances above do not
+          always give back;
         * ``obsm["X_ldvae_u"]``: posterior means of u, same order, float32; only under ``"ln"``;
         * ``obs["ldvae_library"]``: library size of each cell in counts, or its size factor, float64;
         * ``varm["ldvae_loadings"]``: genes x factors, float32, in log-rate;
         * ``var["ldvae"]``: True for genes of the model;
         * ``uns["ldvae"]``: ``names``, ``order`` and ``signs`` of the factors, ``statistics`` (``kl`` in nats, ``kl_share``,
-          ``active_unit``: the variance of the posterior mean), ``order_by``, ``decoder`` (arrays, in the network's order),
+          ``active_unit``: the variance of the posterior mean; with ``stats`` the other measures), ``order_by``, under a rotation
+          ``rotation`` (``method``, ``matrix``: network's latents x factors as numbered, and ``latents``), ``decoder`` (arrays, in the network's order),
           ``likelihood``, ``latent_distribution``, ``setup`` (names of the layer and of the columns of obs that the model was
           set up with), ``kl_weight`` at the end of training (NaN if not known), ``n_cells``,
           ``versions``;
         * with ``as_pca``: ``obsm["X_pca"]``, ``varm["PCs"]`` (0 for other genes) and ``uns["pca"]``, whose ``variance`` and
           ``variance_ratio`` hold the KL and its share, as ``params`` says.
         """
+        if order_by is None:
+            has_own_order = self.is_ordered_ or (self.rotation is not None and self.rotation.method == "deviance")
+            order_by = "network" if has_own_order else "kl"
         check_one_of("order_by", order_by, ORDERS)
         keys = export_keys(key_added)
         target = self.adata if adata is None else adata
@@ -137,16 +165,27 @@ class ExportMixin(DecodingMixin, TrainingMixin):
             if taken:
                 msg = f"`as_pca`: {listed(taken)} would be replaced; `overwrite=True` does that."
                 raise ValueError(msg)
-        mean_nk, variance_nk, library_n = self._posterior_for_export(adata, batch_size)
+        cells = self._cells_for_export(adata, batch_size)
+        mean_nk, variance_nk = cells.mean, cells.variance
         kl_k = kl_per_dimension(mean_nk, variance_nk).mean(axis=0)
-        decoder = self.get_decoder()
-        order = np.argsort(-kl_k, kind="stable") if order_by == "kl" else np.arange(self.n_latent)
+        statistics = {"kl": kl_k, "kl_share": kl_k / kl_k.sum(), "active_unit": mean_nk.var(axis=0, dtype=np.float64)}
+        if stats or order_by not in ("network", *statistics):
+            # The cells of the model are those of its data, whatever `adata` holds besides.
+            table = self.get_factor_stats(None, cells.source, cells.rows, batch_size=batch_size).table()
+            statistics |= {name: table[name].to_numpy() for name in MEASURES if name not in statistics}
+        if order_by != "network" and not np.isfinite(statistics[order_by]).all():
+            msg = f"`order_by={order_by!r}` needs counts, which data minified without them do not have."
+            raise ValueError(msg)
+        decoder = self._factor_decoder()
+        order = np.arange(self.n_latent)
+        if order_by != "network":
+            order = np.argsort(-statistics[order_by], kind="stable")
         signs = decoder.signs()[order]
         canonical = decoder.reordered(order, signs).centered()
         position = pd.Index(target.var_names.astype(str)).get_indexer(decoder.genes)
         loadings = np.full((target.n_vars, self.n_latent), np.nan, dtype=np.float32)
         loadings[position[position >= 0]] = canonical.weight_gk[position >= 0]
-        kl = kl_k[order]
+        statistics = {name: value_k[order] for name, value_k in statistics.items()}
         latent_nk = deterministic_latent(mean_nk, decoder.latent_distribution)
 
         target.obsm[keys.latent] = (latent_nk[:, order] * signs).astype(np.float32)
@@ -155,7 +194,11 @@ class ExportMixin(DecodingMixin, TrainingMixin):
             target.obsm[keys.logits] = mean_nk[:, order].astype(np.float32)
         elif keys.logits in target.obsm:
             del target.obsm[keys.logits]
-        target.obs[keys.library] = library_n
+        if cells.network_variance is not None:
+            target.obsm[keys.network_variance] = cells.network_variance.astype(np.float32)
+        elif keys.network_variance in target.obsm:
+            del target.obsm[keys.network_variance]
+        target.obs[keys.library] = cells.library
         target.varm[keys.loadings] = loadings
         target.var[keys.genes] = np.isin(np.arange(target.n_vars), position)
         target.uns[keys.info] = {
@@ -163,11 +206,7 @@ class ExportMixin(DecodingMixin, TrainingMixin):
             "order": order,
             "signs": signs,
             "order_by": order_by,
-            "statistics": {
-                "kl": kl,
-                "kl_share": kl / kl.sum(),
-                "active_unit": mean_nk.var(axis=0, dtype=np.float64)[order],
-            },
+            "statistics": statistics,
             "decoder": decoder.to_arrays(),
             "likelihood": decoder.likelihood,
             "latent_distribution": decoder.latent_distribution,
@@ -176,12 +215,18 @@ class ExportMixin(DecodingMixin, TrainingMixin):
             "n_cells": target.n_obs,
             "versions": {"ldvae_ext": ldvae_ext.__version__, "scvi-tools": scvi.__version__},
         }
+        if self.rotation is not None:
+            target.uns[keys.info]["rotation"] = {
+                "method": self.rotation.method,
+                "matrix": self.rotation.matrix_kk,
+                "latents": np.array(self.latent_names),
+            }
         if as_pca:
             target.obsm[PCA_LATENT] = target.obsm[keys.latent].copy()
             target.varm[PCA_LOADINGS] = np.nan_to_num(loadings)
             target.uns[PCA_INFO] = {
-                "variance": kl,
-                "variance_ratio": kl / kl.sum(),
+                "variance": statistics["kl"],
+                "variance_ratio": statistics["kl_share"],
                 "params": {
                     "source": f"ldvae_ext export {keys.info!r}",
                     "variance": "KL in nats",
@@ -194,19 +239,20 @@ class ExportMixin(DecodingMixin, TrainingMixin):
         given = self.registry.get("setup_args", {})
         return {name: given[name] for name in ("layer", "batch_key", "labels_key") if given.get(name) is not None}
 
-    def _posterior_for_export(
-        self, adata: AnnData | None, batch_size: int | None
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Posterior means, variances and libraries of the cells of ``adata``, encoded or, for the model's cells, by name."""
+    def _cells_for_export(self, adata: AnnData | None, batch_size: int | None) -> _ExportedCells:
+        """The cells of ``adata`` on the axes that are looked at, encoded or, for the model's cells, found by name."""
         rows = None if adata is None or adata is self.adata else self._own_rows(adata)
         source = adata if rows is None else None
-        with stream_cells(self, source, rows, batch_size) as cells:
-            encoded = [(chunk.mean, chunk.variance, chunk.library.ravel()) for chunk in cells.chunks]
+        with self._factor_stream(source, rows, batch_size) as cells:
+            encoded = [(chunk.mean, chunk.variance, chunk.library.ravel(), chunk.axes) for chunk in cells.chunks]
         if not encoded:
             msg = "There are no cells to export."
             raise ValueError(msg)
-        mean_nk, variance_nk, library_n = (np.concatenate(parts) for parts in zip(*encoded, strict=True))
-        return mean_nk, variance_nk, library_n
+        means, variances, libraries, axes = zip(*encoded, strict=True)
+        network_variance = None if axes[0] is None else np.concatenate([part.variance_nk for part in axes])
+        return _ExportedCells(
+            np.concatenate(means), np.concatenate(variances), np.concatenate(libraries), network_variance, source, rows
+        )
 
     def _own_rows(self, adata: AnnData) -> np.ndarray | None:
         """Rows of the model's data with the cells of ``adata``, or None if its counts are to be encoded."""

@@ -13,6 +13,7 @@ from anndata import AnnData
 from scvi.module._constants import MODULE_KEYS
 
 from ldvae_ext._validate import factor_indices
+from ldvae_ext.core.rotation import Rotation
 from ldvae_ext.model._base import LDVAEBase
 from ldvae_ext.module import LDVAEModule
 
@@ -70,7 +71,7 @@ class FactorsMixin(LDVAEBase):
         filter_outlier_cells
             Whether outliers are left out; they are sought among the latents with all their factors.
         factors
-            Factors through which groups may differ: names (``"Z_3"``) or positions. None: all of them, and no change of
+            Factors through which groups may differ: names (``"Z_3"``; ``"F_3"`` while a rotation is in force) or positions. None: all of them, and no change of
             ``batch_correction``. An empty list: none of them.
 
         Returns
@@ -119,7 +120,7 @@ class FactorsMixin(LDVAEBase):
                 "`batch_correction=False` takes differences between batches into account."
             )
             raise ValueError(msg)
-        with _expression_of(self.module, _positions(factors, self.latent_names)):
+        with _expression_of(self.module, _positions(factors, self.factor_names), self.rotation):
             return super().differential_expression(*arguments, **kwargs)
 
 
@@ -130,7 +131,7 @@ def _positions(factors: Any, names: list[str]) -> np.ndarray:
 
 
 @contextmanager
-def _expression_of(module: LDVAEModule, kept: np.ndarray) -> Iterator[None]:
+def _expression_of(module: LDVAEModule, kept: np.ndarray, rotation: Rotation | None) -> Iterator[None]:
     """Inside, the expression that the network's forward pass gives is decoded from some latents, the others at 0.
 
     Only what ``get_normalized`` of the counts' distribution returns is exchanged. Draws, the latents among the outputs and
@@ -139,6 +140,7 @@ def _expression_of(module: LDVAEModule, kept: np.ndarray) -> Iterator[None]:
     is_logistic, transformation = module.latent_distribution == "ln", module.z_encoder.z_transformation
     is_kept = torch.zeros(module.n_latent, dtype=torch.bool, device=module.device)
     is_kept[torch.from_numpy(kept)] = True
+    axes = None if rotation is None else torch.as_tensor(rotation.matrix_kk, dtype=torch.float32, device=module.device)
     forward_with_all, latest_u = module.forward, torch.empty(0)
 
     def remember_u(_: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
@@ -151,7 +153,8 @@ def _expression_of(module: LDVAEModule, kept: np.ndarray) -> Iterator[None]:
             return outputs  # a likelihood is asked for, not expression
         inference, generative = outputs
         u = latest_u if is_logistic else inference[MODULE_KEYS.Z_KEY]
-        z = transformation(torch.where(is_kept, u, 0.0))
+        u = torch.where(is_kept, u, 0.0) if axes is None else torch.where(is_kept, u @ axes, 0.0) @ axes.T
+        z = transformation(u)
         inputs = module._get_generative_input(tensors, {**inference, MODULE_KEYS.Z_KEY: z})
         restricted = module.generative(**inputs, **kwargs.get("generative_kwargs", {}))
         generative[MODULE_KEYS.PX_KEY].get_normalized = restricted[MODULE_KEYS.PX_KEY].get_normalized

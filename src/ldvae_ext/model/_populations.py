@@ -13,7 +13,7 @@ from ldvae_ext._validate import cell_positions
 from ldvae_ext.core.populations import GroupMoments, PopulationLoadings, PopulationRequest
 from ldvae_ext.core.posterior import deterministic_latent
 from ldvae_ext.model._ablation import AblationMixin
-from ldvae_ext.model._cells import check_is_anndata, stream_cells, with_positions
+from ldvae_ext.model._cells import check_is_anndata, with_positions
 
 
 class PopulationsMixin(AblationMixin):
@@ -110,7 +110,7 @@ class PopulationsMixin(AblationMixin):
         return directions_table(
             [groups[p] for p in loadings.groups],
             loadings.columns,
-            self.latent_names,
+            self.factor_names,
             np.stack([d.share_jk for d in loadings.directions]),
             np.stack([d.variance_j for d in loadings.directions]),
         )
@@ -134,9 +134,9 @@ class PopulationsMixin(AblationMixin):
         # Groups of the chosen cells only, so that none is empty.
         groups, chosen_n = groups_of(cast("pd.DataFrame", source.obs).iloc[positions], groupby)
         request = PopulationRequest(groups=groups, kind=kind, reference=str(reference), scale=scale)
-        decoder = self.get_decoder()
+        decoder = self._factor_decoder()
         moments = GroupMoments(decoder, len(groups), request.summed_scale)
-        with stream_cells(self, adata, positions, batch_size) as cells:
+        with self._factor_stream(adata, positions, batch_size) as cells:
             for chunk, at in with_positions(cells.chunks, None):
                 z_nk = deterministic_latent(chunk.mean.astype(np.float64), decoder.latent_distribution)
                 moments.add(z_nk, chunk.batch, chunk.covariates, chosen_n[at])

@@ -84,6 +84,12 @@ class TrainingMixin(LDVAEBase):
             plan_kwargs["n_epochs_kl_warmup"] = int(kl_warmup)
         if datamodule is not None and not self.is_trained_:
             self._start_from(datamodule)
+        if not self._keeps_loadings():
+            if self.rotation_ is not None:
+                warn(
+                    "The rotation that was in force belongs to the network before this training; `rotate` finds a new one."
+                )
+            self.rotation_, self.is_ordered_ = None, False
         result = super().train(
             max_epochs=max_epochs,
             accelerator=accelerator,

@@ -247,7 +247,7 @@ class _Work:
             return self.request.plan()
         mean_nk = self.exported.mean_nk
         seen = LatentSummary(mean_nk.shape[1], len(self.groups), keep=self.request.mode == "permute")
-        seen.add(mean_nk, self.exported.variance_nk, self.code_n)
+        seen.add(mean_nk, self.exported.variance_nk, self.code_n, self.exported.axes)
         return self.request.plan(seen)
 
     def description(self, plan: AblationPlan, groupby: str | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The cells of an export, in the network's own order and signs."""
+"""The cells of an export, in the order and signs of the network, or of its rotated factors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ldvae_ext._validate import listed, warn
 from ldvae_ext.core import LinearDecoder
 from ldvae_ext.core._arrays import strings
 from ldvae_ext.core._design import level_codes
-from ldvae_ext.core.cells import EncodedCells, row_chunks
+from ldvae_ext.core.cells import EncodedCells, PosteriorAxes, row_chunks
 from ldvae_ext.get._export import export_of
 
 
@@ -39,6 +39,14 @@ class ExportedCells:
         latent_nk = np.asarray(adata.obsm[keys.logits if is_ln else keys.latent], dtype=np.float64)
         self.mean_nk = (latent_nk * self.signs)[:, back]
         self.variance_nk = np.asarray(adata.obsm[keys.variance], dtype=np.float64)[:, back]
+        self.axes = None
+        if "rotation" in info:
+            if keys.network_variance not in adata.obsm:
+                msg = f"This export lacks `adata.obsm[{keys.network_variance!r}]`; export again with `LDVAE.export_to_anndata`."
+                raise KeyError(msg)
+            self.axes = PosteriorAxes(
+                np.asarray(adata.obsm[keys.network_variance], dtype=np.float64), np.asarray(info["rotation"]["matrix"])
+            )
         self.library_n = np.asarray(adata.obs[keys.library], dtype=np.float64)
         self._adata = adata
         self._setup = dict(info.get("setup", {}))
@@ -128,6 +136,7 @@ class ExportedCells:
                     label=self.label_n[at],
                     covariates=covariates,
                     counts=x_ng,
+                    axes=None if self.axes is None else self.axes._replace(variance_nk=self.axes.variance_nk[at]),
                 ),
                 at,
             )

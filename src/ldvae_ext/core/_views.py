@@ -1,0 +1,173 @@
+"""The same decoder seen from elsewhere: turned, rotated, in another gauge or order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Self
+
+import numpy as np
+
+# Affine maps that a decoder can have: log-rate, logits of zero inflation, log of the dispersion.
+HEADS = ("", "dropout_", "dispersion_")
+
+
+class DecoderViews:
+    """What gives a decoder other axes or another gauge, and the same expression."""
+
+    weight_gk: np.ndarray
+    intercept_bg: np.ndarray
+    covariate_cg: np.ndarray | None
+    genes: np.ndarray
+    factors: np.ndarray
+    latent_distribution: str
+    link: str
+
+    def _with(self, **parts: Any) -> Self:
+        return replace(self, **parts)  # type: ignore[type-var]
+
+    def _weights(self) -> dict[str, np.ndarray]:
+        """The loadings of each affine map that there is."""
+        weights = {f"{head}weight_gk": getattr(self, f"{head}weight_gk") for head in HEADS}
+        return {name: weight for name, weight in weights.items() if weight is not None}
+
+    def signs(self) -> np.ndarray:
+        """The canonical sign of each factor, +1 or -1, shape (factors,).
+
+        A factor points to its longer tail of genes: the sum of cubes of its gene-centred loadings is positive. Cubes
+        weigh many genes rather than the single largest loading, which in rarely seen genes is mostly noise. Under
+        ``"ln"`` all signs are +1, since -z is no point of the simplex.
+        """
+        if self.latent_distribution == "ln":
+            return np.ones(len(self.factors), dtype=np.int64)
+        centred_gk = self.weight_gk - self.weight_gk.mean(axis=0)
+        cubes_k = (centred_gk * centred_gk * centred_gk).sum(axis=0)
+        return np.where(cubes_k < 0, -1, 1)
+
+    def centered(self) -> Self:
+        """The same decoder in the canonical gauge: loadings and intercepts sum to zero over genes.
+
+        The softmax ignores a constant added to all genes of a cell, so each column of the loadings, each intercept and
+        each effect of a covariate is free up to one. Under ``"ln"``, where z sums to 1, a vector added to all columns
+        and taken from the intercepts changes nothing either; there the loadings also sum to zero over factors. A
+        softplus fixes the constant over genes, so that nothing is centred over genes there.
+        """
+        weight_gk, intercept_bg, covariate_cg = self.weight_gk, self.intercept_bg, self.covariate_cg
+        if self.link == "softmax":
+            weight_gk = weight_gk - weight_gk.mean(axis=0)
+            intercept_bg = intercept_bg - intercept_bg.mean(axis=1, keepdims=True)
+            covariate_cg = None if covariate_cg is None else covariate_cg - covariate_cg.mean(axis=1, keepdims=True)
+        if self.latent_distribution == "ln":
+            common_g = weight_gk.mean(axis=1)
+            weight_gk, intercept_bg = weight_gk - common_g[:, None], intercept_bg + common_g
+        return self._with(weight_gk=weight_gk, intercept_bg=intercept_bg, covariate_cg=covariate_cg)
+
+    def reordered(self, order: Sequence[int] | np.ndarray, signs: Sequence[int] | np.ndarray | None = None) -> Self:
+        """The same decoder with its factors permuted and, where asked for, turned.
+
+        ``decoder.reordered(order, signs).scale(z[:, order] * signs)`` equals ``decoder.scale(z)``. The raw parts stay
+        in the network's order.
+
+        Parameters
+        ----------
+        order
+            A permutation: position of each new factor among the present ones.
+        signs
+            +1 or -1 for each new factor.
+        """
+        order = np.asarray(order)
+        signs = np.ones(len(order), dtype=np.int64) if signs is None else np.asarray(signs)
+        if not np.array_equal(np.sort(order), np.arange(len(self.factors))):
+            msg = f"`order` must be a permutation of 0 to {len(self.factors) - 1}; got {order.tolist()}."
+            raise ValueError(msg)
+        if signs.shape != order.shape or not np.isin(signs, (-1, 1)).all():
+            msg = f"`signs` must be +1 or -1 for each factor; got {signs.tolist()}."
+            raise ValueError(msg)
+        if self.latent_distribution == "ln" and (signs < 0).any():
+            msg = "A factor of a logistic-normal latent cannot be turned: -z is no point of the simplex."
+            raise ValueError(msg)
+        turned = {name: weight[:, order] * signs for name, weight in self._weights().items()}
+        return self._with(**turned, factors=self.factors[order])
+
+    def rotated(self, rotation_kk: np.ndarray, factors: Sequence[str] | None = None) -> Self:
+        """The same decoder with the axes of its latent space rotated.
+
+        ``decoder.rotated(R).scale(z @ R)`` equals ``decoder.scale(z)``: with ``f = R'z`` and ``L' = L R`` the product ``L z``
+        stays, and for an orthogonal R the prior N(0, I) stays, too. Every head that depends on the latent is rotated. The raw
+        parts stay on the network's axes.
+
+        Parameters
+        ----------
+        rotation_kk
+            Orthogonal, shape (latents, factors): column j holds factor j in the present axes.
+        factors
+            Names of the new factors; ``F_0``, ``F_1``, ... if None.
+
+        Raises
+        ------
+        ValueError
+            If the matrix is not orthogonal, or the latent is logistic-normal, whose simplex has no other axes.
+        """
+        n_factors = len(self.factors)
+        check_rotatable(self.latent_distribution)
+        rotation_kk = orthogonal(rotation_kk, n_factors)
+        names = [f"F_{k}" for k in range(n_factors)] if factors is None else factors
+        return self._with(
+            **{name: weight @ rotation_kk for name, weight in self._weights().items()}, factors=np.array(names)
+        )
+
+    def with_genes_in_order(self, order: np.ndarray) -> Self:
+        """The same decoder with its genes permuted; the raw parts are left out, since they belong to the network.
+
+        Parameters
+        ----------
+        order
+            A permutation: position of each new gene among the present ones.
+        """
+        if not np.array_equal(np.sort(order), np.arange(len(self.genes))):
+            msg = f"`order` must be a permutation of 0 to {len(self.genes) - 1}."
+            raise ValueError(msg)
+        if np.array_equal(order, np.arange(len(order))):
+            return self
+        first = ["genes", *(f"{head}weight_gk" for head in HEADS)]
+        last = ["theta_bg", *(f"{head}{part}" for head in HEADS for part in ("intercept_bg", "covariate_cg"))]
+        along_first = {n: v[order] for n in first if (v := getattr(self, n)) is not None}
+        along_last = {n: v[:, order] for n in last if (v := getattr(self, n)) is not None}
+        return self._with(**along_first, **along_last, raw=None, raw_dropout=None)
+
+
+def check_rotatable(latent_distribution: str) -> None:
+    """Raise if the latent space has no other axes.
+
+    Parameters
+    ----------
+    latent_distribution
+        ``"normal"`` or ``"ln"``.
+    """
+    if latent_distribution == "ln":
+        msg = (
+            "A logistic-normal latent cannot be rotated: z = softmax(u) lies on the simplex, and the softmax of rotated u is "
+            "no rotation of z. `latent_distribution='normal'` can."
+        )
+        raise ValueError(msg)
+
+
+def orthogonal(rotation_kk: Any, n_factors: int) -> np.ndarray:
+    """A matrix as float64, after a check that it is orthogonal.
+
+    Parameters
+    ----------
+    rotation_kk
+        The matrix.
+    n_factors
+        Its number of rows and columns.
+    """
+    rotation_kk = np.asarray(rotation_kk, dtype=np.float64)
+    if rotation_kk.shape != (n_factors, n_factors):
+        msg = f"A rotation must have shape ({n_factors}, {n_factors}); got {rotation_kk.shape}."
+        raise ValueError(msg)
+    off = np.abs(rotation_kk.T @ rotation_kk - np.eye(n_factors)).max()
+    if not off <= 1e-8:
+        msg = f"A rotation must be orthogonal; R'R differs from the identity by {off:.1g}."
+        raise ValueError(msg)
+    return rotation_kk

@@ -1,0 +1,200 @@
+"""The information ledger: what each factor carries, by every measure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import scvi
+from anndata import AnnData
+from scvi.data._constants import ADATA_MINIFY_TYPE
+from scvi.utils import track
+
+from ldvae_ext._groups import codes_at
+from ldvae_ext._stats import FactorStats
+from ldvae_ext._validate import cell_positions, check_positive_int, warn
+from ldvae_ext.core import kl_per_dimension
+from ldvae_ext.core.cells import indicator
+from ldvae_ext.core.explained import ExplainedSums, PooledProfile, explained_sets
+from ldvae_ext.core.ledger import information_ledger
+from ldvae_ext.core.plan import LatentSummary
+from ldvae_ext.model._ablation import AblationMixin
+from ldvae_ext.model._cells import with_positions
+
+# An ablation of each kind that a factor's weight is measured by.
+_ABLATIONS = ("zero", "mean", "permute")
+
+
+class StatsMixin(AblationMixin):
+    """All measures of a factor, side by side."""
+
+    def get_factor_stats(
+        self,
+        groupby: str | None = None,
+        adata: AnnData | None = None,
+        indices: Any = None,
+        *,
+        max_cells: int = 5000,
+        seed: int | None = None,
+        batch_size: int | None = None,
+        silent: bool = True,
+    ) -> FactorStats:
+        """What each factor carries, by every measure, for all cells or for each group.
+
+        The mean KL of the posteriors from the prior splits exactly into three terms (Hoffman & Johnson 2016; Chen et al. 2018,
+        arXiv:1802.04942), with ``q(f) = mean_n q(f|n)``, the mixture of the posteriors of the cells::
+
+            mean_n KL(q(f|n) || p(f)) = I_q(f; n) + KL(q(f) || prod_k q(f_k)) + sum_k KL(q(f_k) || p(f_k))
+
+        mutual information, total correlation and dimension-wise KL. The KL of a factor alone, which is the usual measure of
+        information, splits into the first and the last: ``KL_k = I_q(f_k; n) + KL(q(f_k) || p(f_k))``. The second of them is
+        what is paid because the factor's distribution over cells is no standard normal, and tells cells apart as little as an
+        offset does.
+
+        Parameters
+        ----------
+        groupby
+            Column of ``obs``, that of the batch for instance; cells without a value are left out. Mutual information is then
+            that between the factor and the cell inside the group. All cells are one group, ``"all"``, if None.
+        adata, indices
+            Cells, as in :meth:`get_explained_deviance`.
+        max_cells
+            Cells of a group that the split is computed from, drawn at random where there are more: its cost grows with their
+            square. ``kl``, ``active_unit`` and what needs counts are of all cells.
+        seed
+            Of that draw, of the samples of the posterior and of the permutation; ``scvi.settings.seed`` if None, or 0.
+        batch_size, silent
+            As in :meth:`ablate`.
+
+        Returns
+        -------
+        A :class:`ldvae_ext.model.FactorStats` with ``factors``, ``totals`` (in which the identity closes but for the error of the
+        samples), ``ranks()`` and ``agreement()``. For each factor (of a rotation, if one is in force), larger is more:
+
+        * ``kl``: mean KL of its posterior, in nats (``kl_bits``: in bits);
+        * ``mutual_information``: ``I_q(f_k; n)``, at most the logarithm of the number of cells;
+        * ``dimension_wise_kl``: ``KL(q(f_k) || p(f_k))``;
+        * ``total_correlation``: ``I_q(f_k; f_others)``, what the factor has in common with all others together;
+        * ``active_unit``: variance over cells of its posterior mean (Burda et al. 2016, arXiv:1509.00519);
+        * ``explained_deviance``: see :meth:`get_explained_deviance`, ``mode="zero"``;
+        * ``ablation_zero``, ``ablation_mean``, ``ablation_permute``: mean effect of :meth:`ablate`, in nats per cell.
+
+        Under ``latent_distribution="ln"`` the first five are those of u, where z = softmax(u). From data that were minified without
+        counts the last four are NaN, with a warning.
+
+        Raises
+        ------
+        KeyError, ValueError
+            If there is no such column, or no cells.
+        """
+        check_positive_int("max_cells", max_cells)
+        has_counts = self.minified_data_type != ADATA_MINIFY_TYPE.LATENT_POSTERIOR
+        if not has_counts:
+            warn(
+                "The data were minified without counts: explained deviance and the effects of ablation are NaN. "
+                f"`minify_adata({ADATA_MINIFY_TYPE.LATENT_POSTERIOR_WITH_COUNTS!r})` keeps counts."
+            )
+        groups, code_n = self._groups(adata, groupby)
+        seed = (0 if scvi.settings.seed is None else scvi.settings.seed) if seed is None else seed
+        seen, n_cells = LatentSummary(self.n_latent, keep=True), 0
+        with self._factor_stream(adata, None, batch_size) as cells:
+            for chunk in cells.chunks:
+                seen.add(chunk.mean, chunk.variance, axes=chunk.axes)
+                n_cells += len(chunk.mean)
+        positions = cell_positions(indices, n_cells)
+        group_n = codes_at(code_n, positions)
+        tables, totals = [], []
+        mean_nk, axes = seen.latents()
+        for p in np.unique(group_n[group_n >= 0]):
+            inside = positions[group_n == p]
+            information, total = _information(
+                mean_nk[inside], axes.variance_nk[inside], axes.rotation_kk, max_cells, seed
+            )
+            tables.append(pd.DataFrame({"group": groups[p], "factor": self.factor_names, **information}))
+            totals.append({"group": groups[p], **total})
+        if not tables:
+            msg = "There are no cells to look at."
+            raise ValueError(msg)
+        factors = pd.concat(tables, ignore_index=True)
+        needing_counts: dict[str, Any] = dict.fromkeys(
+            ("explained_deviance", *(f"ablation_{mode}" for mode in _ABLATIONS)), np.nan
+        )
+        if has_counts:
+            needing_counts = self._measures_of_counts(seen, adata, positions, groups, code_n, seed, batch_size, silent)
+        return FactorStats(factors.assign(**needing_counts), pd.DataFrame(totals))
+
+    def _measures_of_counts(
+        self,
+        seen: LatentSummary,
+        adata: AnnData | None,
+        positions: np.ndarray,
+        groups: list[str],
+        code_n: np.ndarray | None,
+        seed: int,
+        batch_size: int | None,
+        silent: bool,
+    ) -> dict[str, np.ndarray]:
+        """Explained deviance and mean effects of ablation, one value for each group and factor, groups first."""
+        requests = {
+            mode: self._ablation_request(None, None, None, mode=mode, seed=seed if mode == "permute" else None)
+            for mode in _ABLATIONS
+        }
+        plans = {mode: request.plan(seen, default_seed=seed) for mode, request in requests.items()}
+        decoder = requests["zero"].decoder
+        profile = PooledProfile(*decoder.intercept_bg.shape)
+        with self._factor_stream(adata, positions, batch_size) as cells:
+            for chunk in cells.chunks:
+                profile.add(chunk)
+        sums = ExplainedSums(len(groups), explained_sets(plans["zero"]))
+        total_mpk = {mode: np.zeros((len(groups), self.n_latent)) for mode in _ABLATIONS}
+        n_p = np.zeros(len(groups))
+        with self._factor_stream(adata, positions, batch_size) as cells:
+            chunks = track(self._raw(cells.chunks), description="Ablating", total=cells.n_chunks, disable=silent)
+            for chunk, at in with_positions(chunks, cells.positions):
+                group_n = codes_at(code_n, at)
+                indicator_pn = indicator(group_n, len(groups))
+                n_p += indicator_pn.sum(axis=1)
+                for mode, plan in plans.items():
+                    total_mpk[mode] += indicator_pn @ plan.effects(decoder, chunk, at, group_n)
+                sums.add(decoder, chunk, at, group_n, profile.share_bg)
+        (present_p,) = np.nonzero(n_p)
+        # Rows of each group stand together, in descending order of KL.
+        explained = pd.DataFrame(sums.columns(groups, self.factor_names)).set_index(["group", "factor"])[
+            "explained_deviance"
+        ]
+        rows = pd.MultiIndex.from_product([[groups[p] for p in present_p], self.factor_names])
+        effects = {
+            f"ablation_{mode}": (total[present_p] / n_p[present_p, None]).ravel() for mode, total in total_mpk.items()
+        }
+        return {"explained_deviance": explained.reindex(rows).to_numpy(), **effects}
+
+
+def _information(
+    mean_nk: np.ndarray, variance_nk: np.ndarray, rotation_kk: np.ndarray, max_cells: int, seed: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Columns of the factors of one group, and its totals; means are on rotated axes, variances on the network's."""
+    n_cells = len(mean_nk)
+    marginal_nk = variance_nk @ np.square(rotation_kk)
+    kl_k = kl_per_dimension(mean_nk, marginal_nk).mean(axis=0)
+    some = np.arange(n_cells)
+    if n_cells > max_cells:
+        some = np.sort(np.random.default_rng(seed).choice(n_cells, max_cells, replace=False))
+    ledger = information_ledger(mean_nk[some] @ rotation_kk.T, variance_nk[some], rotation_kk, seed=seed)
+    information = {
+        "n_cells": n_cells,
+        "kl": kl_k,
+        "kl_bits": kl_k / np.log(2),
+        "mutual_information": ledger.mutual_information_k,
+        "dimension_wise_kl": ledger.dimension_wise_kl_k,
+        "total_correlation": ledger.total_correlation_k,
+        "active_unit": mean_nk.var(axis=0),
+    }
+    total = {
+        "n_cells": ledger.n_cells,
+        "kl": ledger.kl,
+        "mutual_information": ledger.mutual_information,
+        "total_correlation": ledger.total_correlation,
+        "dimension_wise_kl": ledger.dimension_wise_kl,
+    }
+    return information, total
