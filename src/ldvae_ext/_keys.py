@@ -61,5 +61,26 @@ ABLATION_INFO = "ldvae_ablation"
 GROUPS_INFO = "rank_factors_groups"
 POPULATION_LOADINGS = "ldvae_population_loadings"
 """``varm``: genes x factors x populations; ``uns``: their names."""
+CONSENSUS_KEY = "ldvae_consensus"
+
+
+@dataclass(frozen=True)
+class ConsensusKeys:
+    """Where the consensus of an ensemble lies in an AnnData."""
+
+    loadings: str
+    """``varm``: consensus loadings, genes x factors."""
+    spread: str
+    """``varm``: their standard deviation over runs."""
+    info: str
+    """``uns``: names, reproducibility, flags, agreement of runs."""
+
+
+def consensus_keys(key_added: str = CONSENSUS_KEY) -> ConsensusKeys:
+    """Keys of one consensus."""
+    check_key_added(key_added)
+    return ConsensusKeys(loadings=key_added, spread=f"{key_added}_spread", info=key_added)
+
+
 SIMULATED_LATENT = "z_true"
 ABUNDANCE = "da_log_probs"

@@ -139,19 +139,19 @@ def consensus_of(loadings: Sequence[np.ndarray], kind_m: Sequence[int] | None = 
     kind_m
         Which models are left out together, an integer for each; each alone if None.
     """
-    kind_m = np.arange(len(loadings)) if kind_m is None else np.asarray(kind_m)
-    if len(np.unique(kind_m)) < 2:
+    kinds = list(range(len(loadings))) if kind_m is None else list(kind_m)
+    if len(set(kinds)) < 2:
         msg = "Reproducibility needs at least two models that can be compared."
         raise ValueError(msg)
     consensus_gk = consensus_loadings(loadings)
     n_factors = consensus_gk.shape[1]
     without = {
-        kind: consensus_loadings([value for value, k in zip(loadings, kind_m, strict=True) if k != kind], n_factors)
-        for kind in np.unique(kind_m)
+        kind: consensus_loadings([value for value, k in zip(loadings, kinds, strict=True) if k != kind], n_factors)
+        for kind in sorted(set(kinds))
     }
     cosine_mk = np.zeros((len(loadings), n_factors))
     partner_mk, sign_mk = np.full(cosine_mk.shape, -1), np.ones(cosine_mk.shape, dtype=np.int64)
-    for m, (loading_gk, kind) in enumerate(zip(loadings, kind_m, strict=True)):
+    for m, (loading_gk, kind) in enumerate(zip(loadings, kinds, strict=True)):
         others = match_columns(cosines(consensus_gk, without[kind]))
         own = match_columns(cosines(without[kind][:, others.second], loading_gk))
         cosine_mk[m, others.first[own.first]] = own.cosine

@@ -7,10 +7,13 @@ from ldvae_ext.get._export import decoder, factors, loadings
 from ldvae_ext.get._genes import gene_scores, top_genes
 from ldvae_ext.get._groups import rank_factors_groups_df
 from ldvae_ext.get._populations import population_directions_df, population_loadings_df
+from ldvae_ext.get._stability import consensus_loadings, factor_ranks, rotation, stability
 
 __all__ = [
     "ablation_df",
+    "consensus_loadings",
     "decoder",
+    "factor_ranks",
     "factors",
     "gene_ablation_df",
     "gene_scores",
@@ -18,5 +21,7 @@ __all__ = [
     "population_directions_df",
     "population_loadings_df",
     "rank_factors_groups_df",
+    "rotation",
+    "stability",
     "top_genes",
 ]

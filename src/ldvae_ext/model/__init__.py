@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+from ldvae_ext._stats import FactorStats
 from ldvae_ext.model._ldvae import LDVAE
+from ldvae_ext.model.ensemble import Ensemble, fit_ensemble
+from ldvae_ext.model.n_latent import NLatentSuggestion, suggest_n_latent
 from ldvae_ext.model.order import order_latents
 
-__all__ = ["LDVAE", "order_latents"]
+__all__ = [
+    "LDVAE",
+    "Ensemble",
+    "FactorStats",
+    "NLatentSuggestion",
+    "fit_ensemble",
+    "order_latents",
+    "suggest_n_latent",
+]

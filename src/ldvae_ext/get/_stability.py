@@ -1,0 +1,105 @@
+"""What several trainings agree on, and rotations, read back from AnnData."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+
+from ldvae_ext._keys import CONSENSUS_KEY, DEFAULT_KEY, consensus_keys
+from ldvae_ext._stats import MEASURES, rank_table
+from ldvae_ext._validate import listed
+from ldvae_ext.core._arrays import strings
+from ldvae_ext.get._export import export_of, factors
+
+
+def consensus_info(adata: AnnData, key: str = CONSENSUS_KEY) -> Any:
+    """``uns`` entry of a consensus, or an error that says how to make one."""
+    info = adata.uns.get(consensus_keys(key).info)
+    if info is None or "cosine" not in info:
+        msg = f"No consensus {key!r} in `adata.uns`, which has {listed(adata.uns)}; `fit_ensemble(...).export_to_anndata` writes one."
+        raise KeyError(msg)
+    return info
+
+
+def stability(adata: AnnData, *, key: str = CONSENSUS_KEY) -> pd.DataFrame:
+    """How reproducible each consensus factor is.
+
+    Parameters
+    ----------
+    adata
+        AnnData that :meth:`ldvae_ext.model.Ensemble.export_to_anndata` wrote to.
+    key
+        ``key_added`` of the consensus.
+
+    Returns
+    -------
+    One row for each factor: ``reproducibility``, ``lowest``, ``flag``, ``kl``; see :attr:`ldvae_ext.model.Ensemble.stats`.
+    """
+    info = consensus_info(adata, key)
+    statistics = {name: np.asarray(info["statistics"][name]) for name in ("reproducibility", "lowest", "kl")}
+    table = pd.DataFrame(statistics, index=pd.Index(strings(info["names"]), name="factor"))
+    table.insert(2, "flag", strings(info["flag"]))
+    return table
+
+
+def consensus_loadings(adata: AnnData, *, spread: bool = False, key: str = CONSENSUS_KEY) -> pd.DataFrame:
+    """Consensus loadings, genes of the models x factors, in log-rate.
+
+    Parameters
+    ----------
+    adata, key
+        See :func:`stability`.
+    spread
+        Whether to return their standard deviation over runs instead.
+    """
+    info, keys = consensus_info(adata, key), consensus_keys(key)
+    value_gk = np.asarray(adata.varm[keys.spread if spread else keys.loadings])
+    known = ~np.isnan(value_gk).any(axis=1)
+    return pd.DataFrame(value_gk[known], index=adata.var_names[known], columns=strings(info["names"]))
+
+
+def rotation(adata: AnnData, *, key: str = DEFAULT_KEY) -> pd.DataFrame:
+    """The rotation that exported factors were seen through.
+
+    Parameters
+    ----------
+    adata
+        AnnData that :meth:`ldvae_ext.model.LDVAE.export_to_anndata` wrote to.
+    key
+        ``key_added`` of the export.
+
+    Returns
+    -------
+    Orthogonal, latents of the network (``Z_0``, ...) x factors in the exported order and signs: latents times it are the exported
+    ones.
+
+    Raises
+    ------
+    KeyError
+        If there is no such export, or it was made without a rotation.
+    """
+    _, info = export_of(adata, key)
+    if "rotation" not in info:
+        msg = f"The export {key!r} was made on the network's own axes; `LDVAE.rotate` before it rotates them."
+        raise KeyError(msg)
+    matrix_kk = np.asarray(info["rotation"]["matrix"])[:, np.asarray(info["order"])] * np.asarray(info["signs"])
+    return pd.DataFrame(matrix_kk, index=strings(info["rotation"]["latents"]), columns=strings(info["names"]))
+
+
+def factor_ranks(adata: AnnData, *, key: str = DEFAULT_KEY) -> pd.DataFrame:
+    """The orders by each stored measure, side by side: rank of each factor, 1 for the largest value.
+
+    Parameters
+    ----------
+    adata, key
+        See :func:`rotation`; ``export_to_anndata(stats=True)`` stores all measures.
+
+    Returns
+    -------
+    Factors x measures. Their rank agreement (Spearman's) is ``factor_ranks(adata).corr()``.
+    """
+    table = factors(adata, key=key)
+    return rank_table(table[[name for name in MEASURES if name in table]])

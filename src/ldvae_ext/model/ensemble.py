@@ -1,0 +1,329 @@
+"""Several trainings of one model, and what they agree on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from anndata import AnnData
+from scvi.dataloaders import DataSplitter
+from scvi.utils import track
+
+from ldvae_ext._keys import CONSENSUS_KEY, check_key_added, consensus_keys
+from ldvae_ext._validate import check_one_of, check_positive_int, listed, warn
+from ldvae_ext.core import kl_per_dimension
+from ldvae_ext.core.matching import STABLE, UNSTABLE, Consensus, consensus_of, cosines, flags, match_columns, procrustes
+from ldvae_ext.core.rotation import Rotation
+from ldvae_ext.model._ldvae import LDVAE
+
+RESAMPLES = ("halves", "bootstrap")
+_TRAIN_SIZE = 0.9
+# What an ensemble decides for each of its runs.
+_DECIDED = ("datasplitter_kwargs", "datamodule", "shuffle_set_split", "validation_size")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Ensemble:
+    """Models of the same data, and their consensus; from :func:`fit_ensemble`."""
+
+    models: list[LDVAE]
+    """The runs that succeeded, each seen through its varimax rotation."""
+    seeds: list[int]
+    """Their seeds."""
+    resample: str | None
+    """Which cells they were trained on: None: all on the same."""
+    failures: dict[int, str]
+    """What went wrong, by seed, with runs that did not succeed."""
+    genes: np.ndarray
+    consensus: Consensus
+    """Consensus and reproducibility as arrays; :attr:`loadings`, :attr:`stats` and :attr:`spread` have names."""
+    kl_k: np.ndarray
+    """Mean over runs of the KL of the matched factors, in nats per cell."""
+
+    @property
+    def names(self) -> list[str]:
+        """``C_0``, ``C_1``, ...: consensus factors by descending KL."""
+        return [f"C_{k}" for k in range(len(self.kl_k))]
+
+    @property
+    def loadings(self) -> pd.DataFrame:
+        """Consensus loadings, genes x factors, centred over genes, in log-rate."""
+        return pd.DataFrame(self.consensus.loading_gk, index=self.genes, columns=self.names)
+
+    @property
+    def spread(self) -> pd.DataFrame:
+        """Standard deviation over runs of the loading of each gene in the matched factors, genes x factors."""
+        return pd.DataFrame(self.consensus.spread_gk, index=self.genes, columns=self.names)
+
+    @property
+    def stats(self) -> pd.DataFrame:
+        """One row for each consensus factor.
+
+        ``reproducibility`` in [0, 1]: mean over runs of the absolute cosine between the run's factor and that of a consensus
+        of the others; ``lowest``, the smallest of them; ``flag``: ``"stable"`` from 0.8 on, ``"unstable"`` below 0.6, else
+        ``"uncertain"``; ``kl``: mean over runs, in nats per cell.
+        """
+        reproducibility_k = self.consensus.reproducibility_k
+        return pd.DataFrame(
+            {
+                "reproducibility": reproducibility_k,
+                "lowest": self.consensus.cosine_mk.min(axis=0),
+                "flag": flags(reproducibility_k),
+                "kl": self.kl_k,
+            },
+            index=pd.Index(self.names, name="factor"),
+        )
+
+    @property
+    def n_stable(self) -> int:
+        """Number of stable factors."""
+        return int((self.consensus.reproducibility_k >= STABLE).sum())
+
+    @property
+    def agreement(self) -> pd.DataFrame:
+        """Median absolute cosine of the matched factors of each two runs, runs x runs, named by seed: single runs, no consensus."""
+        loadings = [model.get_loadings(canonical=True).to_numpy() for model in self.models]
+        value_mm = [[float(np.median(match_columns(cosines(a, b)).cosine)) for b in loadings] for a in loadings]
+        return pd.DataFrame(value_mm, index=self.seeds, columns=self.seeds)
+
+    def __repr__(self) -> str:
+        flag = self.stats["flag"].value_counts()
+        counts = ", ".join(f"{flag.get(name, 0)} {name}" for name in ("stable", "uncertain", "unstable"))
+        meaning = {
+            None: "other seeds, same cells: says nothing of how factors would fare with other cells",
+            "halves": "trained on two disjoint halves of the cells",
+            "bootstrap": "each trained on cells drawn with replacement",
+        }[self.resample]
+        failed = f", {len(self.failures)} failed" if self.failures else ""
+        return f"Ensemble of {len(self.models)} runs{failed} ({meaning}); {len(self.names)} consensus factors: {counts}"
+
+    def representative(self) -> LDVAE:
+        """The run that is nearest to the consensus, rotated so that its factors ``F_k`` are as near to ``C_k`` as they can be.
+
+        The rotation (orthogonal Procrustes, Schonemann 1966) is a view as any other (:meth:`LDVAE.rotate`), called
+        ``"consensus"``: use the model to encode cells, to export and to ablate.
+        """
+        nearest = self.models[int(np.argmax(self.consensus.cosine_mk.mean(axis=1)))]
+        loading_gk = nearest.get_decoder().centered().weight_gk
+        matrix_kk, _ = procrustes(self.consensus.loading_gk, loading_gk)
+        nearest.rotation_ = {
+            "matrix": Rotation(matrix_kk=matrix_kk, method="consensus").matrix_kk,
+            "method": "consensus",
+        }
+        return nearest
+
+    def export_to_anndata(self, adata: AnnData, *, key_added: str = CONSENSUS_KEY) -> None:
+        """Write the consensus to an AnnData.
+
+        Parameters
+        ----------
+        adata
+            Where to write; genes that the models do not know get NaN.
+        key_added
+            Replaces ``ldvae_consensus`` in all keys together.
+
+        Notes
+        -----
+        Writes
+
+        * ``varm["ldvae_consensus"]``: consensus loadings, genes x factors, float32;
+        * ``varm["ldvae_consensus_spread"]``: their standard deviation over runs, float32;
+        * ``uns["ldvae_consensus"]``: ``names``, ``statistics`` (``reproducibility``, ``lowest``, ``kl``), ``flag``, ``cosine`` (runs x
+          factors), ``agreement`` (runs x runs), ``seeds``, ``resample`` (``"none"``, ``"halves"`` or ``"bootstrap"``),
+          ``thresholds``, ``n_failed``.
+
+        :func:`ldvae_ext.get.stability` and :func:`ldvae_ext.pl.stability` read them.
+        """
+        check_key_added(key_added)
+        keys = consensus_keys(key_added)
+        if keys.info in adata.uns and "cosine" not in adata.uns[keys.info]:
+            msg = f"`adata.uns[{keys.info!r}]` exists and is no consensus; choose another `key_added`."
+            raise ValueError(msg)
+        position = pd.Index(adata.var_names.astype(str)).get_indexer(self.genes)
+        known = position >= 0
+        for key, value_gk in ((keys.loadings, self.consensus.loading_gk), (keys.spread, self.consensus.spread_gk)):
+            array = np.full((adata.n_vars, len(self.names)), np.nan, dtype=np.float32)
+            array[position[known]] = value_gk[known]
+            adata.varm[key] = array
+        stats = self.stats
+        adata.uns[keys.info] = {
+            "names": np.array(self.names),
+            "statistics": {name: stats[name].to_numpy() for name in ("reproducibility", "lowest", "kl")},
+            "flag": stats["flag"].to_numpy().astype(np.str_),
+            "cosine": self.consensus.cosine_mk,
+            "agreement": self.agreement.to_numpy(),
+            "seeds": np.array(self.seeds),
+            "resample": self.resample or "none",
+            "thresholds": np.array([UNSTABLE, STABLE]),
+            "n_failed": len(self.failures),
+        }
+
+
+def fit_ensemble(
+    adata: AnnData,
+    n_runs: int = 5,
+    n_latent: int = 10,
+    *,
+    resample: Literal["halves", "bootstrap"] | None = None,
+    max_epochs: int | None = None,
+    seed: int = 0,
+    model_kwargs: dict[str, Any] | None = None,
+    train_kwargs: dict[str, Any] | None = None,
+    silent: bool = False,
+) -> Ensemble:
+    """Train the same model several times, and find out which factors come back.
+
+    Each run is rotated by varimax. The consensus is that of all loadings pooled (their leading singular vectors, then
+    varimax), which knows nothing of the axes that a run ended on. The reproducibility of a factor is the mean absolute cosine
+    between its partner in a run and the consensus of the other runs.
+
+    **Seeds are not samples.** Runs that differ by their seed alone are trained on the same cells: a factor that they agree on
+    is a property of these cells and of the model, and may still be noise of these cells. Whether it would come back with others
+    is what ``resample`` asks; the agreement is then much lower, and is the number to report.
+
+    Parameters
+    ----------
+    adata
+        AnnData registered by :meth:`LDVAE.setup_anndata`. All runs read it; it is neither copied nor written to.
+    n_runs
+        Number of runs, at least 2.
+    n_latent
+        Number of latents.
+    resample
+        Cells of each run. None: the same for all. ``"halves"``: the cells are cut in two at random, runs take turns between the
+        halves, and each run is compared with the consensus of those on the other half. ``"bootstrap"``: as many as there are,
+        drawn with replacement for each run.
+    max_epochs
+        As in :meth:`LDVAE.train`.
+    seed
+        Seed of the first run; the others count on from it. Cells are drawn by it, too.
+    model_kwargs, train_kwargs
+        Arguments of :class:`LDVAE` and of :meth:`LDVAE.train`, whose ``kl_warmup`` is ``"auto"`` here unless given. A
+        ``train_size`` cuts off the same cells in all runs (0.9 if not given; with ``resample`` all drawn cells are trained on).
+    silent
+        Whether to hide the progress bar, which counts runs.
+
+    Returns
+    -------
+    An :class:`Ensemble`. A run that fails is left out, with a warning; the others are not lost.
+
+    Raises
+    ------
+    ValueError
+        If an option is unknown or decided by the ensemble, or the latent is logistic-normal, which has no other axes.
+    RuntimeError
+        If fewer than two runs, or none on one of the halves, succeeded.
+    """
+    check_positive_int("n_runs", n_runs)
+    check_positive_int("n_latent", n_latent)
+    if n_runs < 2:
+        msg = f"`n_runs` must be at least 2, since runs are compared; got {n_runs}."
+        raise ValueError(msg)
+    if resample is not None:
+        check_one_of("resample", resample, RESAMPLES)
+    model_kwargs, train_kwargs = dict(model_kwargs or {}), dict(train_kwargs or {})
+    if model_kwargs.get("latent_distribution") == "ln":
+        msg = "`latent_distribution='ln'` cannot be rotated, and unrotated runs are not comparable."
+        raise ValueError(msg)
+    decided = [name for name in train_kwargs if name in _DECIDED or (name == "train_size" and resample is not None)]
+    if decided:
+        msg = f"`train_kwargs`: {listed(decided)}: the ensemble decides which cells a run is trained on."
+        raise ValueError(msg)
+    train_size = train_kwargs.pop("train_size", None) or _TRAIN_SIZE
+    options = {"kl_warmup": "auto", "enable_progress_bar": False, **train_kwargs}
+    models: list[LDVAE] = []
+    seeds, kinds, failures = [], [], {}
+    for m in track(range(n_runs), description="Training runs", disable=silent):
+        cells, kind = _cells_of_run(adata.n_obs, m, resample, train_size, seed)
+        try:
+            with _seeded(seed + m):
+                model = LDVAE(adata, n_latent=n_latent, **model_kwargs)
+                _train_on(model, cells, max_epochs, options)
+            model.rotate()
+        except Exception as error:  # noqa: BLE001 - whatever it was, the other runs are worth having
+            failures[seed + m] = f"{type(error).__name__}: {error}"
+            warn(f"The run with seed {seed + m} failed and is left out ({failures[seed + m]}).")
+            continue
+        models.append(model)
+        seeds.append(seed + m)
+        kinds.append(kind)
+    if len(set(kinds)) < 2:
+        msg = f"{len(models)} of {n_runs} runs succeeded, which cannot be compared. What went wrong: {listed(failures.values())}."
+        raise RuntimeError(msg)
+    return _ensemble(models, seeds, kinds, resample, failures)
+
+
+def _ensemble(
+    models: list[LDVAE], seeds: list[int], kinds: list[int], resample: str | None, failures: dict[int, str]
+) -> Ensemble:
+    """The consensus of trained models, by descending KL."""
+    loadings = [model.get_loadings(canonical=True).to_numpy() for model in models]
+    consensus = consensus_of(loadings, kinds)
+    kl_mk = np.zeros(consensus.cosine_mk.shape)
+    for m, model in enumerate(models):
+        with model._factor_stream(None, None, None) as cells:
+            kl = [kl_per_dimension(chunk.mean, chunk.variance) for chunk in cells.chunks]
+        kl_mk[m] = np.concatenate(kl).mean(axis=0)[consensus.partner_mk[m]]
+    order = np.argsort(-kl_mk.mean(axis=0), kind="stable")
+    genes = np.asarray(models[0].get_var_names()).astype(str)
+    return Ensemble(models, seeds, resample, failures, genes, consensus.arranged(order), kl_mk.mean(axis=0)[order])
+
+
+def _cells_of_run(
+    n_cells: int, m: int, resample: str | None, train_size: float, seed: int
+) -> tuple[list[np.ndarray], int]:
+    """Cells to train on (some perhaps repeatedly), to validate on and others; and a number that runs on the same cells share."""
+    if resample == "bootstrap":
+        drawn = np.sort(np.random.default_rng([seed, m]).choice(n_cells, n_cells))
+        return [drawn, np.empty(0, dtype=np.int64), np.setdiff1d(np.arange(n_cells), drawn)], m
+    shuffled = np.random.default_rng(seed).permutation(n_cells)
+    if resample == "halves":
+        halves = np.array_split(shuffled, 2)
+        return [halves[m % 2], np.empty(0, dtype=np.int64), halves[1 - m % 2]], m % 2
+    n_train = int(np.ceil(train_size * n_cells))
+    return [shuffled[:n_train], shuffled[n_train:], np.empty(0, dtype=np.int64)], m
+
+
+class _DrawnCells(DataSplitter):
+    """scvi-tools' split by given cells, of which some may be trained on repeatedly."""
+
+    def __init__(self, *args: Any, drawn: np.ndarray, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._drawn = drawn
+
+    def setup(self, stage: str | None = None) -> None:
+        """Split the cells; scvi-tools refuses an index that comes twice."""
+        super().setup(stage)
+        self.train_idx = self._drawn
+
+
+def _train_on(model: LDVAE, cells: list[np.ndarray], max_epochs: int | None, options: dict[str, Any]) -> None:
+    """Train on given cells."""
+    model._data_splitter_cls = _DrawnCells
+    split = {"external_indexing": [np.unique(cells[0]), *cells[1:]], "drawn": cells[0]}
+    try:
+        model.train(max_epochs, datasplitter_kwargs=split, **options)
+    finally:
+        del model._data_splitter_cls
+    if not np.isfinite(model.module.get_loadings()).all():
+        msg = "Training ended with loadings that are no numbers."
+        raise FloatingPointError(msg)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Random draws of torch and numpy from a seed, and the caller's own afterwards."""
+    devices = list(range(torch.cuda.device_count()))
+    state = np.random.get_state()  # noqa: NPY002 - what scvi-tools draws from
+    try:
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            np.random.seed(seed % 2**32)  # noqa: NPY002
+            yield
+    finally:
+        np.random.set_state(state)  # noqa: NPY002

@@ -1,0 +1,163 @@
+"""Which factors of two models are the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+
+from ldvae_ext._keys import DEFAULT_KEY, consensus_keys, export_keys
+from ldvae_ext._validate import check_one_of, listed
+from ldvae_ext.core import LinearDecoder
+from ldvae_ext.core._arrays import strings
+from ldvae_ext.core.matching import cosines, match_columns, procrustes
+from ldvae_ext.get._export import loadings
+
+SOURCES = ("loadings", "scores")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FactorMatch:
+    """Factors of two models side by side, from :func:`match_factors`."""
+
+    pairs: pd.DataFrame
+    """One row for each pair: ``first``, ``second``, ``cosine`` (signed: negative where they point to opposite ends) and
+    ``aligned``, the cosine of the first with the best combination of all factors of the second that is orthogonal to those for the
+    other factors; NaN for ``by="scores"``."""
+    cosine: pd.DataFrame
+    """Cosine (``by="scores"``: correlation) of each factor of the first with each of the second."""
+    procrustes_distance: float
+    """0 if the one is a rotation of the other, 1 if they have nothing in common; see
+    :func:`ldvae_ext.core.matching.procrustes`. NaN for ``by="scores"``."""
+    n_shared: int
+    """Genes, or cells, that both have, which are compared."""
+    by: str
+
+    def __repr__(self) -> str:
+        what = "genes" if self.by == "loadings" else "cells"
+        median = self.pairs["cosine"].abs().median()
+        distance = "" if np.isnan(self.procrustes_distance) else f", Procrustes distance {self.procrustes_distance:.2f}"
+        return f"FactorMatch({len(self.pairs)} pairs, {self.n_shared} shared {what}, median |cosine| {median:.2f}{distance})"
+
+
+def match_factors(
+    a: Any, b: Any, *, by: Literal["loadings", "scores"] = "loadings", key: str = DEFAULT_KEY, key_b: str | None = None
+) -> FactorMatch:
+    """Pair the factors of two models, and say whether what differs is the axes or the subspace.
+
+    Parameters
+    ----------
+    a, b
+        Each a model (LDVAE, with its rotation if one is in force; LinearSCVI; an ensemble, by its consensus), a
+        :class:`ldvae_ext.core.LinearDecoder`, an AnnData with an export or a consensus, or a DataFrame, genes x factors (for
+        ``by="scores"``: cells x factors).
+    by
+        ``"loadings"``: canonical loadings of the genes that both have, centred over them. ``"scores"``: latents of the cells that
+        both have by name, centred; for models and AnnData. Different cells change loadings more than scores.
+    key, key_b
+        ``key_added`` of the exports in ``a`` and ``b`` where these are AnnData; ``key_b`` is ``key`` if None.
+
+    Returns
+    -------
+    A :class:`ldvae_ext.tl.FactorMatch`: ``pairs``, ``cosine``, ``procrustes_distance``. Pairs are one to one and make the sum of
+    absolute cosines largest (Hungarian method); with unequal numbers of factors some are left out.
+
+    Raises
+    ------
+    TypeError
+        If one is nothing that has factors.
+    ValueError
+        If they share fewer genes or cells than they have factors.
+    """
+    check_one_of("by", by, SOURCES)
+    read = _loadings if by == "loadings" else _scores
+    first, second = read(a, key), read(b, key if key_b is None else key_b)
+    for name, table in (("a", first), ("b", second)):
+        if not table.index.is_unique:
+            msg = f"`{name}`: names must be unique; {table.index[table.index.duplicated()][0]!r} occurs more than once."
+            raise ValueError(msg)
+    shared = first.index.intersection(second.index, sort=False)
+    n_factors = max(first.shape[1], second.shape[1])
+    if len(shared) <= n_factors:
+        what = "genes" if by == "loadings" else "cells"
+        msg = f"`a` and `b` share {len(shared)} {what}, such as {listed(shared[:3]) or 'none'}; more than {n_factors} are needed to compare {n_factors} factors."
+        raise ValueError(msg)
+    a_nk, b_nj = (
+        (value - value.mean(axis=0)) for value in (table.loc[shared].to_numpy(np.float64) for table in (first, second))
+    )
+    cosine_kj = cosines(a_nk, b_nj)
+    match = match_columns(cosine_kj)
+    aligned_k, distance = np.full(first.shape[1], np.nan), np.nan
+    if by == "loadings":
+        rotation, distance = procrustes(a_nk, b_nj)
+        aligned_k = np.diag(cosines(a_nk, b_nj @ rotation))
+    pairs = pd.DataFrame(
+        {
+            "first": first.columns[match.first],
+            "second": second.columns[match.second],
+            "cosine": match.cosine * match.sign,
+            "aligned": aligned_k[match.first],
+        }
+    )
+    table = pd.DataFrame(cosine_kj, index=first.columns, columns=second.columns)
+    return FactorMatch(pairs, table, distance, len(shared), by)
+
+
+def _loadings(source: Any, key: str) -> pd.DataFrame:
+    """Loadings with the names of genes and factors."""
+    if isinstance(source, AnnData):
+        keys = consensus_keys(key)
+        if "cosine" in source.uns.get(key, {}):
+            known = ~np.isnan(source.varm[keys.loadings]).any(axis=1)
+            table = pd.DataFrame(source.varm[keys.loadings][known], index=source.var_names[known])
+            return _named(table, strings(source.uns[key]["names"]))
+        return _named(loadings(source, key=key))
+    if isinstance(source, pd.DataFrame):
+        return _named(source)
+    decoder = source
+    if hasattr(source, "get_decoder"):
+        decoder = source.get_decoder(rotated=source.rotation is not None)
+    if isinstance(decoder, LinearDecoder):
+        turned = decoder.reordered(np.arange(len(decoder.factors)), decoder.signs()).centered()
+        return _named(pd.DataFrame(turned.weight_gk, index=decoder.genes, columns=decoder.factors))
+    if hasattr(source, "get_loadings"):
+        return _named(source.get_loadings())
+    if isinstance(getattr(source, "loadings", None), pd.DataFrame):
+        return _named(source.loadings)
+    msg = f"Factors come from a model, a LinearDecoder, an AnnData or a DataFrame (genes x factors); got {type(source).__name__}."
+    raise TypeError(msg)
+
+
+def _scores(source: Any, key: str) -> pd.DataFrame:
+    """Latents with the names of cells and factors."""
+    if isinstance(source, AnnData):
+        info = source.uns.get(key, {})
+        keys = export_keys(key)
+        if not isinstance(info, Mapping) or keys.latent not in source.obsm or "names" not in info:
+            msg = f"`adata` has no export {key!r} with latents of cells; `LDVAE.export_to_anndata` writes one."
+            raise KeyError(msg)
+        table = pd.DataFrame(np.asarray(source.obsm[keys.latent]), index=source.obs_names)
+        return _named(table, strings(info["names"]))
+    if isinstance(source, pd.DataFrame):
+        return _named(source)
+    if getattr(source, "adata", None) is not None and hasattr(source, "get_latent_representation"):
+        latent_nk = np.asarray(source.get_latent_representation(), dtype=np.float64)
+        rotation = getattr(source, "rotation", None)
+        if rotation is not None:
+            latent_nk = latent_nk @ rotation.matrix_kk
+        names = getattr(source, "factor_names", [f"Z_{k}" for k in range(latent_nk.shape[1])])
+        return _named(pd.DataFrame(latent_nk, index=source.adata.obs_names), names)
+    msg = (
+        f"Scores come from a model with data, an AnnData or a DataFrame (cells x factors); got {type(source).__name__}."
+    )
+    raise TypeError(msg)
+
+
+def _named(table: pd.DataFrame, factors: Any = None) -> pd.DataFrame:
+    """The table with names as strings."""
+    columns = [str(name) for name in (table.columns if factors is None else factors)]
+    return table.set_axis(columns, axis=1).set_axis(table.index.astype(str), axis=0)
