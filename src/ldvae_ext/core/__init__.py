@@ -6,18 +6,28 @@ from ldvae_ext.core._design import Covariate
 from ldvae_ext.core.ablation import ablation_effects
 from ldvae_ext.core.decoder import LinearDecoder
 from ldvae_ext.core.fold import BatchNorm, RawLinear
+from ldvae_ext.core.ledger import InformationLedger, information_ledger
 from ldvae_ext.core.likelihood import log_likelihood
+from ldvae_ext.core.matching import consensus_loadings, match_columns, procrustes
 from ldvae_ext.core.populations import path_attribution, within_directions
 from ldvae_ext.core.posterior import kl_per_dimension
+from ldvae_ext.core.rotation import Rotation, varimax
 
 __all__ = [
     "BatchNorm",
     "Covariate",
+    "InformationLedger",
     "LinearDecoder",
     "RawLinear",
+    "Rotation",
     "ablation_effects",
+    "consensus_loadings",
+    "information_ledger",
     "kl_per_dimension",
     "log_likelihood",
+    "match_columns",
     "path_attribution",
+    "procrustes",
+    "varimax",
     "within_directions",
 ]

@@ -24,6 +24,8 @@ from ldvae_ext.model._cells import with_positions
 
 # An ablation of each kind that a factor's weight is measured by.
 _ABLATIONS = ("zero", "mean", "permute")
+# Draws from the posteriors of a group that the sampled terms are means over, at least.
+_N_DRAWS = 5000
 
 
 class StatsMixin(AblationMixin):
@@ -180,7 +182,11 @@ def _information(
     some = np.arange(n_cells)
     if n_cells > max_cells:
         some = np.sort(np.random.default_rng(seed).choice(n_cells, max_cells, replace=False))
-    ledger = information_ledger(mean_nk[some] @ rotation_kk.T, variance_nk[some], rotation_kk, seed=seed)
+    # Of few cells more draws each: what is sampled is then as precise as of thousands.
+    n_samples = max(1, _N_DRAWS // len(some))
+    ledger = information_ledger(
+        mean_nk[some] @ rotation_kk.T, variance_nk[some], rotation_kk, n_samples=n_samples, seed=seed
+    )
     information = {
         "n_cells": n_cells,
         "kl": kl_k,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,7 +33,7 @@ class Ensemble:
     """Models of the same data, and their consensus; from :func:`fit_ensemble`."""
 
     models: list[LDVAE]
-    """The runs that succeeded, each seen through its varimax rotation."""
+    """The runs that succeeded, each seen through its varimax rotation, on which nothing below depends any more."""
     seeds: list[int]
     """Their seeds."""
     resample: str | None
@@ -44,6 +45,8 @@ class Ensemble:
     """Consensus and reproducibility as arrays; :attr:`loadings`, :attr:`stats` and :attr:`spread` have names."""
     kl_k: np.ndarray
     """Mean over runs of the KL of the matched factors, in nats per cell."""
+    agreement: pd.DataFrame
+    """Median absolute cosine of the matched factors of each two runs, runs x runs, named by seed: single runs, no consensus."""
 
     @property
     def names(self) -> list[str]:
@@ -84,13 +87,6 @@ class Ensemble:
         """Number of stable factors."""
         return int((self.consensus.reproducibility_k >= STABLE).sum())
 
-    @property
-    def agreement(self) -> pd.DataFrame:
-        """Median absolute cosine of the matched factors of each two runs, runs x runs, named by seed: single runs, no consensus."""
-        loadings = [model.get_loadings(canonical=True).to_numpy() for model in self.models]
-        value_mm = [[float(np.median(match_columns(cosines(a, b)).cosine)) for b in loadings] for a in loadings]
-        return pd.DataFrame(value_mm, index=self.seeds, columns=self.seeds)
-
     def __repr__(self) -> str:
         flag = self.stats["flag"].value_counts()
         counts = ", ".join(f"{flag.get(name, 0)} {name}" for name in ("stable", "uncertain", "unstable"))
@@ -105,10 +101,11 @@ class Ensemble:
     def representative(self) -> LDVAE:
         """The run that is nearest to the consensus, rotated so that its factors ``F_k`` are as near to ``C_k`` as they can be.
 
-        The rotation (orthogonal Procrustes, Schonemann 1966) is a view as any other (:meth:`LDVAE.rotate`), called
-        ``"consensus"``: use the model to encode cells, to export and to ablate.
+        The rotation (orthogonal Procrustes, Schonemann 1966, 10.1007/BF02289451) is a view as any other (:meth:`LDVAE.rotate`),
+        called ``"consensus"``: use the model to encode cells, to export and to ablate. It shares network and data with the
+        run in ``models``, which keeps its own rotation.
         """
-        nearest = self.models[int(np.argmax(self.consensus.cosine_mk.mean(axis=1)))]
+        nearest = copy(self.models[int(np.argmax(self.consensus.cosine_mk.mean(axis=1)))])
         loading_gk = nearest.get_decoder().centered().weight_gk
         matrix_kk, _ = procrustes(self.consensus.loading_gk, loading_gk)
         nearest.rotation_ = {
@@ -240,15 +237,16 @@ def fit_ensemble(
     seeds, kinds, failures = [], [], {}
     for m in track(range(n_runs), description="Training runs", disable=silent):
         cells, kind = _cells_of_run(adata.n_obs, m, resample, train_size, seed)
-        try:
-            with _seeded(seed + m):
-                model = LDVAE(adata, n_latent=n_latent, **model_kwargs)
+        with _seeded(seed + m):
+            # Outside of what may fail: an option that the model does not have is no accident of one run.
+            model = LDVAE(adata, n_latent=n_latent, **model_kwargs)
+            try:
                 _train_on(model, cells, max_epochs, options)
-            model.rotate()
-        except Exception as error:  # noqa: BLE001 - whatever it was, the other runs are worth having
-            failures[seed + m] = f"{type(error).__name__}: {error}"
-            warn(f"The run with seed {seed + m} failed and is left out ({failures[seed + m]}).")
-            continue
+                model.rotate()
+            except Exception as error:  # noqa: BLE001 - whatever it was, the other runs are worth having
+                failures[seed + m] = f"{type(error).__name__}: {error}"
+                warn(f"The run with seed {seed + m} failed and is left out ({failures[seed + m]}).")
+                continue
         models.append(model)
         seeds.append(seed + m)
         kinds.append(kind)
@@ -270,8 +268,17 @@ def _ensemble(
             kl = [kl_per_dimension(chunk.mean, chunk.variance) for chunk in cells.chunks]
         kl_mk[m] = np.concatenate(kl).mean(axis=0)[consensus.partner_mk[m]]
     order = np.argsort(-kl_mk.mean(axis=0), kind="stable")
-    genes = np.asarray(models[0].get_var_names()).astype(str)
-    return Ensemble(models, seeds, resample, failures, genes, consensus.arranged(order), kl_mk.mean(axis=0)[order])
+    single_mm = [[np.median(match_columns(cosines(a, b)).cosine) for b in loadings] for a in loadings]
+    return Ensemble(
+        models,
+        seeds,
+        resample,
+        failures,
+        genes=np.asarray(models[0].get_var_names()).astype(str),
+        consensus=consensus.arranged(order),
+        kl_k=kl_mk.mean(axis=0)[order],
+        agreement=pd.DataFrame(single_mm, index=seeds, columns=seeds),
+    )
 
 
 def _cells_of_run(

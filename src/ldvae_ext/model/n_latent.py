@@ -99,11 +99,10 @@ def suggest_n_latent(
     if not 0 < min_increment < 1:
         msg = f"`min_increment` must lie between 0 and 1; got {min_increment!r}."
         raise ValueError(msg)
-    if adata is not None:
-        ensemble = fit_ensemble(adata, n_runs, n_latent, **kwargs)
-    increments = pd.DataFrame([_increments(model) for model in ensemble.models], index=ensemble.seeds)
+    runs = fit_ensemble(adata, n_runs, n_latent, **kwargs) if ensemble is None else ensemble  # type: ignore[arg-type]
+    increments = pd.DataFrame([_increments(model) for model in runs.models], index=runs.seeds)
     n_scree = int(np.median((increments > min_increment).sum(axis=1)))
-    return NLatentSuggestion(ensemble.n_stable, n_scree, increments.shape[1], increments, ensemble)
+    return NLatentSuggestion(runs.n_stable, n_scree, increments.shape[1], increments, runs)
 
 
 def _increments(model: Any) -> dict[str, float]:
