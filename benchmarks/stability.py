@@ -19,7 +19,7 @@ from ldvae_ext.core.rotation import score_varimax, varimax
 from ldvae_ext.model import LDVAE, fit_ensemble
 
 DATA = ("pbmc3k", "kang_muscat")
-N_GENES = 2000
+N_GENES = 1000
 DECODERS = {"batch norm": {}, "off, auto": {"use_batch_norm": "encoder", "bias": "auto"}}
 
 

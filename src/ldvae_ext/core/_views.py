@@ -153,7 +153,7 @@ def check_rotatable(latent_distribution: str) -> None:
 
 
 def orthogonal(rotation_kk: Any, n_factors: int) -> np.ndarray:
-    """A matrix as float64, after a check that it is orthogonal.
+    """A matrix as float64, a copy, after a check that it is orthogonal.
 
     Parameters
     ----------
@@ -162,7 +162,7 @@ def orthogonal(rotation_kk: Any, n_factors: int) -> np.ndarray:
     n_factors
         Its number of rows and columns.
     """
-    rotation_kk = np.asarray(rotation_kk, dtype=np.float64)
+    rotation_kk = np.array(rotation_kk, dtype=np.float64)
     if rotation_kk.shape != (n_factors, n_factors):
         msg = f"A rotation must have shape ({n_factors}, {n_factors}); got {rotation_kk.shape}."
         raise ValueError(msg)

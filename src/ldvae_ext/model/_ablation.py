@@ -64,7 +64,8 @@ class AblationMixin(RotationMixin):
         latents
             Latents to take out, one at a time: names (``"Z_3"``; ``"F_3"`` while a rotation is in force) or positions; all if
             None. A mapping from a name to several takes each of these sets out as a whole. With ``scheme="keep_top"`` the
-            order in which latents are kept; descending KL over all cells of ``adata`` if None.
+            order in which latents are kept; if None by descending KL over all cells of ``adata``, or as they are numbered
+            after ``rotate("deviance")`` and :meth:`order_factors`.
         mode
             What a latent is replaced by (u under ``latent_distribution="ln"``, where z = softmax(u)):
 
@@ -247,7 +248,8 @@ class AblationMixin(RotationMixin):
             Cells to look at, such as ``indices=model.validation_indices`` for those that were held out in training; the null
             model is theirs. Other cells of ``adata`` count for the order by KL and for the means of ``mode="mean"``.
         latents
-            Order in which latents are added up; descending KL if None. Those left out are replaced throughout.
+            Order in which latents are added up; if None as for ``scheme="keep_top"`` of :meth:`ablate`. Those left out are
+            replaced throughout.
         mode, value
             What a latent is replaced by, see :meth:`ablate`; not the random ones.
         batch_size, dataloader, silent
@@ -349,6 +351,8 @@ class AblationMixin(RotationMixin):
             msg = "`groupby` needs the obs of an AnnData; a `dataloader` brings none."
             raise ValueError(msg)
         codes = self._transform_batch_codes(transform_batch)
+        if self._has_own_order and arguments.get("latents") is None and arguments.get("scheme") == "keep_top":
+            arguments["latents"] = self.factor_names
         request = AblationRequest(
             decoder=self._factor_decoder(), has_groups=groupby is not None, batches=tuple(codes), **arguments
         )

@@ -297,6 +297,11 @@ class LDVAEBase(EmbeddingMixin, RNASeqMixin, VAEMixin, UnsupervisedTrainingMixin
         return Rotation(matrix_kk=self.rotation_["matrix"], method=self.rotation_["method"])
 
     @property
+    def _has_own_order(self) -> bool:
+        """Whether factors are numbered in the order in which they explain the counts."""
+        return self.is_ordered_ if self.rotation is None else self.rotation.method == "deviance"
+
+    @property
     def factor_names(self) -> list[str]:
         """What is looked at: ``F_0``, ``F_1``, ... while a rotation is in force, else the latents."""
         return self.latent_names if self.rotation is None else self.rotation.names

@@ -138,8 +138,7 @@ class ExportMixin(StatsMixin, TrainingMixin):
           ``variance_ratio`` hold the KL and its share, as ``params`` says.
         """
         if order_by is None:
-            has_own_order = self.is_ordered_ or (self.rotation is not None and self.rotation.method == "deviance")
-            order_by = "network" if has_own_order else "kl"
+            order_by = "network" if self._has_own_order else "kl"
         check_one_of("order_by", order_by, ORDERS)
         keys = export_keys(key_added)
         target = self.adata if adata is None else adata
