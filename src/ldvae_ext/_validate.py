@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ def listed(values: Iterable[Any], limit: int = 10) -> str:
 
 def check_one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
     """Raise unless ``value`` is one of ``allowed``."""
-    if value not in allowed:
+    # What has no hash, such as an AnnData, may refuse to be compared.
+    if not isinstance(value, Hashable) or value not in allowed:
         msg = f"`{name}` must be one of {listed(allowed)}; got {value!r}."
         raise ValueError(msg)
 

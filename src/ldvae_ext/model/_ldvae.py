@@ -14,12 +14,13 @@ from ldvae_ext.model._batch_norm import BatchNormMixin
 from ldvae_ext.model._export import ExportMixin
 from ldvae_ext.model._linear_scvi import as_linear_scvi_meant
 from ldvae_ext.model._minified import MinifiedMixin
+from ldvae_ext.model._ordered import OrderedMixin
 from ldvae_ext.model._populations import PopulationsMixin
 from ldvae_ext.model._query import QueryMixin
 from ldvae_ext.model._weights import WeightsMixin
 
 
-class LDVAE(PopulationsMixin, ExportMixin, BatchNormMixin, MinifiedMixin, WeightsMixin, QueryMixin):
+class LDVAE(OrderedMixin, PopulationsMixin, ExportMixin, BatchNormMixin, MinifiedMixin, WeightsMixin, QueryMixin):
     """Linearly decoded VAE (Svensson et al. 2020, 10.1093/bioinformatics/btaa169), to be read.
 
     A drop-in replacement for :class:`scvi.model.LinearSCVI`: same arguments, order and defaults, same network, same

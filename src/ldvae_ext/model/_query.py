@@ -232,7 +232,8 @@ class QueryMixin(LDVAEBase, ArchesMixin):
         return ArchesMixin.prepare_query_anndata(adata, reference_model, return_reference_var_names, inplace)
 
     def _keeps_loadings(self) -> bool:
-        return self.query_ is not None and not self.query_["unfrozen"]
+        frozen = ("freeze_decoder_first_layer", "freeze_batchnorm_decoder")
+        return self.query_ is not None and not self.query_["unfrozen"] and all(self.query_[name] for name in frozen)
 
     def _freeze_reference(self) -> None:
         """Freeze a fresh network as ``load_query_data`` was told to; nothing for a model that is no query."""

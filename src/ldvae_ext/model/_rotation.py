@@ -15,6 +15,7 @@ from ldvae_ext.core._views import check_rotatable
 from ldvae_ext.core.rotation import METHODS, Rotation, loading_varimax, score_varimax
 from ldvae_ext.model._cells import CellStream, stream_cells
 from ldvae_ext.model._decoding import DecodingMixin
+from ldvae_ext.model._deviance import deviance_rotation
 
 # More cells would not change the axes that scores are far from 0 along.
 _MANY_CELLS = 20_000
@@ -50,9 +51,9 @@ class RotationMixin(DecodingMixin):
             * ``"varimax"``: each factor has large loadings in few genes (folded loadings, centred over genes). For reading.
             * ``"score-varimax"``: each factor is far from its mean in few cells (posterior means, centred over cells). More alike
               between trainings on different cells, less aligned with cell types.
-            * ``"deviance"``: the first j factors explain the counts as well as any j axes of this model can, for all j: the
-              Fisher-weighted principal axes, refined for the likelihood of cells cut off after a random number of factors. For a
-              scree, or to keep some of the factors. Needs counts.
+            * ``"deviance"``: the first j factors explain the counts about as well as any j axes of this model, for all j: the
+              Fisher-weighted principal axes, refined for the likelihood of cells cut off after a random number of factors (a local
+              optimum). For a scree, or to keep some of the factors. Needs counts.
             * ``"none"``: the network's own axes.
         adata, indices
             Cells that decide order and, but for ``"varimax"``, axes; the model's own if None.
@@ -78,8 +79,6 @@ class RotationMixin(DecodingMixin):
             return
         check_rotatable(self.module.latent_distribution)
         if method == "deviance":
-            from ldvae_ext.model._ordered import deviance_rotation
-
             self._check_has_counts("rotate('deviance')")
             matrix_kk = deviance_rotation(self, adata, indices, batch_size)
             self._see_through(Rotation(matrix_kk=matrix_kk, method=method))

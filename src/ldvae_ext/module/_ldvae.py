@@ -23,6 +23,7 @@ from ldvae_ext.module._marginal import log_marginal
 from ldvae_ext.module._modes import evaluating
 from ldvae_ext.module._options import batch_norm_where, check_options, layer_norm_in_encoder
 from ldvae_ext.module._query import QueryModule
+from ldvae_ext.module._truncation import TruncationModule
 
 
 class CellPosterior(NamedTuple):
@@ -36,7 +37,7 @@ class CellPosterior(NamedTuple):
     """Log of the library size: size factor, observed, or the posterior mean of the log library; shape (cells,)."""
 
 
-class LDVAEModule(StrictLoading, QueryModule, ScviLDVAE):
+class LDVAEModule(StrictLoading, QueryModule, TruncationModule, ScviLDVAE):
     """The network of the linearly decoded VAE: ``scvi.module.LDVAE`` with every option of ``scvi.module.VAE``.
 
     With the options that LinearSCVI has it is the same network: same parameters under the same names, same random draws.

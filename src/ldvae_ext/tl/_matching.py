@@ -71,7 +71,7 @@ def match_factors(
     TypeError
         If one is nothing that has factors.
     ValueError
-        If they share fewer genes or cells than they have factors.
+        If values are not finite, or they share no more genes or cells than they have factors.
     """
     check_one_of("by", by, SOURCES)
     read = _loadings if by == "loadings" else _scores
@@ -79,6 +79,9 @@ def match_factors(
     for name, table in (("a", first), ("b", second)):
         if not table.index.is_unique:
             msg = f"`{name}`: names must be unique; {table.index[table.index.duplicated()][0]!r} occurs more than once."
+            raise ValueError(msg)
+        if not np.isfinite(table.to_numpy(dtype=np.float64)).all():
+            msg = f"`{name}` holds values that are NaN or infinite, which can be compared with nothing."
             raise ValueError(msg)
     shared = first.index.intersection(second.index, sort=False)
     n_factors = max(first.shape[1], second.shape[1])
@@ -111,10 +114,11 @@ def _loadings(source: Any, key: str) -> pd.DataFrame:
     """Loadings with the names of genes and factors."""
     if isinstance(source, AnnData):
         keys = consensus_keys(key)
-        if "cosine" in source.uns.get(key, {}):
+        info = source.uns.get(key)
+        if isinstance(info, Mapping) and "cosine" in info:
             known = ~np.isnan(source.varm[keys.loadings]).any(axis=1)
             table = pd.DataFrame(source.varm[keys.loadings][known], index=source.var_names[known])
-            return _named(table, strings(source.uns[key]["names"]))
+            return _named(table, strings(info["names"]))
         return _named(loadings(source, key=key))
     if isinstance(source, pd.DataFrame):
         return _named(source)
