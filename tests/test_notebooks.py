@@ -12,7 +12,7 @@ NOTEBOOKS = sorted((Path(__file__).parents[1] / "tutorials").glob("*.ipynb"))
 
 
 def test_there_are_tutorials():
-    assert [path.name for path in NOTEBOOKS] == ["drop_in.ipynb"]
+    assert [path.name for path in NOTEBOOKS] == ["drop_in.ipynb", "factors.ipynb"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -33,5 +33,5 @@ def test_tutorial_runs(path, tmp_path):
         # Fewer epochs: whether it runs does not need a model that fits.
         trained += cell.source.count("max_epochs=250")
         cell.source = cell.source.replace("max_epochs=250", "max_epochs=20")
-    assert trained == 1
+    assert trained > 0
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()

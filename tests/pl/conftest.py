@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -120,3 +121,55 @@ def readable(exported) -> Callable[..., AnnData]:
         return adata
 
     return make
+
+
+@pytest.fixture
+def rotated(exported) -> Callable[..., AnnData]:
+    """Makes an export that was made through a rotation; what the network has is a mixture of the known factors."""
+
+    def make(n_latent: int = 5, **kwargs: Any) -> AnnData:
+        adata = exported(n_latent, **kwargs)
+        info = adata.uns[kwargs.get("key", "ldvae")]
+        matrix_kk = np.linalg.qr(np.random.default_rng(4).normal(size=(n_latent, n_latent)))[0]
+        info["rotation"] = {
+            "method": "varimax",
+            "matrix": matrix_kk,
+            "latents": np.array([f"Z_{k}" for k in range(n_latent)]),
+        }
+        info["names"] = np.array([f"F_{k}" for k in range(n_latent)])
+        return adata
+
+    return make
+
+
+@pytest.fixture
+def consensus() -> Callable[..., AnnData]:
+    """Adds what the consensus of an ensemble writes, with factors from reproducible to not."""
+
+    def add(
+        adata: AnnData,
+        n_factors: int = 5,
+        n_runs: int = 4,
+        *,
+        resample: str = "none",
+        key: str = "ldvae_consensus",
+        n_failed: int = 0,
+    ) -> AnnData:
+        rng = np.random.default_rng(n_factors + n_runs)
+        level_k = np.linspace(0.97, 0.2, n_factors)
+        cosine_mk = np.clip(level_k + rng.normal(0, 0.05, (n_runs, n_factors)), 0, 1)
+        mean_k = cosine_mk.mean(axis=0)
+        adata.uns[key] = {
+            "names": np.array([f"C_{k}" for k in range(n_factors)]),
+            "statistics": {"reproducibility": mean_k, "lowest": cosine_mk.min(axis=0), "kl": 3 * mean_k},
+            "flag": np.array(["stable" if r >= 0.8 else "unstable" if r < 0.6 else "uncertain" for r in mean_k]),
+            "cosine": cosine_mk,
+            "agreement": np.eye(n_runs),
+            "seeds": np.arange(n_runs),
+            "resample": resample,
+            "thresholds": np.array([0.6, 0.8]),
+            "n_failed": n_failed,
+        }
+        return adata
+
+    return add

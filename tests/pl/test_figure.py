@@ -12,13 +12,22 @@ from matplotlib.figure import Figure
 
 from ldvae_ext import pl, tl
 
-SINGLE = ["factor_scree", "ablation", "factor_groups", "ablation_genes", "population_loadings", "attribution"]
-MULTI = ["loadings", "latent_pairs", "training_curves"]
+SINGLE = [
+    "factor_scree",
+    "ablation",
+    "factor_groups",
+    "ablation_genes",
+    "population_loadings",
+    "attribution",
+    "stability",
+    "match",
+]
+MULTI = ["loadings", "latent_pairs", "training_curves", "rotation"]
 
 
 @pytest.fixture
-def draw(exported, readable, ablated):
-    adata = exported()
+def draw(rotated, readable, ablated, consensus):
+    adata = consensus(rotated())
     tl.rank_factors_groups(adata, "population")
     populations = readable()
     tl.population_loadings(populations, "population", "path")
@@ -29,6 +38,7 @@ def draw(exported, readable, ablated):
         "population_loadings": (populations, "Z_1"),
         "attribution": (populations, populations.var_names[5], "B"),
         "training_curves": (history,),
+        "match": (tl.match_factors(adata, populations),),
     }
     return lambda name, **kwargs: getattr(pl, name)(*arguments.get(name, (adata,)), **kwargs)
 
@@ -108,16 +118,16 @@ def test_axes_in_a_subfigure_belong_to_the_whole_figure(draw, name):
     assert draw(name, ax=ax, return_fig=True) is figure
 
 
-@pytest.mark.parametrize("name", ["factor_scree", "loadings", "latent_pairs"])
+@pytest.mark.parametrize("name", ["factor_scree", "loadings", "latent_pairs", "rotation"])
 def test_a_missing_export_is_named_before_anything_is_drawn(draw, name):
     with pytest.raises(KeyError, match=r"No export 'other'.*'ldvae'.*export_to_anndata"):
         draw(name, key="other")
     assert not plt.get_fignums()
 
 
-@pytest.mark.parametrize("name", ["factor_scree", "loadings", "latent_pairs"])
-def test_another_key_is_read(exported, name):
-    adata = exported(key="other")
+@pytest.mark.parametrize("name", ["factor_scree", "loadings", "latent_pairs", "rotation"])
+def test_another_key_is_read(rotated, name):
+    adata = rotated(key="other")
     assert isinstance(getattr(pl, name)(adata, key="other", return_fig=True), Figure)
 
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ldvae_ext.pl._heatmap import top_rows
+from ldvae_ext.pl._heatmap import heatmap, top_rows
 
 
 def test_the_rows_with_the_largest_absolute_values_are_chosen():
@@ -25,3 +25,23 @@ def test_one_column_descends():
 def test_nan_is_no_peak():
     values = np.array([[np.nan, 1.0], [np.nan, np.nan], [3.0, np.nan]])
     assert top_rows(values, 2).tolist() == [2, 0]
+
+
+def test_a_value_that_is_not_known_has_neither_number_nor_sign():
+    few = heatmap(np.array([[np.nan, -1.0]]), ["a"], ["x", "y"], label="")
+    assert [text.get_text() for text in few.texts] == ["\N{MINUS SIGN}1.00"]
+    values = np.full((60, 60), 0.5)
+    values[0, :2] = np.nan, -1.0
+    many = heatmap(values, list(map(str, range(60))), list(map(str, range(60))), label="")
+    assert [(text.get_text(), text.get_position()) for text in many.texts] == [("\N{MINUS SIGN}", (1, 0))]
+
+
+def test_faint_values_have_no_sign_and_given_colours_are_shown_to_their_ends():
+    values = np.full((60, 60), -0.05)
+    values[3, 4] = -0.2
+    names = list(map(str, range(60)))
+    ax = heatmap(values, names, names, label="", largest=1.0, faint=0.1)
+    assert [text.get_position() for text in ax.texts] == [(4, 3)]
+    image = ax.images[0]
+    assert (image.norm.vmin, image.norm.vmax) == (-1, 1)
+    assert ax.figure.axes[1].get_ylim() == (-1, 1)

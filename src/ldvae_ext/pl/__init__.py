@@ -7,9 +7,12 @@ from ldvae_ext.pl._ablation_genes import ablation_genes
 from ldvae_ext.pl._attribution import attribution
 from ldvae_ext.pl._groups import factor_groups
 from ldvae_ext.pl._loadings import loadings
+from ldvae_ext.pl._match import match
 from ldvae_ext.pl._pairs import latent_pairs
 from ldvae_ext.pl._populations import population_loadings
+from ldvae_ext.pl._rotation import rotation
 from ldvae_ext.pl._scree import factor_scree
+from ldvae_ext.pl._stability import stability
 from ldvae_ext.pl._training import training_curves
 
 __all__ = [
@@ -20,6 +23,9 @@ __all__ = [
     "factor_scree",
     "latent_pairs",
     "loadings",
+    "match",
     "population_loadings",
+    "rotation",
+    "stability",
     "training_curves",
 ]

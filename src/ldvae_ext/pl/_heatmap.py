@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colorbar import Colorbar
 from matplotlib.colors import CenteredNorm
+from matplotlib.image import AxesImage
 
 from ldvae_ext.pl._figure import CHARACTER, SMALL, em, fit, panels, turn_crowded
 
@@ -24,6 +25,8 @@ def heatmap(
     xlabel: str = "",
     ylabel: str = "",
     title: str = "",
+    largest: float | None = None,
+    faint: float = 0.0,
     ax: Axes | None = None,
 ) -> Axes:
     """Draw a matrix with its values written into the cells where they fit; elsewhere a minus sign marks the negative ones.
@@ -40,38 +43,49 @@ def heatmap(
         Diverging colours.
     xlabel, ylabel, title
         What columns and rows are, and what is above them.
+    largest
+        Absolute value that the colours, and the colour bar, end at. If None, the largest that occurs, and the bar has what
+        occurs.
+    faint
+        Negative values that are nearer to 0 have no minus sign where values are not written.
     ax
         Axes to draw in; a new figure if None.
     """
-    largest = largest_of(value_rc)
-    digits = digits_for(largest)
-    # Adding 0 takes the sign off a negative zero.
-    shown_rc = np.round(value_rc, digits) + 0.0
-    texts = [[f"{value:.{digits}f}" for value in row] for row in shown_rc]
-
+    is_given = largest is not None
+    largest = largest_of(value_rc) if largest is None else largest
     own = ax is None
-    column = CHARACTER * (max(len(text) for row in texts for text in row) + 1)
+    column = CHARACTER * (longest_number(value_rc, largest) + 1)
     above = CHARACTER * max(map(len, title.split("\n")))
     width = max(12, 1.5 * len(columns), min(column * len(columns), 70), above) * em()
     height = max(14, 1.8 * len(rows), CHARACTER * len(ylabel)) * em()
     if ax is None:
         ax = panels(1, 1, width, height, beside=max(map(len, rows)))[1].item()
-    image = ax.imshow(value_rc, cmap=cmap, norm=CenteredNorm(halfrange=largest), aspect="auto")
-    ax.set_xticks(np.arange(len(columns)), columns)
-    ax.set_yticks(np.arange(len(rows)), rows)
+    image = matrix(ax, value_rc, rows, columns, cmap=cmap, largest=largest)
     ax.set_xlabel(xlabel)
     ax.set_ylabel(ylabel, fontsize=SMALL)
     ax.set_title(title, fontsize=SMALL)
-    ax.grid(visible=False)
-    ax.tick_params(labelsize=SMALL, length=0)
-    ax.spines[:].set_visible(False)
-    color_bar(image, ax, value_rc, label)
+    bar = color_bar(image, ax, value_rc, label)
+    if is_given:
+        bar.ax.set_ylim(-largest, largest)
     if own:
         fit(ax, width, height)
     else:
         turn_crowded(ax)
-    _annotate(ax, image.to_rgba(value_rc), shown_rc, texts)
+    annotate(image, value_rc, largest, faint)
     return ax
+
+
+def matrix(
+    ax: Axes, value_rc: np.ndarray, rows: Sequence[str], columns: Sequence[str], *, cmap: str, largest: float
+) -> AxesImage:
+    """Colours that are symmetric around 0 and end at ``largest``, rows and columns with their names."""
+    image = ax.imshow(value_rc, cmap=cmap, norm=CenteredNorm(halfrange=largest), aspect="auto")
+    ax.set_xticks(np.arange(len(columns)), columns)
+    ax.set_yticks(np.arange(len(rows)), rows)
+    ax.grid(visible=False)
+    ax.tick_params(labelsize=SMALL, length=0)
+    ax.spines[:].set_visible(False)
+    return image
 
 
 def largest_of(values: np.ndarray) -> float:
@@ -108,17 +122,33 @@ def top_rows(value_rc: np.ndarray, n: int) -> np.ndarray:
     return chosen[np.lexsort((-peak, column, peak < 0))]
 
 
-def _annotate(ax: Axes, rgba_rc: np.ndarray, shown_rc: np.ndarray, texts: list[list[str]]) -> None:
-    """Write the values where they fit, else a minus sign where they are negative; the axes must have been laid out."""
+def longest_number(value_rc: np.ndarray, largest: float) -> int:
+    """Characters of the longest number that :func:`annotate` would write."""
+    return max(len(text) for row in _rounded(value_rc, largest)[1] for text in row)
+
+
+def annotate(image: AxesImage, value_rc: np.ndarray, largest: float, faint: float = 0.0) -> None:
+    """Write the values where they fit, else a minus sign where they are below ``-faint``; the axes must have been laid out."""
+    ax, rgba_rc = image.axes, image.to_rgba(value_rc)
+    shown_rc, texts = _rounded(value_rc, largest)
     panel = ax.get_window_extent()
     inches = em() * ax.figure.figure.dpi
     longest = max(len(text) for row in texts for text in row)
     n_rows, n_columns = shown_rc.shape
     roomy = panel.width / n_columns >= CHARACTER * longest * inches and panel.height / n_rows >= 1.1 * inches
     for (r, c), value in np.ndenumerate(shown_rc):
-        if not roomy and value >= 0:
+        # A value that is not known has no colour and no sign.
+        if np.isnan(value) or (not roomy and value >= -faint):
             continue
         red, green, blue, _ = rgba_rc[r, c]
         dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
         text = texts[r][c].replace("-", "\N{MINUS SIGN}") if roomy else "\N{MINUS SIGN}"
         ax.text(c, r, text, ha="center", va="center", fontsize=SMALL, color="white" if dark else "black")
+
+
+def _rounded(value_rc: np.ndarray, largest: float) -> tuple[np.ndarray, list[list[str]]]:
+    """Values as they are written, as numbers and as texts."""
+    digits = digits_for(largest)
+    # Adding 0 takes the sign off a negative zero.
+    shown_rc = np.round(value_rc, digits) + 0.0
+    return shown_rc, [[f"{value:.{digits}f}" for value in row] for row in shown_rc]

@@ -1,0 +1,127 @@
+"""What a rotation does to the loadings."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from matplotlib.figure import Figure
+
+from ldvae_ext import get
+from ldvae_ext._keys import DEFAULT_KEY
+from ldvae_ext._validate import check_positive_int
+from ldvae_ext.core.matching import cosines, match_columns
+from ldvae_ext.get._export import export_of
+from ldvae_ext.pl._figure import CHARACTER, SMALL, em, finish, fit, panels
+from ldvae_ext.pl._heatmap import annotate, color_bar, largest_of, longest_number, matrix, top_rows
+
+# Share of the largest loading up to which a cell is nearly white.
+_FAINT = 0.1
+# From so many factors on two panels with numbers would be too wide to look at, and names stand upright.
+_FEW = 8
+
+
+def rotation(
+    adata: AnnData,
+    *,
+    n_genes: int = 3,
+    rank_by: Literal["information", "loading"] = "loading",
+    key: str = DEFAULT_KEY,
+    show: bool | None = None,
+    return_fig: bool = False,
+) -> Figure | None:
+    """Loadings of the same genes before and after the rotation of an export.
+
+    Left: on the network's latents, each beside the factor whose loadings are most like its own (one to one); a latent that points
+    the other way is turned, and has a minus sign before its name. Right: on the exported factors. Rows are genes, values canonical
+    loadings in log-rate per unit of latent, with the same colours on both sides. Red: the gene goes up. Blue: it goes down.
+    Values are written into the cells where they fit; elsewhere a minus sign marks negative ones that have a colour.
+
+    Below stands how concentrated loadings are: the part of all squared loadings that lies in the largest of each gene,
+    ``sum_g max_k l_gk^2 / sum_gk l_gk^2``, over all genes of the model. It is 1 if each gene belongs to one factor, and
+    1 / factors if all its loadings are of one size.
+
+    Parameters
+    ----------
+    adata
+        AnnData that :meth:`ldvae_ext.model.LDVAE.export_to_anndata` wrote to, after :meth:`ldvae_ext.model.LDVAE.rotate`.
+    n_genes
+        Genes of each factor: those where it, rotated, is largest in absolute value; a gene of several factors has one row.
+        Those that go up where they are largest come first, then those that go down, in the order of the factors.
+    rank_by
+        What is large: ``"loading"``, or ``"information"``, which weighs loadings by expression; see
+        :func:`ldvae_ext.get.gene_scores`.
+    key
+        ``key_added`` of the export.
+    show
+        Whether to show the figure; ``scanpy.settings.autoshow`` if None.
+    return_fig
+        Whether to return the figure, without showing it unless ``show`` says so.
+
+    Returns
+    -------
+    The figure, or None if it was shown.
+
+    Raises
+    ------
+    KeyError
+        If there is no such export, or it was made without a rotation.
+    ValueError
+        If ``n_genes`` is no count.
+    """
+    check_positive_int("n_genes", n_genes)
+    turn = get.rotation(adata, key=key)
+    after = get.loadings(adata, key=key)
+    is_known_g = after.notna().all(axis=1).to_numpy()
+    score_gk = np.abs(get.gene_scores(adata, rank_by=rank_by, key=key).to_numpy()[is_known_g])
+    after = after[is_known_g].astype(np.float64)
+    before = _before(after, turn)
+    share = [concentration(table.to_numpy()) for table in (before, after)]
+    rows = np.unique(np.argsort(-score_gk, axis=0, kind="stable")[:n_genes])
+    rows = rows[top_rows(after.to_numpy()[rows], len(rows))]
+    tables = before.iloc[rows], after.iloc[rows]
+    genes = after.index[rows].astype(str).tolist()
+    method = str(export_of(adata, key)[1]["rotation"]["method"])
+
+    both_gk = np.concatenate(tables, axis=1)
+    largest = largest_of(both_gk)
+    titles = "Before: latents", f"After: {method}"
+    n_factors = after.shape[1]
+    column = CHARACTER * (longest_number(both_gk, largest) + 1) if n_factors < _FEW else 2
+    width = max(12, min(column * n_factors, 33), 1.5 * n_factors, CHARACTER * max(map(len, titles))) * em()
+    height = max(14, 1.4 * len(genes)) * em()
+    figure, axes = panels(1, 2, width, height, beside=max(map(len, [*genes, *after.columns])), sharey=True)
+    images = []
+    for ax, table, title in zip(axes[0], tables, titles, strict=True):
+        columns = table.columns.astype(str).tolist()
+        images.append(matrix(ax, table.to_numpy(), genes, columns, cmap="RdBu_r", largest=largest))
+        ax.set_title(title, fontsize="medium")
+        if n_factors >= _FEW:
+            ax.tick_params(axis="x", labelrotation=90)
+    color_bar(images[1], axes[0, 1], both_gk, "Loading\n(log-rate per\nunit of latent)", aspect=30)
+    figure.supxlabel(
+        f"Squared loadings that lie in the largest of each gene:\n{share[0]:.0%} before, {share[1]:.0%} after",
+        fontsize=SMALL,
+    )
+    fit(axes[0, 0], width, height, n_cols=2)
+    for image, table in zip(images, tables, strict=True):
+        annotate(image, table.to_numpy(), largest, _FAINT * largest)
+    return finish(figure, show=show, return_fig=return_fig)
+
+
+def concentration(value_gk: np.ndarray) -> float:
+    """Part of the squared loadings that lies in the largest of each gene; NaN if all are 0."""
+    square_gk = np.square(value_gk)
+    total = square_gk.sum()
+    return float(square_gk.max(axis=1).sum() / total) if total > 0 else np.nan
+
+
+def _before(after: pd.DataFrame, turn: pd.DataFrame) -> pd.DataFrame:
+    """Loadings on the network's latents, in the order and with the signs of the factors that they are most alike."""
+    before_gk = after.to_numpy() @ turn.to_numpy().T
+    match = match_columns(cosines(after.to_numpy(), before_gk))
+    names = turn.index.astype(str)[match.second]
+    turned = [f"\N{MINUS SIGN}{name}" if sign < 0 else name for name, sign in zip(names, match.sign, strict=True)]
+    return pd.DataFrame(before_gk[:, match.second] * match.sign, index=after.index, columns=turned)
