@@ -310,6 +310,22 @@ class TestErrors:
         assert tl.match_factors(a, b).n_shared == 5
 
     @pytest.mark.parametrize("which", ["a", "b"])
+    def test_values_that_are_no_numbers(self, which):
+        broken = table()
+        broken.iloc[3, 1] = np.nan
+        given = {"a": table(), "b": table(), which: broken}
+        with pytest.raises(ValueError, match=f"`{which}` holds values that are NaN or infinite"):
+            tl.match_factors(**given)
+
+    @pytest.mark.parametrize("which", ["a", "b"])
+    def test_a_factor_that_comes_twice(self, which):
+        twice = table()
+        twice.columns = ["same", *twice.columns[1:-1], "same"]
+        given = {"a": table(), "b": table(), which: twice}
+        with pytest.raises(ValueError, match=f"`{which}`: names must be unique; 'same' occurs more than once"):
+            tl.match_factors(**given)
+
+    @pytest.mark.parametrize("which", ["a", "b"])
     def test_a_gene_that_comes_twice(self, which):
         twice = table()
         twice.index = ["gene1", *twice.index[1:]]

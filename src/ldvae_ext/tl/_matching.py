@@ -77,9 +77,10 @@ def match_factors(
     read = _loadings if by == "loadings" else _scores
     first, second = read(a, key), read(b, key if key_b is None else key_b)
     for name, table in (("a", first), ("b", second)):
-        if not table.index.is_unique:
-            msg = f"`{name}`: names must be unique; {table.index[table.index.duplicated()][0]!r} occurs more than once."
-            raise ValueError(msg)
+        for names in (table.index, table.columns):
+            if not names.is_unique:
+                msg = f"`{name}`: names must be unique; {names[names.duplicated()][0]!r} occurs more than once."
+                raise ValueError(msg)
         if not np.isfinite(table.to_numpy(dtype=np.float64)).all():
             msg = f"`{name}` holds values that are NaN or infinite, which can be compared with nothing."
             raise ValueError(msg)
