@@ -100,7 +100,7 @@ def ordered(adata: anndata.AnnData, split: list[np.ndarray], seed: int, settings
         N_LATENT,
         settings.epochs,
         fine_tune_epochs=settings.fine_tune_epochs,
-        lr=settings.fine_tune_lr,
+        fine_tune_lr=settings.fine_tune_lr,
         model_kwargs=OPTIONS,
         train_kwargs={
             "plan_kwargs": {"lr": settings.lr},

@@ -39,7 +39,7 @@ def fit(args: argparse.Namespace, data: str, decoder: str, resample: str) -> Non
     ensemble = fit_ensemble(
         adata,
         args.runs,
-        10,
+        n_latent=10,
         resample=None if resample == "seeds" else resample,
         max_epochs=args.epochs,
         model_kwargs={"use_observed_lib_size": True, **DECODERS[decoder]},

@@ -66,6 +66,8 @@ def factor_indices(factors: Any, names: Sequence[str], *, argument: str = "laten
             chosen.append(positions[factor])
         else:
             msg = f"`{argument}`: {factor!r} is no latent of this model; allowed are {listed(names, 50)} or 0 to {len(names) - 1}."
+            if {str(factor)[:2], names[0][:2]} == {"Z_", "F_"}:
+                msg += " While a rotation is in force they are F_0, ..., without one Z_0, ...: see `LDVAE.rotate`."
             raise ValueError(msg)
     if not chosen:
         msg = f"`{argument}` must name at least one latent; got {factors!r}."

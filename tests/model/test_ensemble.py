@@ -11,9 +11,10 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+import scvi
 import torch
 
-from ldvae_ext import datasets, get
+from ldvae_ext import datasets, get, tl
 from ldvae_ext.core.matching import consensus_of, cosines
 from ldvae_ext.core.rotation import varimax
 from ldvae_ext.model import LDVAE, ensemble, fit_ensemble, n_latent, suggest_n_latent
@@ -40,7 +41,7 @@ def cells() -> ad.AnnData:
 
 @pytest.fixture(scope="module")
 def runs(cells) -> Any:
-    return fit_ensemble(cells, 3, 4, **QUICK)
+    return fit_ensemble(cells, 3, n_latent=4, **QUICK)
 
 
 def test_runs_differ_by_their_seed_and_share_their_cells(runs, cells):
@@ -59,7 +60,7 @@ def test_the_same_call_gives_the_same_runs_and_leaves_random_states_and_data_alo
     np.random.seed(7)  # noqa: NPY002
     before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
     counts, columns = cells.X.copy(), list(cells.obs)
-    again = fit_ensemble(cells, 2, 4, **QUICK)
+    again = fit_ensemble(cells, 2, n_latent=4, **QUICK)
     for model, other in zip(again.models, runs.models, strict=False):
         np.testing.assert_array_equal(model.get_loadings(), other.get_loadings())
     assert torch.equal(torch.get_rng_state(), before[0])
@@ -69,14 +70,14 @@ def test_the_same_call_gives_the_same_runs_and_leaves_random_states_and_data_alo
 
 
 def test_another_first_seed_gives_other_runs(runs, cells):
-    other = fit_ensemble(cells, 2, 4, seed=1, **QUICK)
+    other = fit_ensemble(cells, 2, n_latent=4, seed=1, **QUICK)
     assert other.seeds == [1, 2]
     # The seed also draws the cells, so that run 1 of the one is not run 1 of the other.
     assert not np.array_equal(np.sort(other.models[0].train_indices), np.sort(runs.models[1].train_indices))
 
 
 def test_halves_share_no_cell_and_are_compared_with_each_other(cells):
-    found = fit_ensemble(cells, 4, 3, resample="halves", **QUICK)
+    found = fit_ensemble(cells, 4, n_latent=3, resample="halves", **QUICK)
     trained = [set(model.train_indices.tolist()) for model in found.models]
     assert trained[0] == trained[2]
     assert trained[1] == trained[3]
@@ -88,10 +89,12 @@ def test_halves_share_no_cell_and_are_compared_with_each_other(cells):
         np.sort(found.consensus.reproducibility_k), np.sort(expected.reproducibility_k), atol=1e-10
     )
     assert "two disjoint halves" in repr(found)
+    assert found.cells_of_run == [0, 1, 0, 1]
+    assert set(found.stats["cells"]) == {"disjoint halves"}
 
 
 def test_bootstrap_draws_as_many_cells_as_there_are_with_replacement(cells):
-    found = fit_ensemble(cells, 2, 3, resample="bootstrap", **QUICK)
+    found = fit_ensemble(cells, 2, n_latent=3, resample="bootstrap", **QUICK)
     first, second = (np.asarray(model.train_indices) for model in found.models)
     for drawn in (first, second):
         assert len(drawn) == 150
@@ -102,12 +105,16 @@ def test_bootstrap_draws_as_many_cells_as_there_are_with_replacement(cells):
 def test_a_resampled_run_is_not_trained_on_the_other_cells(cells):
     changed = ad.AnnData(cells.X.copy(), obs=cells.obs[["batch"]].copy(), var=cells.var.copy())
     LDVAE.setup_anndata(changed, batch_key="batch")
-    reference = fit_ensemble(changed, 2, 3, resample="halves", model_kwargs={"use_observed_lib_size": True}, **QUICK)
+    reference = fit_ensemble(
+        changed, 2, n_latent=3, resample="halves", model_kwargs={"use_observed_lib_size": True}, **QUICK
+    )
     others = np.asarray(reference.models[1].train_indices)
     order = np.arange(150)
     order[others] = others[::-1]
     changed.X = changed.X[order]
-    again = fit_ensemble(changed, 2, 3, resample="halves", model_kwargs={"use_observed_lib_size": True}, **QUICK)
+    again = fit_ensemble(
+        changed, 2, n_latent=3, resample="halves", model_kwargs={"use_observed_lib_size": True}, **QUICK
+    )
     np.testing.assert_array_equal(again.models[0].get_loadings(), reference.models[0].get_loadings())
     assert not np.allclose(again.models[1].get_loadings(), reference.models[1].get_loadings())
 
@@ -127,7 +134,7 @@ def fail_for(monkeypatch: pytest.MonkeyPatch, *which: int) -> None:
 def test_one_failed_run_does_not_lose_the_others(cells, runs, monkeypatch):
     fail_for(monkeypatch, 1)
     with pytest.warns(UserWarning, match="seed 1 failed and is left out .MemoryError: no room"):
-        found = fit_ensemble(cells, 3, 4, **QUICK)
+        found = fit_ensemble(cells, 3, n_latent=4, **QUICK)
     assert found.seeds == [0, 2]
     assert found.failures == {1: "MemoryError: no room"}
     np.testing.assert_array_equal(found.models[1].get_loadings(), runs.models[2].get_loadings())
@@ -138,7 +145,7 @@ def test_one_failed_run_does_not_lose_the_others(cells, runs, monkeypatch):
 def test_runs_that_cannot_be_compared_raise(cells, monkeypatch, n_runs, which, resample):
     fail_for(monkeypatch, *which)
     with pytest.warns(UserWarning, match="failed"), pytest.raises(RuntimeError, match=r"cannot be compared.*no room"):
-        fit_ensemble(cells, n_runs, 4, resample=resample, **QUICK)
+        fit_ensemble(cells, n_runs, n_latent=4, resample=resample, **QUICK)
 
 
 def test_loadings_that_are_no_numbers_are_a_failed_run(cells, monkeypatch):
@@ -151,7 +158,7 @@ def test_loadings_that_are_no_numbers_are_a_failed_run(cells, monkeypatch):
 
     monkeypatch.setattr(LDVAE, "train", spoil)
     with pytest.warns(UserWarning, match="loadings that are no numbers"), pytest.raises(RuntimeError):
-        fit_ensemble(cells, 2, 4, **QUICK)
+        fit_ensemble(cells, 2, n_latent=4, **QUICK)
 
 
 def test_tables_have_the_names_and_numbers_of_the_consensus(runs):
@@ -185,23 +192,34 @@ def test_each_run_is_seen_through_varimax(runs):
         )
 
 
-def test_export_is_read_back_also_from_a_file(runs, cells, tmp_path):
+@pytest.mark.parametrize("kind", ["h5ad", "zarr"])
+def test_export_is_read_back_also_from_a_file(runs, cells, tmp_path, kind):
     target = ad.AnnData(cells.X[:, 5:], obs=cells.obs[["batch"]].copy(), var=cells.var.iloc[5:])
     target = ad.concat(
         [target, ad.AnnData(np.ones((150, 2)), obs=target.obs, var=pd.DataFrame(index=["x", "y"]))], axis=1
     )
     runs.export_to_anndata(target)
-    target.write_h5ad(tmp_path / "a.h5ad")
-    back = ad.read_h5ad(tmp_path / "a.h5ad")
+    path = tmp_path / f"a.{kind}"
+    target.write_h5ad(path) if kind == "h5ad" else target.write_zarr(path)
+    back = ad.read_h5ad(path) if kind == "h5ad" else ad.read_zarr(path)
     pd.testing.assert_frame_equal(get.stability(back), runs.stats, check_dtype=False)
     np.testing.assert_allclose(get.consensus_loadings(back), runs.loadings.iloc[5:], atol=1e-6)
     np.testing.assert_allclose(get.consensus_loadings(back, spread=True), runs.spread.iloc[5:], atol=1e-6)
     assert back.uns["ldvae_consensus"]["resample"] == "none"
     np.testing.assert_array_equal(back.uns["ldvae_consensus"]["seeds"], [0, 1, 2])
     np.testing.assert_allclose(back.uns["ldvae_consensus"]["agreement"], runs.agreement)
+    np.testing.assert_array_equal(back.uns["ldvae_consensus"]["cells_of_run"], [0, 1, 2])
     target.uns["taken"] = {"something": 1}
-    with pytest.raises(ValueError, match="is no consensus"):
-        runs.export_to_anndata(target, key_added="taken")
+    target.varm["foo_spread"] = np.zeros((target.n_vars, 2))
+    for key in ("taken", "foo"):
+        before = set(target.varm)
+        with pytest.raises(ValueError, match="would be replaced and is no consensus"):
+            runs.export_to_anndata(target, key)
+        assert set(target.varm) == before
+    runs.export_to_anndata(target, "foo", overwrite=True)
+    assert get.stability(target, key="foo").shape == (4, 5)
+    with pytest.raises(ValueError, match="none of the 30 genes"):
+        runs.export_to_anndata(ad.AnnData(np.ones((3, 4))))
     with pytest.raises(KeyError, match="fit_ensemble"):
         get.stability(cells)
 
@@ -210,11 +228,20 @@ def test_the_representative_is_the_best_run_on_the_axes_of_the_consensus(runs):
     rotations = [model.rotation_ for model in runs.models]
     model = runs.representative()
     best = int(np.argmax(runs.consensus.cosine_mk.mean(axis=1)))
-    assert model is not runs.models[best]
+    assert model.module is not runs.models[best].module
     np.testing.assert_array_equal(model.get_loadings(), runs.models[best].get_loadings())
     assert [run.rotation_ for run in runs.models] == rotations
     assert model.rotation.method == "consensus"
     own_gk, wanted_gk = model.get_decoder().centered().weight_gk, runs.loadings.to_numpy()
+    target = ad.AnnData(
+        runs.models[0].adata.X.copy(), obs=runs.models[0].adata.obs[["batch"]].copy(), var=runs.models[0].adata.var
+    )
+    model.export_to_anndata(target)
+    match = tl.match_factors(target, runs)
+    assert get.loadings(target).columns.tolist() == ["F_0", "F_1", "F_2", "F_3"]
+    signed = np.diag(cosines(get.loadings(target).to_numpy(), wanted_gk))
+    assert (signed > 0).all()
+    np.testing.assert_allclose(tl.match_factors(model, runs).cosine, match.cosine, atol=1e-5)
     distance = np.linalg.norm(own_gk @ model.rotation.matrix_kk - wanted_gk)
     rng = np.random.default_rng(0)
     for _ in range(50):
@@ -226,6 +253,11 @@ def test_the_representative_is_the_best_run_on_the_axes_of_the_consensus(runs):
     ("arguments", "message"),
     [
         ({"n_runs": 1}, "at least 2"),
+        ({"seed": -1}, "`seed` must be an integer of at least 0"),
+        ({"seed": 1.5}, "`seed` must be an integer of at least 0"),
+        ({"train_kwargs": {"train_size": 5}}, "`train_size` must be above 0"),
+        ({"train_kwargs": {"train_size": 0}}, "`train_size` must be above 0"),
+        ({"train_kwargs": {"max_epochs": 5}}, "arguments of `fit_ensemble` itself"),
         ({"n_runs": 2.5}, "n_runs"),
         ({"n_latent": 0}, "n_latent"),
         ({"resample": "thirds"}, "must be one of 'halves', 'bootstrap'"),
@@ -242,7 +274,19 @@ def test_bad_arguments_are_refused_before_any_training(cells, monkeypatch, argum
 
 def test_an_unknown_option_raises_rather_than_fail_run_by_run(cells):
     with pytest.raises(TypeError, match="no argument 'n_hiden'"):
-        fit_ensemble(cells, 2, 3, model_kwargs={"n_hiden": 8}, **QUICK)
+        fit_ensemble(cells, 2, n_latent=3, model_kwargs={"n_hiden": 8}, **QUICK)
+    with pytest.raises(TypeError, match="batch_sise"):
+        fit_ensemble(cells, 2, max_epochs=1, train_kwargs={"batch_sise": 8}, silent=True)
+    with pytest.raises(TypeError, match="must be an AnnData"):
+        fit_ensemble("cells")
+
+
+def test_the_seed_is_that_of_scvi_settings(cells):
+    scvi.settings.seed = 1
+    from_settings = fit_ensemble(cells, 2, n_latent=4, **QUICK)
+    assert from_settings.seeds == [1, 2]
+    given = fit_ensemble(cells, 2, n_latent=4, seed=1, **QUICK)
+    np.testing.assert_array_equal(from_settings.models[0].get_loadings(), given.models[0].get_loadings())
 
 
 def test_suggestion_counts_stable_factors_and_says_where_the_scree_differs(runs, monkeypatch):
@@ -259,9 +303,18 @@ def test_suggestion_counts_stable_factors_and_says_where_the_scree_differs(runs,
     assert suggestion.agree == (runs.n_stable == 3)
     assert ("the two differ" in suggestion.message) != suggestion.agree
     assert "share their cells" in suggestion.message
-    for arguments in ({}, {"adata": runs.models[0].adata, "ensemble": runs}, {"ensemble": runs, "seed": 1}):
+    both = {"adata": runs.models[0].adata, "ensemble": runs}
+    for arguments in (
+        {},
+        both,
+        {"ensemble": runs, "seed": 1},
+        {"ensemble": runs, "n_latent": 3},
+        {"ensemble": runs, "n_runs": 3},
+    ):
         with pytest.raises(ValueError, match="either `adata`"):
             suggest_n_latent(**arguments)
+    with pytest.raises(TypeError, match="what `fit_ensemble` returned"):
+        suggest_n_latent(ensemble=runs.models)
     with pytest.raises(ValueError, match="between 0 and 1"):
         suggest_n_latent(ensemble=runs, min_increment=5)
 
@@ -272,8 +325,10 @@ def test_suggestion_counts_stable_factors_and_says_where_the_scree_differs(runs,
 )
 def test_the_message_is_in_keeping_with_the_counts(n_stable, n_scree, words):
     runs = SimpleNamespace(resample="halves")
-    message = n_latent.NLatentSuggestion(n_stable, n_scree, 4, pd.DataFrame(), runs).message
+    message = n_latent.NLatentSuggestion(n_stable, n_scree, 4, pd.DataFrame(), runs, 0.3).message
     assert words in message
+    assert f"{n_stable} of 4 factors are stable" in message
+    assert "more than 30%" in message
     assert "share their cells" not in message
 
 

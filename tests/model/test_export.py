@@ -290,7 +290,7 @@ def fresh_with(adata, matrix):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"order_by": "size"}, "`order_by` must be one of 'kl', 'network'; got 'size'"),
+        ({"order_by": "size"}, "`order_by` must be one of 'network', 'kl', 'mutual_information', .*; got 'size'"),
         ({"key_added": "a/b"}, "without '/'.*got 'a/b'"),
         ({"key_added": ""}, "non-empty"),
     ],

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import scvi
 import torch
+from lightning.pytorch.callbacks import Callback
 from scipy import sparse
 from scvi.model import LinearSCVI
 
@@ -322,7 +323,7 @@ def test_what_cannot_be_ordered_says_why_and_stays(make, message):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"fine_tune_epochs": -1}, ValueError, "`fine_tune_epochs` must be an integer of at least 1; got -1"),
+        ({"fine_tune_epochs": -1}, ValueError, "`fine_tune_epochs` must be an integer of at least 0; got -1"),
         ({"train_size": 0.5}, TypeError, "takes no 'train_size'"),
         ({"kl_warmup": "auto"}, TypeError, "takes no 'kl_warmup'"),
         ({"plan_kwargs": {"lr": 1.0}}, ValueError, "may not hold 'lr'"),
@@ -340,6 +341,10 @@ def test_arguments_that_would_change_what_it_is_are_refused(of_programs, argumen
         ({"model_kwargs": {"latent_distribution": "ln"}}, ValueError, "logistic-normal latent"),
         ({"model_kwargs": {"use_batch_norm": True}}, ValueError, "with batch norm"),
         ({"plan_kwargs": {"lr": 1e-3}}, TypeError, "takes no 'plan_kwargs'"),
+        ({"fine_tune_epochs": -1}, ValueError, "an integer of at least 0"),
+        ({"fine_tune_epochs": 2.5}, ValueError, "an integer of at least 0"),
+        ({"fine_tune_epochs": True}, ValueError, "an integer of at least 0"),
+        ({"fine_tune_epochs": 0, "model_kwargs": {"latent_distribution": "ln"}}, ValueError, "logistic-normal latent"),
     ],
 )
 def test_what_cannot_be_ordered_is_not_trained_first(monkeypatch, arguments, error, message):
@@ -348,6 +353,33 @@ def test_what_cannot_be_ordered_is_not_trained_first(monkeypatch, arguments, err
     monkeypatch.setattr(LDVAE, "train", lambda *_args, **_kwargs: pytest.fail("trained"))
     with pytest.raises(error, match=message):
         LDVAE.train_ordered(adata, 3, 1, **arguments)
+
+
+class Stop(Callback):
+    """Breaks a training off in its second epoch."""
+
+    def on_train_epoch_start(self, trainer, _module):
+        if trainer.current_epoch == 1:
+            msg = "stopped"
+            raise ValueError(msg)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [({"nonsense": 1}, TypeError), ({"callbacks": [Stop()]}, ValueError)],
+    ids=["refused", "broken off"],
+)
+def test_a_fine_tuning_that_fails_leaves_the_model_as_it_was(arguments, error):
+    model = trained(counts(60))
+    model.rotate()
+    before, rotation = state(model), model.rotation.matrix_kk
+    with pytest.raises(error, match=r"nonsense|stopped"):
+        model.order_factors(3, **TRAIN, **arguments)
+    assert all(torch.equal(value, model.module.state_dict()[name]) for name, value in before.items())
+    np.testing.assert_array_equal(model.rotation.matrix_kk, rotation)
+    assert not model.is_ordered_
+    assert not model.module.training
 
 
 def test_rotations_without_counts_or_axes_are_refused():

@@ -25,7 +25,7 @@ def cosine_with(truth_gk: np.ndarray, loading_gk: np.ndarray) -> np.ndarray:
 def five_programs() -> tuple[np.ndarray, Any, Ensemble]:
     adata, decoder = datasets.simulate(n_cells=2500, n_genes=300, n_latent=5, seed=0)
     LDVAE.setup_anndata(adata)
-    ensemble = fit_ensemble(adata, 5, 8, max_epochs=150, train_kwargs=TRAINING, silent=True)
+    ensemble = fit_ensemble(adata, 5, n_latent=8, max_epochs=150, train_kwargs=TRAINING, silent=True)
     return decoder.centered().weight_gk, adata, ensemble
 
 
@@ -65,15 +65,16 @@ def test_the_representative_run_holds_the_consensus(five_programs):
 def test_the_number_of_programs_is_the_number_of_stable_factors(n_programs):
     adata, _ = datasets.simulate(n_cells=1500, n_genes=400, n_latent=n_programs, seed=n_programs)
     LDVAE.setup_anndata(adata)
-    suggestion = suggest_n_latent(adata, 12, 3, max_epochs=100, train_kwargs=TRAINING, silent=True)
+    suggestion = suggest_n_latent(adata, n_latent=12, n_runs=3, max_epochs=100, train_kwargs=TRAINING, silent=True)
     assert suggestion.n_stable == n_programs
-    assert f"{n_programs} of 12 factors" in suggestion.message
+    assert abs(suggestion.n_scree - n_programs) <= 1
+    assert f"{n_programs} of 12 factors are stable" in suggestion.message
 
 
 def test_disjoint_halves_of_the_cells_agree_on_strong_programs_as_well():
     adata, decoder = datasets.simulate(n_cells=1500, n_genes=200, n_latent=3, seed=1)
     LDVAE.setup_anndata(adata)
-    ensemble = fit_ensemble(adata, 4, 5, resample="halves", max_epochs=100, train_kwargs=TRAINING, silent=True)
+    ensemble = fit_ensemble(adata, 4, n_latent=5, resample="halves", max_epochs=100, train_kwargs=TRAINING, silent=True)
     truth_gk = decoder.centered().weight_gk
     of_programs = match_columns(cosines(truth_gk, ensemble.loadings.to_numpy())).second
     assert ensemble.consensus.reproducibility_k[of_programs].min() > 0.8

@@ -221,6 +221,7 @@ def test_the_entry_has_the_form_of_scanpys_own():
         "corr_method": "benjamini-hochberg",
         "use_raw": False,
         "key": "ldvae",
+        "export": entry["params"]["export"],
     }
 
 

@@ -230,7 +230,7 @@ def ensemble():
     adata = counts(80, n_batches=3)
     LDVAE.setup_anndata(adata, batch_key="batch")
     scvi.settings.seed = 0
-    return fit_ensemble(adata, 2, 3, max_epochs=2, train_kwargs={**TRAIN, "kl_warmup": 1}, silent=True)
+    return fit_ensemble(adata, 2, n_latent=3, max_epochs=2, train_kwargs={**TRAIN, "kl_warmup": 1}, silent=True)
 
 
 class TestConsensus:

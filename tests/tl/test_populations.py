@@ -168,3 +168,26 @@ def test_bad_input_is_named_and_nothing_is_written():
         get.population_directions_df(adata)
     with pytest.raises(ValueError, match="`rank_by` ranks by the decoder alone"):
         get.top_genes(adata, "Z_0", "B", rank_by="loading")
+
+
+def test_results_of_an_earlier_export_warn_when_they_are_read_beside_another(tmp_path):
+    model, adata = exported()
+    model.rotate("varimax")
+    model.export_to_anndata()
+    tl.population_loadings(adata, "type")
+    tl.rank_factors_groups(adata, "type")
+    fewer = adata[:, :8].copy()
+    fewer.write_h5ad(tmp_path / "a.h5ad")
+    for same in (adata, fewer, ad.read_h5ad(tmp_path / "a.h5ad")):
+        get.population_loadings_df(same)
+        get.rank_factors_groups_df(same)
+    model.rotate("score-varimax")
+    model.export_to_anndata()
+    # The names are the same, the factors are others.
+    with pytest.warns(UserWarning, match="ldvae_population_loadings.*computed from an earlier export 'ldvae'"):
+        get.population_loadings_df(adata)
+    with pytest.warns(UserWarning, match="rank_factors_groups.*computed from an earlier export 'ldvae'"):
+        get.rank_factors_groups_df(adata)
+    model.export_to_anndata(key_added="other")
+    tl.population_loadings(adata, "type", key="other")
+    get.population_loadings_df(adata)

@@ -108,7 +108,7 @@ class Consensus(NamedTuple):
     spread_gk: np.ndarray
     """Standard deviation over models of the loadings of the matched factors, genes x factors."""
     cosine_mk: np.ndarray
-    """Absolute cosine of each model's matched factor with the consensus of the models that have none of its cells."""
+    """Absolute cosine of each model's matched factor with the consensus of the others (of those of another kind)."""
     partner_mk: np.ndarray
     """Position in each model of the factor that is matched; -1 if none is."""
     sign_mk: np.ndarray

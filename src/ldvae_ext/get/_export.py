@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,15 +11,39 @@ import pandas as pd
 from anndata import AnnData
 
 from ldvae_ext._keys import DEFAULT_KEY, ExportKeys, check_key_added, export_keys
-from ldvae_ext._validate import listed
+from ldvae_ext._validate import listed, warn
 from ldvae_ext.core import LinearDecoder
 from ldvae_ext.core._arrays import strings
+
+
+def check_is_annotated(adata: Any) -> None:
+    """Raise unless this is an AnnData."""
+    if not isinstance(adata, AnnData):
+        msg = f"`adata` must be the AnnData that was written to, by an `export_to_anndata` for instance; got {type(adata).__name__}."
+        raise TypeError(msg)
+
 
 STATISTICS = ("kl", "kl_share", "active_unit")
 
 
+def export_mark(info: Any) -> int:
+    """What tells one export from another, whichever cells and genes have been left out since."""
+    kl_k = np.asarray(info.get("statistics", {}).get("kl", []), dtype=np.float64)
+    return zlib.crc32(" ".join(strings(info["names"])).encode() + kl_k.tobytes())
+
+
+def warn_if_outdated(adata: AnnData, what: str, *, key: str, mark: int | None) -> None:
+    """Warn if what was computed from an export is read beside another one under the same key, with perhaps the same names."""
+    info = adata.uns.get(key)
+    if mark is not None and info is not None and export_mark(info) != int(mark):
+        warn(
+            f"{what} was computed from an earlier export {key!r}, and speaks of its factors; the present ones are others."
+        )
+
+
 def export_of(adata: AnnData, key: str = DEFAULT_KEY) -> tuple[ExportKeys, Any]:
     """Keys and ``uns`` entry of an export, or an error that says how to make one."""
+    check_is_annotated(adata)
     keys = export_keys(key)
     if keys.info in adata.uns and "decoder" not in adata.uns[keys.info]:
         msg = f"`adata.uns[{keys.info!r}]` holds no decoder, so it was not written by `LDVAE.export_to_anndata`."

@@ -12,6 +12,7 @@ from anndata import AnnData
 from ldvae_ext._keys import GROUPS_INFO
 from ldvae_ext._validate import given_names, listed
 from ldvae_ext.core._arrays import strings
+from ldvae_ext.get._export import warn_if_outdated
 
 
 def ranking_of(adata: AnnData, key: str = GROUPS_INFO) -> Any:
@@ -22,6 +23,9 @@ def ranking_of(adata: AnnData, key: str = GROUPS_INFO) -> Any:
     if "auroc" not in adata.uns[key]:
         msg = f"`adata.uns[{key!r}]` has no AUROC, so it was not written by `tl.rank_factors_groups`."
         raise KeyError(msg)
+    params = adata.uns[key]["params"]
+    if "key" in params:
+        warn_if_outdated(adata, f"`adata.uns[{key!r}]`", key=str(params["key"]), mark=params.get("export"))
     return adata.uns[key]
 
 

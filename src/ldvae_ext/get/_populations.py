@@ -13,6 +13,7 @@ from ldvae_ext._groups import directions_table
 from ldvae_ext._keys import POPULATION_LOADINGS
 from ldvae_ext._validate import check_one_of, factor_indices, given_names, listed
 from ldvae_ext.core._arrays import strings
+from ldvae_ext.get._export import warn_if_outdated
 
 
 def populations_of(adata: AnnData, key: str = POPULATION_LOADINGS) -> tuple[np.ndarray, Any]:
@@ -20,7 +21,9 @@ def populations_of(adata: AnnData, key: str = POPULATION_LOADINGS) -> tuple[np.n
     if key not in adata.varm or "groups" not in adata.uns.get(key, {}):
         msg = f"No population loadings {key!r} in `adata.varm`, which has {listed(adata.varm) or 'nothing'}; `ldvae_ext.tl.population_loadings` writes them."
         raise KeyError(msg)
-    return np.asarray(adata.varm[key], dtype=np.float64), adata.uns[key]
+    info = adata.uns[key]
+    warn_if_outdated(adata, f"`adata.varm[{key!r}]`", key=str(info["key"]), mark=info.get("export"))
+    return np.asarray(adata.varm[key], dtype=np.float64), info
 
 
 def group_positions(groups: Sequence[str], group: Any) -> list[int]:

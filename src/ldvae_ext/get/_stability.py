@@ -12,11 +12,12 @@ from ldvae_ext._keys import CONSENSUS_KEY, DEFAULT_KEY, consensus_keys
 from ldvae_ext._stats import MEASURES, rank_table
 from ldvae_ext._validate import listed
 from ldvae_ext.core._arrays import strings
-from ldvae_ext.get._export import export_of, factors
+from ldvae_ext.get._export import check_is_annotated, export_of, factors
 
 
 def consensus_info(adata: AnnData, key: str = CONSENSUS_KEY) -> Any:
     """``uns`` entry of a consensus, or an error that says how to make one."""
+    check_is_annotated(adata)
     info = adata.uns.get(consensus_keys(key).info)
     if info is None or "cosine" not in info:
         msg = f"No consensus {key!r} in `adata.uns`, which has {listed(adata.uns)}; `fit_ensemble(...).export_to_anndata` writes one."
@@ -36,12 +37,13 @@ def stability(adata: AnnData, *, key: str = CONSENSUS_KEY) -> pd.DataFrame:
 
     Returns
     -------
-    One row for each factor: ``reproducibility``, ``lowest``, ``flag``, ``kl``; see :attr:`ldvae_ext.model.Ensemble.stats`.
+    One row for each factor: ``reproducibility``, ``lowest``, ``flag``, ``kl``, ``cells``; see :attr:`ldvae_ext.model.Ensemble.stats`.
     """
     info = consensus_info(adata, key)
     statistics = {name: np.asarray(info["statistics"][name]) for name in ("reproducibility", "lowest", "kl")}
     table = pd.DataFrame(statistics, index=pd.Index(strings(info["names"]), name="factor"))
     table.insert(2, "flag", strings(info["flag"]))
+    table["cells"] = {"none": "same", "halves": "disjoint halves"}.get(str(info["resample"]), str(info["resample"]))
     return table
 
 

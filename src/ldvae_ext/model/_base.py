@@ -24,7 +24,7 @@ from scvi.model import LinearSCVI
 from scvi.model.base import BaseMinifiedModeModelClass, EmbeddingMixin, RNASeqMixin, UnsupervisedTrainingMixin, VAEMixin
 
 from ldvae_ext._validate import check_positive_int, listed, warn
-from ldvae_ext.core.rotation import Rotation
+from ldvae_ext.core.rotation import CONSENSUS, Rotation
 from ldvae_ext.model._counts import (
     CountsField,
     CovariatesField,
@@ -272,10 +272,6 @@ class LDVAEBase(EmbeddingMixin, RNASeqMixin, VAEMixin, UnsupervisedTrainingMixin
                 raise ValueError(msg)
         return super()._validate_anndata(adata, *args, **kwargs)
 
-    def _keeps_loadings(self) -> bool:
-        """Whether training leaves the loadings as they are."""
-        return False
-
     def _check_has_counts(self, method: str) -> None:
         if self.minified_data_type == ADATA_MINIFY_TYPE.LATENT_POSTERIOR:
             msg = (
@@ -298,8 +294,8 @@ class LDVAEBase(EmbeddingMixin, RNASeqMixin, VAEMixin, UnsupervisedTrainingMixin
 
     @property
     def _has_own_order(self) -> bool:
-        """Whether factors are numbered in the order in which they explain the counts."""
-        return self.is_ordered_ if self.rotation is None else self.rotation.method == "deviance"
+        """Whether the numbers of factors are an order that they keep: what they explain, or that of a consensus."""
+        return self.is_ordered_ if self.rotation is None else self.rotation.method in ("deviance", CONSENSUS)
 
     @property
     def factor_names(self) -> list[str]:

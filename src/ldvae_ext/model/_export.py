@@ -15,7 +15,7 @@ from ldvae_ext._stats import MEASURES
 from ldvae_ext._validate import check_one_of, listed, warn
 from ldvae_ext.core import kl_per_dimension
 from ldvae_ext.core.posterior import deterministic_latent
-from ldvae_ext.model._cells import shared_counts_agree, stream_cells
+from ldvae_ext.model._cells import check_is_anndata, shared_counts_agree, stream_cells
 from ldvae_ext.model._stats import StatsMixin
 from ldvae_ext.model._training import TrainingMixin
 
@@ -140,6 +140,7 @@ class ExportMixin(StatsMixin, TrainingMixin):
         if order_by is None:
             order_by = "network" if self._has_own_order else "kl"
         check_one_of("order_by", order_by, ORDERS)
+        check_is_anndata(adata)
         keys = export_keys(key_added)
         target = self.adata if adata is None else adata
         if target is None:
@@ -179,7 +180,7 @@ class ExportMixin(StatsMixin, TrainingMixin):
         order = np.arange(self.n_latent)
         if order_by != "network":
             order = np.argsort(-statistics[order_by], kind="stable")
-        signs = decoder.signs()[order]
+        signs = self._canonical_signs(decoder)[order]
         canonical = decoder.reordered(order, signs).centered()
         position = pd.Index(target.var_names.astype(str)).get_indexer(decoder.genes)
         loadings = np.full((target.n_vars, self.n_latent), np.nan, dtype=np.float32)

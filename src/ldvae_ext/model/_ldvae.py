@@ -131,7 +131,8 @@ class LDVAE(OrderedMixin, PopulationsMixin, ExportMixin, BatchNormMixin, Minifie
         new.to_device(model.device)
         new.module.train(model.module.training)
         for name, value in model._get_user_attributes():
-            if name.endswith("_") and name not in ("registry_", "init_params_"):
+            # LinearSCVI keeps a rotation or order that it does not know, also of loadings that it has trained since.
+            if name.endswith("_") and name not in ("registry_", "init_params_", "rotation_", "is_ordered_"):
                 setattr(new, name, deepcopy(value))
         new._freeze_reference()
         return new

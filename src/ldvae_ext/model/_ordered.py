@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any, Self
 
 import numpy as np
 from anndata import AnnData
 
-from ldvae_ext._validate import check_positive_int, listed
+from ldvae_ext._validate import listed
 from ldvae_ext.core._views import check_rotatable
 from ldvae_ext.model._deviance import deviance_rotation
 from ldvae_ext.model._export import ExportMixin
@@ -24,6 +25,12 @@ _DECIDED = (
     "train_size",
     "validation_size",
 )
+
+
+def _check_epochs(value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 0:
+        msg = f"`fine_tune_epochs` must be an integer of at least 0; got {value!r}."
+        raise ValueError(msg)
 
 
 def _check_not_decided(method: str, arguments: dict[str, Any], why: str, *more: str) -> None:
@@ -53,9 +60,10 @@ class OrderedMixin(ExportMixin):
         expression. Then comes a fine-tuning with nested dropout (Rippel et al. 2014, arXiv:1402.0915): each cell of a
         minibatch keeps its first j latents, j ~ U{1..K}; the others are 0, and their KL is not counted. Afterwards
         ``Z_0``, ``Z_1``, ... are in order, and latents beyond the j-th can be left out as zeros, as in
-        ``get_explained_deviance(latents=model.latent_names)``.
+        ``get_explained_deviance()``.
 
-        The cells are those of the first training; the weight of the KL term is 1.
+        The cells are those of the first training; the weight of the KL term is 1. Whatever goes wrong, also in the fine-tuning,
+        leaves the model as it was.
 
         Parameters
         ----------
@@ -73,12 +81,12 @@ class OrderedMixin(ExportMixin):
             If an argument would change the cells, the epochs or the weight of the KL term.
         ValueError
             If the model is not trained, has no counts, a logistic-normal latent or batch norm in the decoder, or is a query
-            whose reference is frozen. Nothing is changed.
+            whose reference is frozen.
         """
         if fine_tune_epochs == 0 and not isinstance(fine_tune_epochs, bool):
             self.rotate("deviance")
             return
-        check_positive_int("fine_tune_epochs", fine_tune_epochs)
+        _check_epochs(fine_tune_epochs)
         _check_not_decided("order_factors", trainer_kwargs, "it goes on from the training that was, on its cells")
         own = [name for name in plan_kwargs or {} if name == "lr" or "kl_w" in name]
         if own:
@@ -89,6 +97,7 @@ class OrderedMixin(ExportMixin):
             msg = "`order_factors` goes on from a trained model: call `train` first, or use `train_ordered`."
             raise ValueError(msg)
         split = self._split_of_training()
+        former = deepcopy(self.module.state_dict()), self.rotation_, self.is_ordered_
         bake_rotation(self.module, deviance_rotation(self, indices=split[0], batch_size=batch_size))
         # A view of the former axes.
         self.rotation_ = None
@@ -105,6 +114,10 @@ class OrderedMixin(ExportMixin):
                     plan_kwargs={**(plan_kwargs or {}), "lr": lr, "n_epochs_kl_warmup": None},
                     **trainer_kwargs,
                 )
+        except BaseException:
+            self.module.load_state_dict(former[0])
+            _, self.rotation_, self.is_ordered_ = former
+            raise
         finally:
             self.module.eval()
         self.is_ordered_ = True
@@ -117,7 +130,7 @@ class OrderedMixin(ExportMixin):
         max_epochs: int | None = None,
         *,
         fine_tune_epochs: int = 40,
-        lr: float = 2e-3,
+        fine_tune_lr: float = 2e-3,
         batch_size: int = 128,
         model_kwargs: dict[str, Any] | None = None,
         train_kwargs: dict[str, Any] | None = None,
@@ -136,8 +149,8 @@ class OrderedMixin(ExportMixin):
             Number of latents.
         max_epochs
             Epochs of the ordinary training, as in :meth:`train`.
-        fine_tune_epochs, lr
-            As in :meth:`order_factors`.
+        fine_tune_epochs, fine_tune_lr
+            Number of epochs and learning rate of the fine-tuning, as in :meth:`order_factors`.
         batch_size
             Cells per minibatch, of both trainings.
         model_kwargs
@@ -160,13 +173,17 @@ class OrderedMixin(ExportMixin):
         _check_not_decided(
             "train_ordered", trainer_kwargs, "`train_kwargs` are for the ordinary training", "plan_kwargs"
         )
+        _check_epochs(fine_tune_epochs)
         options = {"use_batch_norm": "encoder", "bias": "auto", **(model_kwargs or {})}
         model = cls(adata, n_latent=n_latent, **options)
         if fine_tune_epochs:
             model._check_can_be_ordered()
+        else:
+            check_rotatable(model.module.latent_distribution)
+            model._check_has_counts("train_ordered")
         own = {"kl_warmup": "auto", **(train_kwargs or {})}
         model.train(max_epochs, batch_size=batch_size, **own, **trainer_kwargs)
-        model.order_factors(fine_tune_epochs, lr=lr, batch_size=batch_size, **trainer_kwargs)
+        model.order_factors(fine_tune_epochs, lr=fine_tune_lr, batch_size=batch_size, **trainer_kwargs)
         return model
 
     def _check_can_be_ordered(self) -> None:

@@ -231,10 +231,6 @@ class QueryMixin(LDVAEBase, ArchesMixin):
             reference_model = os.fspath(reference_model)
         return ArchesMixin.prepare_query_anndata(adata, reference_model, return_reference_var_names, inplace)
 
-    def _keeps_loadings(self) -> bool:
-        frozen = ("freeze_decoder_first_layer", "freeze_batchnorm_decoder")
-        return self.query_ is not None and not self.query_["unfrozen"] and all(self.query_[name] for name in frozen)
-
     def _freeze_reference(self) -> None:
         """Freeze a fresh network as ``load_query_data`` was told to; nothing for a model that is no query."""
         if self.query_ is None:

@@ -12,7 +12,7 @@ from anndata import AnnData
 from ldvae_ext._validate import check_one_of
 from ldvae_ext.core import LinearDecoder, kl_per_dimension
 from ldvae_ext.core._views import check_rotatable
-from ldvae_ext.core.rotation import METHODS, Rotation, loading_varimax, score_varimax
+from ldvae_ext.core.rotation import CONSENSUS, METHODS, Rotation, loading_varimax, score_varimax
 from ldvae_ext.model._cells import CellStream, stream_cells
 from ldvae_ext.model._decoding import DecodingMixin
 from ldvae_ext.model._deviance import deviance_rotation
@@ -41,9 +41,10 @@ class RotationMixin(DecodingMixin):
 
         The rotation is a view. It is saved and loaded with the model, and the export, ablations, explained deviance,
         population loadings, ``differential_expression(factors=...)``, :meth:`get_factor_stats` and all that is read from an export
-        speak of factors while it is in force. What scvi-tools' own methods return stays as it is, so do :meth:`get_loadings`,
-        :meth:`get_decoder`, :meth:`decode` and :meth:`get_latent_kl` unless they are asked for rotated factors. Another training
-        ends it.
+        speak of factors while it is in force. What scvi-tools' own methods return stays as it is, so do :meth:`decode` and
+        :meth:`get_latent_kl`, and :meth:`get_loadings` and :meth:`get_decoder` unless they are asked for rotated factors. Posterior
+        means of the factors are ``get_latent_representation() @ model.rotation.matrix_kk``; the export holds them. A training that
+        changes the loadings ends it.
 
         Parameters
         ----------
@@ -73,6 +74,9 @@ class RotationMixin(DecodingMixin):
         (:meth:`ldvae_ext.core.LinearDecoder.signs`). Varimax: Kaiser (1958); for sparse factors Rohe & Zeng (2020),
         arXiv:2004.05387.
         """
+        if isinstance(method, AnnData):
+            msg = "`method` must be the name of a rotation; got an AnnData, which `adata=` takes."
+            raise TypeError(msg)
         check_one_of("method", method, (*METHODS, "none"))
         if method == "none":
             self.rotation_ = None
@@ -169,7 +173,12 @@ class RotationMixin(DecodingMixin):
         if not rotated and not self.is_ordered_:
             mean_nk, variance_nk = self._posterior_of(None, None, None)
             order = np.argsort(-kl_per_dimension(mean_nk, variance_nk).mean(axis=0), kind="stable")
-        return decoder.reordered(order, decoder.signs()[order]).centered()
+        return decoder.reordered(order, self._canonical_signs(decoder)[order]).centered()
+
+    def _canonical_signs(self, decoder: LinearDecoder) -> np.ndarray:
+        """Towards the longer tail of genes, or as the consensus has it."""
+        is_consensus = self.rotation is not None and self.rotation.method == CONSENSUS
+        return np.ones(self.n_latent, dtype=np.int64) if is_consensus else decoder.signs()
 
     def _factor_decoder(self) -> LinearDecoder:
         """The decoder on the axes that are looked at."""

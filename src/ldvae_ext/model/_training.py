@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
@@ -84,30 +86,40 @@ class TrainingMixin(LDVAEBase):
             plan_kwargs["n_epochs_kl_warmup"] = int(kl_warmup)
         if datamodule is not None and not self.is_trained_:
             self._start_from(datamodule)
-        if not self._keeps_loadings():
-            if self.rotation_ is not None:
-                warn(
-                    "The rotation that was in force belongs to the network before this training; `rotate` finds a new one."
-                )
-            self.rotation_, self.is_ordered_ = None, False
-        result = super().train(
-            max_epochs=max_epochs,
-            accelerator=accelerator,
-            devices=devices,
-            train_size=train_size,
-            validation_size=validation_size,
-            shuffle_set_split=shuffle_set_split,
-            load_sparse_tensor=load_sparse_tensor,
-            batch_size=batch_size,
-            early_stopping=early_stopping,
-            datasplitter_kwargs=datasplitter_kwargs,
-            plan_kwargs=plan_kwargs,
-            datamodule=datamodule,
-            trainer_config=trainer_config,
-            **trainer_kwargs,
-        )
+        with self._axes_of_other_loadings_ended():
+            result = super().train(
+                max_epochs=max_epochs,
+                accelerator=accelerator,
+                devices=devices,
+                train_size=train_size,
+                validation_size=validation_size,
+                shuffle_set_split=shuffle_set_split,
+                load_sparse_tensor=load_sparse_tensor,
+                batch_size=batch_size,
+                early_stopping=early_stopping,
+                datasplitter_kwargs=datasplitter_kwargs,
+                plan_kwargs=plan_kwargs,
+                datamodule=datamodule,
+                trainer_config=trainer_config,
+                **trainer_kwargs,
+            )
         self._note_kl_weight(warmup_given=kl_warmup is not None)
         return result
+
+    @contextmanager
+    def _axes_of_other_loadings_ended(self) -> Iterator[None]:
+        """Rotation and order belong to the loadings before: they end if these are others afterwards, however that came."""
+        before = self.module.get_loadings() if self.rotation_ is not None or self.is_ordered_ else None
+        try:
+            yield
+        finally:
+            if before is not None and not np.array_equal(before, self.module.get_loadings()):
+                if self.rotation_ is not None:
+                    warn(
+                        "The rotation that was in force belonged to the network before this training; `rotate` finds a new "
+                        "one."
+                    )
+                self.rotation_, self.is_ordered_ = None, False
 
     def _n_epochs(self, max_epochs: int | None, datamodule: Any) -> int:
         if max_epochs is not None:

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+import scvi
 import torch
 from anndata import AnnData
 from scvi.dataloaders import DataSplitter
 from scvi.utils import track
 
-from ldvae_ext._keys import CONSENSUS_KEY, check_key_added, consensus_keys
+from ldvae_ext._keys import CONSENSUS_KEY, consensus_keys
 from ldvae_ext._validate import check_one_of, check_positive_int, listed, warn
 from ldvae_ext.core import kl_per_dimension
 from ldvae_ext.core.matching import STABLE, UNSTABLE, Consensus, consensus_of, cosines, flags, match_columns, procrustes
-from ldvae_ext.core.rotation import Rotation
+from ldvae_ext.core.rotation import CONSENSUS, Rotation
 from ldvae_ext.model._ldvae import LDVAE
 
 RESAMPLES = ("halves", "bootstrap")
+CELLS = {None: "same", "halves": "disjoint halves", "bootstrap": "bootstrap"}
 _TRAIN_SIZE = 0.9
 # What an ensemble decides for each of its runs.
 _DECIDED = ("datasplitter_kwargs", "datamodule", "shuffle_set_split", "validation_size")
+_OWN_ARGUMENTS = ("adata", "n_latent", "max_epochs")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -46,7 +50,10 @@ class Ensemble:
     kl_k: np.ndarray
     """Mean over runs of the KL of the matched factors, in nats per cell."""
     agreement: pd.DataFrame
-    """Median absolute cosine of the matched factors of each two runs, runs x runs, named by seed: single runs, no consensus."""
+    """Median absolute cosine of the matched factors of each two runs, runs x runs, named by seed: single runs, no consensus. With
+    ``resample="halves"`` look at runs with another number in ``cells_of_run``."""
+    cells_of_run: list[int]
+    """Runs with the same number were trained on the same cells, though without ``resample`` all were: each has its own."""
 
     @property
     def names(self) -> list[str]:
@@ -69,7 +76,8 @@ class Ensemble:
 
         ``reproducibility`` in [0, 1]: mean over runs of the absolute cosine between the run's factor and that of a consensus
         of the others; ``lowest``, the smallest of them; ``flag``: ``"stable"`` from 0.8 on, ``"unstable"`` below 0.6, else
-        ``"uncertain"``; ``kl``: mean over runs, in nats per cell.
+        ``"uncertain"``; ``kl``: mean over runs, in nats per cell; ``cells``: how the cells of the runs that were compared are
+        related, ``"same"`` (the agreement is one of seeds alone), ``"disjoint halves"`` or ``"bootstrap"``.
         """
         reproducibility_k = self.consensus.reproducibility_k
         return pd.DataFrame(
@@ -78,6 +86,7 @@ class Ensemble:
                 "lowest": self.consensus.cosine_mk.min(axis=0),
                 "flag": flags(reproducibility_k),
                 "kl": self.kl_k,
+                "cells": CELLS[self.resample],
             },
             index=pd.Index(self.names, name="factor"),
         )
@@ -102,19 +111,17 @@ class Ensemble:
         """The run that is nearest to the consensus, rotated so that its factors ``F_k`` are as near to ``C_k`` as they can be.
 
         The rotation (orthogonal Procrustes, Schonemann 1966, 10.1007/BF02289451) is a view as any other (:meth:`LDVAE.rotate`),
-        called ``"consensus"``: use the model to encode cells, to export and to ablate. It shares network and data with the
-        run in ``models``, which keeps its own rotation.
+        called ``"consensus"``: use the model to encode cells, to export and to ablate. It keeps order and signs of the consensus. It has a network of its own, so that the
+        run in ``models`` stays what it is, and shares the data.
         """
         nearest = copy(self.models[int(np.argmax(self.consensus.cosine_mk.mean(axis=1)))])
+        nearest.module = deepcopy(nearest.module)
         loading_gk = nearest.get_decoder().centered().weight_gk
         matrix_kk, _ = procrustes(self.consensus.loading_gk, loading_gk)
-        nearest.rotation_ = {
-            "matrix": Rotation(matrix_kk=matrix_kk, method="consensus").matrix_kk,
-            "method": "consensus",
-        }
+        nearest.rotation_ = {"matrix": Rotation(matrix_kk=matrix_kk, method=CONSENSUS).matrix_kk, "method": CONSENSUS}
         return nearest
 
-    def export_to_anndata(self, adata: AnnData, *, key_added: str = CONSENSUS_KEY) -> None:
+    def export_to_anndata(self, adata: AnnData, key_added: str | None = None, *, overwrite: bool = False) -> None:
         """Write the consensus to an AnnData.
 
         Parameters
@@ -123,6 +130,13 @@ class Ensemble:
             Where to write; genes that the models do not know get NaN.
         key_added
             Replaces ``ldvae_consensus`` in all keys together.
+        overwrite
+            Whether what lies under these keys and is no consensus may be replaced.
+
+        Raises
+        ------
+        ValueError
+            If ``adata`` has none of the genes, or something else would be replaced. Nothing is written.
 
         Notes
         -----
@@ -131,18 +145,24 @@ class Ensemble:
         * ``varm["ldvae_consensus"]``: consensus loadings, genes x factors, float32;
         * ``varm["ldvae_consensus_spread"]``: their standard deviation over runs, float32;
         * ``uns["ldvae_consensus"]``: ``names``, ``statistics`` (``reproducibility``, ``lowest``, ``kl``), ``flag``, ``cosine`` (runs x
-          factors), ``agreement`` (runs x runs), ``seeds``, ``resample`` (``"none"``, ``"halves"`` or ``"bootstrap"``),
-          ``thresholds``, ``n_failed``.
+          factors), ``agreement`` (runs x runs), ``seeds``, ``cells_of_run``, ``resample`` (``"none"``, ``"halves"`` or
+          ``"bootstrap"``), ``thresholds``, ``n_failed``.
 
         :func:`ldvae_ext.get.stability` and :func:`ldvae_ext.pl.stability` read them.
         """
-        check_key_added(key_added)
-        keys = consensus_keys(key_added)
-        if keys.info in adata.uns and "cosine" not in adata.uns[keys.info]:
-            msg = f"`adata.uns[{keys.info!r}]` exists and is no consensus; choose another `key_added`."
+        keys = consensus_keys(CONSENSUS_KEY if key_added is None else key_added)
+        info = adata.uns.get(keys.info)
+        is_consensus = isinstance(info, Mapping) and "cosine" in info
+        taken = [name for name in (keys.loadings, keys.spread) if name in adata.varm]
+        taken += [keys.info] if info is not None else []
+        if taken and not is_consensus and not overwrite:
+            msg = f"{listed(taken)} of `adata` would be replaced and is no consensus; choose another `key_added`, or `overwrite=True`."
             raise ValueError(msg)
         position = pd.Index(adata.var_names.astype(str)).get_indexer(self.genes)
         known = position >= 0
+        if not known.any():
+            msg = f"`adata` has none of the {len(self.genes)} genes of the models, such as {listed(self.genes[:3])}."
+            raise ValueError(msg)
         for key, value_gk in ((keys.loadings, self.consensus.loading_gk), (keys.spread, self.consensus.spread_gk)):
             array = np.full((adata.n_vars, len(self.names)), np.nan, dtype=np.float32)
             array[position[known]] = value_gk[known]
@@ -155,6 +175,7 @@ class Ensemble:
             "cosine": self.consensus.cosine_mk,
             "agreement": self.agreement.to_numpy(),
             "seeds": np.array(self.seeds),
+            "cells_of_run": np.array(self.cells_of_run),
             "resample": self.resample or "none",
             "thresholds": np.array([UNSTABLE, STABLE]),
             "n_failed": len(self.failures),
@@ -164,11 +185,11 @@ class Ensemble:
 def fit_ensemble(
     adata: AnnData,
     n_runs: int = 5,
-    n_latent: int = 10,
     *,
+    n_latent: int = 10,
     resample: Literal["halves", "bootstrap"] | None = None,
     max_epochs: int | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     model_kwargs: dict[str, Any] | None = None,
     train_kwargs: dict[str, Any] | None = None,
     silent: bool = False,
@@ -179,9 +200,13 @@ def fit_ensemble(
     varimax), which knows nothing of the axes that a run ended on. The reproducibility of a factor is the mean absolute cosine
     between its partner in a run and the consensus of the other runs.
 
+    Runs that have not been trained to the end look unstable, whatever the data hold: give ``max_epochs`` and a learning rate
+    (``train_kwargs={"plan_kwargs": {"lr": 5e-3}}``) with which the loss has settled.
+
     **Seeds are not samples.** Runs that differ by their seed alone are trained on the same cells: a factor that they agree on
     is a property of these cells and of the model, and may still be noise of these cells. Whether it would come back with others
-    is what ``resample`` asks; the agreement is then much lower, and is the number to report.
+    is what ``resample`` asks; the agreement is then much lower, and is the number to report. (What a model takes from its data
+    before training, the prior of a latent library size and the start of ``bias="auto"``, is computed from all cells then, too.)
 
     Parameters
     ----------
@@ -198,7 +223,7 @@ def fit_ensemble(
     max_epochs
         As in :meth:`LDVAE.train`.
     seed
-        Seed of the first run; the others count on from it. Cells are drawn by it, too.
+        Seed of the first run; the others count on from it. Cells are drawn by it, too. ``scvi.settings.seed`` if None, or 0.
     model_kwargs, train_kwargs
         Arguments of :class:`LDVAE` and of :meth:`LDVAE.train`, whose ``kl_warmup`` is ``"auto"`` here unless given. A
         ``train_size`` cuts off the same cells in all runs (0.9 if not given; with ``resample`` all drawn cells are trained on).
@@ -216,6 +241,9 @@ def fit_ensemble(
     RuntimeError
         If fewer than two runs, or none on one of the halves, succeeded.
     """
+    if not isinstance(adata, AnnData):
+        msg = f"`adata` must be an AnnData that `LDVAE.setup_anndata` registered; got {type(adata).__name__}."
+        raise TypeError(msg)
     check_positive_int("n_runs", n_runs)
     check_positive_int("n_latent", n_latent)
     if n_runs < 2:
@@ -227,11 +255,23 @@ def fit_ensemble(
     if model_kwargs.get("latent_distribution") == "ln":
         msg = "`latent_distribution='ln'` cannot be rotated, and unrotated runs are not comparable."
         raise ValueError(msg)
+    own = [name for name in (*model_kwargs, *train_kwargs) if name in _OWN_ARGUMENTS]
+    if own:
+        msg = f"{listed(own)}: arguments of `fit_ensemble` itself."
+        raise ValueError(msg)
     decided = [name for name in train_kwargs if name in _DECIDED or (name == "train_size" and resample is not None)]
     if decided:
         msg = f"`train_kwargs`: {listed(decided)}: the ensemble decides which cells a run is trained on."
         raise ValueError(msg)
-    train_size = train_kwargs.pop("train_size", None) or _TRAIN_SIZE
+    train_size = train_kwargs.pop("train_size", None)
+    train_size = _TRAIN_SIZE if train_size is None else train_size
+    if not 0 < train_size <= 1:
+        msg = f"`train_size` must be above 0 and at most 1; got {train_size!r}."
+        raise ValueError(msg)
+    seed = (0 if scvi.settings.seed is None else scvi.settings.seed) if seed is None else seed
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
+        msg = f"`seed` must be an integer of at least 0; got {seed!r}."
+        raise ValueError(msg)
     options = {"kl_warmup": "auto", "enable_progress_bar": False, **train_kwargs}
     models: list[LDVAE] = []
     seeds, kinds, failures = [], [], {}
@@ -243,6 +283,9 @@ def fit_ensemble(
             try:
                 _train_on(model, cells, max_epochs, options)
                 model.rotate()
+            except TypeError:
+                # An argument that training does not have would fail all runs alike.
+                raise
             except Exception as error:  # noqa: BLE001 - whatever it was, the other runs are worth having
                 failures[seed + m] = f"{type(error).__name__}: {error}"
                 warn(f"The run with seed {seed + m} failed and is left out ({failures[seed + m]}).")
@@ -278,6 +321,7 @@ def _ensemble(
         consensus=consensus.arranged(order),
         kl_k=kl_mk.mean(axis=0)[order],
         agreement=pd.DataFrame(single_mm, index=seeds, columns=seeds),
+        cells_of_run=kinds,
     )
 
 
@@ -324,13 +368,18 @@ def _train_on(model: LDVAE, cells: list[np.ndarray], max_epochs: int | None, opt
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Random draws of torch and numpy from a seed, and the caller's own afterwards."""
+    """Random draws of torch and numpy from a seed, with a quiet Lightning, and the caller's own afterwards."""
     devices = list(range(torch.cuda.device_count()))
     state = np.random.get_state()  # noqa: NPY002 - what scvi-tools draws from
+    # Lightning speaks of accelerators at each training, which would cut the progress bar to pieces.
+    lightning = logging.getLogger("lightning.pytorch")
+    level = lightning.level
+    lightning.setLevel(max(logging.WARNING, lightning.getEffectiveLevel()))
     try:
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
             np.random.seed(seed % 2**32)  # noqa: NPY002
             yield
     finally:
+        lightning.setLevel(level)
         np.random.set_state(state)  # noqa: NPY002

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
+from ldvae_ext.core.matching import STABLE
 from ldvae_ext.model.ensemble import Ensemble, fit_ensemble
 
 
@@ -19,12 +20,13 @@ class NLatentSuggestion:
     n_stable: int
     """Number of stable factors of the ensemble: the answer."""
     n_scree: int
-    """Median over runs of the number of rotated factors that add more than 5 % of what all explain."""
+    """Median over runs of the number of rotated factors that add more than ``min_increment`` of what all explain."""
     n_latent: int
     """Number of latents that the runs had."""
     increments: pd.DataFrame
     """Share of each rotated factor in the deviance that all explain, runs (by seed) x factors."""
     ensemble: Ensemble
+    min_increment: float = 0.05
 
     @property
     def agree(self) -> bool:
@@ -34,16 +36,19 @@ class NLatentSuggestion:
     @property
     def message(self) -> str:
         """The suggestion in words."""
-        text = f"{self.n_stable} of {self.n_latent} factors come back in every run (reproducibility of at least 0.8)"
+        share = f"more than {self.min_increment:.0%} of the explained deviance"
+        text = (
+            f"{self.n_stable} of {self.n_latent} factors are stable (mean |cosine| between runs of at least {STABLE})"
+        )
         if self.agree:
-            text += ", and as many add more than 5 % to the explained deviance."
+            text += f", and as many add {share}."
         else:
             why = (
                 "so some that matter to the fit do not come back: they may be mixtures, or noise"
                 if self.n_stable < self.n_scree
                 else "so some that come back matter to few cells or genes"
             )
-            text += f", but {self.n_scree} add more than 5 % to the explained deviance: the two differ, {why}."
+            text += f", but {self.n_scree} add {share}: the two differ, {why}."
         if self.n_stable == self.n_latent:
             text += (
                 f" All that there were are stable: there may be more than {self.n_latent}; try again with more latents."
@@ -58,9 +63,9 @@ class NLatentSuggestion:
 
 def suggest_n_latent(
     adata: AnnData | None = None,
-    n_latent: int = 12,
-    n_runs: int = 5,
     *,
+    n_latent: int | None = None,
+    n_runs: int | None = None,
     ensemble: Ensemble | None = None,
     min_increment: float = 0.05,
     **kwargs: Any,
@@ -76,8 +81,10 @@ def suggest_n_latent(
     adata
         AnnData registered by :meth:`LDVAE.setup_anndata`.
     n_latent
-        Number of latents of the runs: more than are expected.
-    n_runs, **kwargs
+        Number of latents of the runs, more than are expected; 12 if None.
+    n_runs
+        Number of runs; 5 if None.
+    **kwargs
         As in :func:`fit_ensemble`.
     ensemble
         An ensemble with enough latents, instead of ``adata``.
@@ -93,16 +100,25 @@ def suggest_n_latent(
     ValueError
         If both or neither of ``adata`` and ``ensemble`` are given; as :func:`fit_ensemble`.
     """
-    if (adata is None) == (ensemble is None) or (ensemble is not None and kwargs):
+    is_fitted = ensemble is not None
+    if (adata is None) != is_fitted or (is_fitted and (kwargs or n_latent is not None or n_runs is not None)):
         msg = "`suggest_n_latent` takes either `adata`, with arguments of `fit_ensemble`, or a finished `ensemble`."
         raise ValueError(msg)
     if not 0 < min_increment < 1:
         msg = f"`min_increment` must lie between 0 and 1; got {min_increment!r}."
         raise ValueError(msg)
-    runs = fit_ensemble(adata, n_runs, n_latent, **kwargs) if ensemble is None else ensemble  # type: ignore[arg-type]
-    increments = pd.DataFrame([_increments(model) for model in runs.models], index=runs.seeds)
+    if ensemble is not None and not isinstance(ensemble, Ensemble):
+        msg = f"`ensemble` must be what `fit_ensemble` returned; got {type(ensemble).__name__}."
+        raise TypeError(msg)
+    if ensemble is None:
+        sizes: dict[str, Any] = {
+            "n_runs": 5 if n_runs is None else n_runs,
+            "n_latent": 12 if n_latent is None else n_latent,
+        }
+        ensemble = fit_ensemble(adata, **sizes, **kwargs)  # type: ignore[arg-type]
+    increments = pd.DataFrame([_increments(model) for model in ensemble.models], index=ensemble.seeds)
     n_scree = int(np.median((increments > min_increment).sum(axis=1)))
-    return NLatentSuggestion(runs.n_stable, n_scree, increments.shape[1], increments, runs)
+    return NLatentSuggestion(ensemble.n_stable, n_scree, increments.shape[1], increments, ensemble, min_increment)
 
 
 def _increments(model: Any) -> dict[str, float]:

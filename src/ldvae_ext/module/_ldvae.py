@@ -391,4 +391,5 @@ class LDVAEModule(StrictLoading, QueryModule, TruncationModule, ScviLDVAE):
         weight = layer.weight[:, : self.n_latent]
         if batch_norm is not None:
             weight = (batch_norm.weight / torch.sqrt(batch_norm.running_var + batch_norm.eps))[:, None] * weight
-        return weight.detach().cpu().numpy()
+        # A copy: without batch norm this would be the network's own memory, which the next step of training overwrites.
+        return weight.detach().cpu().numpy().copy()

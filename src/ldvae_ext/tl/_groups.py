@@ -15,7 +15,7 @@ from ldvae_ext._groups import groups_of
 from ldvae_ext._keys import DEFAULT_KEY, GROUPS_INFO
 from ldvae_ext._validate import check_one_of, given_names, listed
 from ldvae_ext.core._arrays import strings
-from ldvae_ext.get._export import check_no_export, export_of
+from ldvae_ext.get._export import check_no_export, export_mark, export_of
 
 METHODS = ("wilcoxon", "t-test", "t-test_overestim_var", "logreg")
 CORRECTIONS = ("benjamini-hochberg", "bonferroni")
@@ -144,7 +144,7 @@ def rank_factors_groups(
             if field in tables[0]
         },
         "factors": factors,
-        "params": {**params, "use_raw": False, "key": key},
+        "params": {**params, "use_raw": False, "key": key, "export": export_mark(info)},
     }
     return adata if copy else None
 

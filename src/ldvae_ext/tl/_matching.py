@@ -15,6 +15,7 @@ from ldvae_ext._validate import check_one_of, listed
 from ldvae_ext.core import LinearDecoder
 from ldvae_ext.core._arrays import strings
 from ldvae_ext.core.matching import cosines, match_columns, procrustes
+from ldvae_ext.core.rotation import CONSENSUS
 from ldvae_ext.get._export import loadings
 
 SOURCES = ("loadings", "scores")
@@ -56,7 +57,8 @@ def match_factors(
         :class:`ldvae_ext.core.LinearDecoder`, an AnnData with an export or a consensus, or a DataFrame, genes x factors (for
         ``by="scores"``: cells x factors).
     by
-        ``"loadings"``: canonical loadings of the genes that both have, centred over them. ``"scores"``: latents of the cells that
+        ``"loadings"``: canonical loadings (of a LinearSCVI or a DataFrame with their own signs) of the genes that both have,
+        centred over them. ``"scores"``: latents of the cells that
         both have by name, centred; for models and AnnData. Different cells change loadings more than scores.
     key, key_b
         ``key_added`` of the exports in ``a`` and ``b`` where these are AnnData; ``key_b`` is ``key`` if None.
@@ -123,11 +125,13 @@ def _loadings(source: Any, key: str) -> pd.DataFrame:
         return _named(loadings(source, key=key))
     if isinstance(source, pd.DataFrame):
         return _named(source)
-    decoder = source
+    decoder, is_consensus = source, False
     if hasattr(source, "get_decoder"):
         decoder = source.get_decoder(rotated=source.rotation is not None)
+        is_consensus = source.rotation is not None and source.rotation.method == CONSENSUS
     if isinstance(decoder, LinearDecoder):
-        turned = decoder.reordered(np.arange(len(decoder.factors)), decoder.signs()).centered()
+        signs = np.ones(len(decoder.factors), dtype=np.int64) if is_consensus else decoder.signs()
+        turned = decoder.reordered(np.arange(len(decoder.factors)), signs).centered()
         return _named(pd.DataFrame(turned.weight_gk, index=decoder.genes, columns=decoder.factors))
     if hasattr(source, "get_loadings"):
         return _named(source.get_loadings())

@@ -14,7 +14,7 @@ from ldvae_ext._validate import cell_positions, check_positive_int
 from ldvae_ext.core._arrays import strings
 from ldvae_ext.core.populations import GroupMoments, PopulationRequest
 from ldvae_ext.core.posterior import deterministic_latent
-from ldvae_ext.get._export import check_no_export
+from ldvae_ext.get._export import check_no_export, export_mark
 from ldvae_ext.tl._cells import ExportedCells
 
 CHUNK_SIZE = 1024
@@ -76,7 +76,8 @@ def population_loadings(
 
     * ``varm["ldvae_population_loadings"]``: genes x factors x populations, float32; NaN for genes that the model does not know;
     * ``uns["ldvae_population_loadings"]``: ``names`` (of the factors, ``"batch"`` included, or of the directions), ``groups``,
-      ``n_cells`` of each group, ``groupby``, ``kind``, ``reference``, ``scale``, ``key``; for ``"within"`` also ``factors``, ``share``
+      ``n_cells`` of each group, ``groupby``, ``kind``, ``reference``, ``scale``, ``key``,
+      ``export`` (which export under the key it was); for ``"within"`` also ``factors``, ``share``
       (populations x directions x factors) and ``variance`` (populations x directions).
 
     :func:`ldvae_ext.get.population_loadings_df` reads them.
@@ -118,6 +119,7 @@ def population_loadings(
         "groupby": groupby,
         "kind": kind,
         "key": key,
+        "export": export_mark(adata.uns[key]),
     }
     if kind in ("contribution", "path"):
         info["reference"] = request.reference
