@@ -37,3 +37,13 @@ def test_modes_come_back_also_after_an_error():
     assert module.training
     assert module.z_encoder.encoder.training
     assert not module.decoder.factor_regressor.training
+
+
+@pytest.mark.parametrize("use_batch_norm", [True, False])
+def test_loadings_are_no_window_into_the_network(use_batch_norm):
+    module = untrained(counts(), use_batch_norm=use_batch_norm, bias=True).module
+    loadings = module.get_loadings()
+    before = loadings.copy()
+    with torch.no_grad():
+        module.decoder.factor_regressor.fc_layers[0][0].weight.add_(1.0)
+    np.testing.assert_array_equal(loadings, before)

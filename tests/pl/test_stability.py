@@ -150,7 +150,7 @@ def test_what_an_ensemble_writes_is_drawn():
     adata = counts(n_genes=30)
     LDVAE.setup_anndata(adata)
     ensemble = fit_ensemble(
-        adata, 2, 3, resample="halves", max_epochs=4, train_kwargs=TRAIN | {"batch_size": 30}, silent=True
+        adata, 2, n_latent=3, resample="halves", max_epochs=4, train_kwargs=TRAIN | {"batch_size": 30}, silent=True
     )
     ensemble.export_to_anndata(adata)
     ax = pl.stability(adata, show=False)
