@@ -25,7 +25,7 @@ from ldvae_ext.model._cells import with_positions
 # An ablation of each kind that a factor's weight is measured by.
 _ABLATIONS = ("zero", "mean", "permute")
 # Draws from the posteriors of a group that the sampled terms are means over, at least.
-_N_DRAWS = 5000
+_N_DRAWS = 20_000
 
 
 class StatsMixin(AblationMixin):
