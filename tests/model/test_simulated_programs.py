@@ -63,7 +63,7 @@ def test_the_representative_run_holds_the_consensus(five_programs):
 
 @pytest.mark.parametrize("n_programs", [3, 5, 8])
 def test_the_number_of_programs_is_the_number_of_stable_factors(n_programs):
-    adata, _ = datasets.simulate(n_cells=1500, n_genes=400, n_latent=n_programs, seed=n_programs)
+    adata, _ = datasets.simulate(n_cells=1000, n_genes=300, n_latent=n_programs, seed=n_programs)
     LDVAE.setup_anndata(adata)
     suggestion = suggest_n_latent(adata, n_latent=12, n_runs=3, max_epochs=100, train_kwargs=TRAINING, silent=True)
     assert suggestion.n_stable == n_programs
