@@ -53,7 +53,7 @@ class Ensemble:
     """Median absolute cosine of the matched factors of each two runs, runs x runs, named by seed: single runs, no consensus. With
     ``resample="halves"`` look at runs with another number in ``cells_of_run``."""
     cells_of_run: list[int]
-    """Runs with the same number were trained on the same cells, though without ``resample`` all were: each has its own."""
+    """A number for each run; runs with the same one are left out together. With ``resample="halves"`` that of its half, else its own."""
 
     @property
     def names(self) -> list[str]:
