@@ -8,7 +8,8 @@ from scipy.special import expit, logsumexp
 from scipy.stats import nbinom, poisson
 
 from ldvae_ext.core.cells import EncodedCells
-from ldvae_ext.core.fisher import fisher_rotation, log_mean_information, logit_information, with_signs
+from ldvae_ext.core.fisher import fisher_rotation, log_mean_information, logit_information
+from ldvae_ext.core.rotation import with_signs
 from tests.core.decoders import cells, full_decoder
 
 RNG = np.random.default_rng(0)

@@ -17,28 +17,21 @@ from ldvae_ext.core import kl_per_dimension
 from ldvae_ext.core.ledger import information_ledger
 from ldvae_ext.model import LDVAE, FactorStats
 from tests.helpers import TRAIN, counts, untrained
+from tests.rotated import GROUPS, grouped
 
-GROUPS = ["B", "CD4+/CD25 T", "NK"]
 OF_COUNTS = ["explained_deviance", "ablation_zero", "ablation_mean", "ablation_permute"]
 OF_POSTERIORS = [name for name in MEASURES if name not in OF_COUNTS]
 
 
-def grouped(n_cells=150, seed=0):
-    adata = counts(n_cells, n_batches=3, seed=seed)
-    rng = np.random.default_rng(seed + 7)
-    codes = rng.permutation(np.arange(n_cells) % 3)
-    x = adata.X.toarray()
-    for p in range(3):
-        x[np.ix_(codes == p, np.arange(4 * p + 1, 4 * p + 5))] *= 4
-    adata.X = type(adata.X)(x)
-    adata.obs["type"] = pd.Categorical.from_codes(codes, GROUPS)
-    adata.obs.loc[["cell3", "cell20"], "type"] = np.nan
+def cells(n_cells=150, seed=0):
+    adata = grouped(n_cells, seed)
+    adata.obs.loc["cell20", "type"] = np.nan
     return adata
 
 
 @pytest.fixture(scope="module")
 def trained():
-    adata = grouped()
+    adata = cells()
     LDVAE.setup_anndata(adata, batch_key="batch")
     scvi.settings.seed = 0
     model = LDVAE(adata, n_latent=4)
@@ -229,7 +222,7 @@ class TestCells:
         assert some.totals["group"].tolist() == ["NK"]
 
     def test_unseen_cells_are_encoded_and_left_alone(self, model):
-        other = grouped(40, seed=5)[:, ::-1].copy()
+        other = cells(40, seed=5)[:, ::-1].copy()
         before = other.copy()
         stats = model.get_factor_stats("type", other)
         assert stats.factors["n_cells"].groupby(stats.factors["group"]).first().sum() == 38
@@ -291,7 +284,7 @@ class TestCells:
 
 @pytest.mark.parametrize("rotated", [False, True])
 def test_without_counts_what_needs_them_is_nan_with_one_warning(rotated, recwarn):
-    adata = grouped(60)
+    adata = cells(60)
     model = untrained(adata)
     if rotated:
         model.rotate()
@@ -312,7 +305,7 @@ def test_without_counts_what_needs_them_is_nan_with_one_warning(rotated, recwarn
 
 
 def test_minified_data_with_counts_have_all_measures():
-    adata = grouped(60)
+    adata = cells(60)
     model = untrained(adata)
     expected = model.get_factor_stats()
     model.minify_adata("latent_posterior_parameters_with_counts")
@@ -321,7 +314,7 @@ def test_minified_data_with_counts_have_all_measures():
 
 
 def test_under_ln_the_measures_of_posteriors_are_those_of_u():
-    adata = grouped(60)
+    adata = cells(60)
     model = untrained(adata, latent_distribution="ln")
     stats = model.get_factor_stats("type", seed=1)
     np.testing.assert_allclose(model.get_factor_stats().table()["kl"], model.get_latent_kl().mean(), rtol=1e-6)

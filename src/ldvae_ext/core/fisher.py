@@ -11,6 +11,7 @@ from ldvae_ext.core.cells import EncodedCells
 from ldvae_ext.core.decoder import LinearDecoder
 from ldvae_ext.core.heads import parameters_given
 from ldvae_ext.core.posterior import deterministic_latent
+from ldvae_ext.core.rotation import with_signs
 
 
 def log_mean_information(likelihood: str, mu_ng: np.ndarray, theta: Any = None, dropout_ng: Any = None) -> np.ndarray:
@@ -102,16 +103,3 @@ def fisher_rotation(decoder: LinearDecoder, mean_nk: np.ndarray, weight_g: np.nd
     root_kk = (vector_kk * np.sqrt(np.maximum(value_k, 0.0))) @ vector_kk.T
     right_kk = np.linalg.svd(np.sqrt(weight_g)[:, None] * (weight_gk @ root_kk), full_matrices=True)[2].T
     return with_signs(decoder, np.linalg.qr(root_kk @ right_kk)[0])
-
-
-def with_signs(decoder: LinearDecoder, rotation_kk: np.ndarray) -> np.ndarray:
-    """A rotation whose columns point to their longer tail of genes, which makes it a unique one.
-
-    Parameters
-    ----------
-    decoder
-        The decoder.
-    rotation_kk
-        Orthogonal, shape (latents, factors).
-    """
-    return rotation_kk * decoder.rotated(rotation_kk).signs()

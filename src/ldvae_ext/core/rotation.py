@@ -133,3 +133,16 @@ def score_varimax(mean_nk: np.ndarray) -> np.ndarray:
     """Varimax of the posterior means, centred over cells."""
     mean_nk = np.asarray(mean_nk, dtype=np.float64)
     return varimax(mean_nk - mean_nk.mean(axis=0))
+
+
+def with_signs(decoder: LinearDecoder, rotation_kk: np.ndarray) -> np.ndarray:
+    """A rotation whose columns point to their longer tail of genes, which makes it a unique one.
+
+    Parameters
+    ----------
+    decoder
+        The decoder.
+    rotation_kk
+        Orthogonal, shape (latents, factors).
+    """
+    return rotation_kk * decoder.rotated(rotation_kk).signs()

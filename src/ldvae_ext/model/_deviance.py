@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 import torch
 from anndata import AnnData
-from scvi import REGISTRY_KEYS
 
 from ldvae_ext._validate import cell_positions
 from ldvae_ext.core._views import check_rotatable
-from ldvae_ext.core.fisher import fisher_rotation, logit_information, with_signs
-from ldvae_ext.model._base import LDVAEBase
-from ldvae_ext.model._bridge import encode, linear_decoder
+from ldvae_ext.core.fisher import fisher_rotation, logit_information
+from ldvae_ext.core.rotation import with_signs
+from ldvae_ext.model._bridge import encode
 from ldvae_ext.model._cells import readable_cells
-from ldvae_ext.model._registry import covariates_of, level_names
+from ldvae_ext.model._decoding import DecodingMixin
+from ldvae_ext.model._registry import covariates_of
 from ldvae_ext.module._truncation import polish_rotation, refine_rotation
 
 # Cells that a rotation is fitted to, fewer where they have many genes: dense counts are held in memory, 256 MB at most.
@@ -23,7 +23,7 @@ _MAX_CELLS, _MAX_COUNTS, _MIN_CELLS = 4096, 2**26, 256
 
 
 def deviance_rotation(
-    model: LDVAEBase, adata: AnnData | None = None, indices: Any = None, batch_size: int | None = None
+    model: DecodingMixin, adata: AnnData | None = None, indices: Any = None, batch_size: int | None = None
 ) -> np.ndarray:
     """Orthogonal axes of a model's latent space under which the first factors explain the counts best.
 
@@ -52,14 +52,7 @@ def deviance_rotation(
     """
     check_rotatable(model.module.latent_distribution)
     model._check_has_counts("rotate('deviance')")
-    decoder = linear_decoder(
-        model.module,
-        model.get_var_names(),
-        level_names(model.registry, REGISTRY_KEYS.BATCH_KEY),
-        model.latent_names,
-        covariates_of(model.registry),
-        level_names(model.registry, REGISTRY_KEYS.LABELS_KEY),
-    )
+    decoder = model.get_decoder()
     if len(decoder.factors) == 1:
         return with_signs(decoder, np.eye(1))
     means, weight_g, minibatches = [], np.zeros(len(decoder.genes)), []

@@ -12,7 +12,7 @@ from anndata import AnnData
 from ldvae_ext._validate import check_one_of
 from ldvae_ext.core import LinearDecoder, kl_per_dimension
 from ldvae_ext.core._views import check_rotatable
-from ldvae_ext.core.rotation import CONSENSUS, METHODS, Rotation, loading_varimax, score_varimax
+from ldvae_ext.core.rotation import CONSENSUS, METHODS, Rotation, loading_varimax, score_varimax, with_signs
 from ldvae_ext.model._cells import CellStream, stream_cells
 from ldvae_ext.model._decoding import DecodingMixin
 from ldvae_ext.model._deviance import deviance_rotation
@@ -99,9 +99,7 @@ class RotationMixin(DecodingMixin):
 
     def _see_through(self, rotation: Rotation) -> None:
         """Put a rotation in force, with canonical signs."""
-        signs = self.get_decoder().rotated(rotation.matrix_kk).signs()
-        turned = rotation.arranged(np.arange(self.n_latent), signs)
-        self.rotation_ = {"matrix": turned.matrix_kk, "method": turned.method}
+        self.rotation_ = {"matrix": with_signs(self.get_decoder(), rotation.matrix_kk), "method": rotation.method}
 
     def _posterior_of(
         self, adata: AnnData | None, indices: Any, batch_size: int | None
