@@ -33,7 +33,7 @@ _EXACT: dict[str, Any] = {"cache": True, "error_model": "numpy", "fastmath": {"c
 
 @njit(**_EXACT)
 def _parts_of_exp(x: Any) -> Any:
-    """p and a power of two with ``e^x = (1 + p) power``; x is clamped to where that is a normal number."""
+    """The p and the power of two of ``e^x = (1 + p) power``; x is clamped to where that is a normal number."""
     x = min(max(x, _LOWEST), _HIGHEST)
     n = np.floor(x * _LOG2_E + _F(0.5))
     r = x - n * _LN2_HIGH
