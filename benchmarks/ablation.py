@@ -13,11 +13,10 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 import scvi
-import torch
 from anndata import AnnData
 from intercept import quiet
 from scipy.special import softmax
-from scvi.distributions import NegativeBinomial
+from suite.by_hand import ablation as by_hand
 from threadpoolctl import threadpool_limits
 
 from ldvae_ext import datasets
@@ -60,36 +59,6 @@ def from_latents(adata: AnnData, decoder: LinearDecoder, repeats: int) -> pd.Dat
             ablation_effects(decoder, counts[at], z_nk[at], library_n[at], batch, 0.0, range(N_LATENT))
 
     return medians({f"{N_LATENT} softmaxes": softmaxes, "core.ablation_effects": effects}, repeats)
-
-
-def by_hand(model: LDVAE, *, in_one_pass: bool) -> np.ndarray:
-    """The same with scvi-tools alone: decode with each latent at 0 in turn, and take the likelihood of the counts.
-
-    Either all latents at each minibatch, or one pass over all cells for each latent and one for the whole, encoding them anew.
-    """
-    everything = [None, *range(N_LATENT)]
-
-    @torch.inference_mode()
-    def losses(latents: list[int | None]) -> np.ndarray:
-        out = []
-        for tensors in model._make_data_loader(model.adata, batch_size=CHUNK):
-            inference = model.module.inference(**model.module._get_inference_input(tensors))
-            mean = inference["qz"].loc
-            of_latents = []
-            for latent in latents:
-                z = mean.clone()
-                if latent is not None:
-                    z[:, latent] = 0
-                px = model.module.generative(z=z, library=inference["library"], batch_index=tensors["batch"])["px"]
-                px = NegativeBinomial(mu=px.mu, theta=px.theta)
-                of_latents.append(-px.log_prob(tensors["X"]).sum(-1))
-            out.append(torch.stack(of_latents, dim=1).numpy())
-        return np.concatenate(out)
-
-    with model.module.evaluating():
-        passes = [everything] if in_one_pass else [[latent] for latent in everything]
-        nll = np.concatenate([losses(latents) for latents in passes], axis=1)
-    return nll[:, 1:] - nll[:, :1]
 
 
 def of_a_model(adata: AnnData, repeats: int) -> pd.DataFrame:

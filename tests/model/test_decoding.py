@@ -238,3 +238,19 @@ def test_forum_question_loadings_alone_are_no_decoder():
     assert np.abs(decoded - same_z).max() < 1e-6
     assert min(np.corrcoef(a, b)[0, 1] for a, b in zip(decoded, same_z, strict=True)) > 1 - 1e-6
     np.testing.assert_allclose(decoded, model.get_normalized_expression(use_posterior_mean=True), atol=1e-6)
+
+
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_expression_does_not_depend_on_the_threads_of_torch(n_threads):
+    model = untrained(counts(n_batches=3))
+    expected = model.get_normalized_expression(use_posterior_mean=True, return_numpy=True)
+    effects = model.ablate().X
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(n_threads)
+        got = model.get_normalized_expression(use_posterior_mean=True, return_numpy=True)
+        np.testing.assert_allclose(got, expected, rtol=1e-5)
+        np.testing.assert_allclose(model.ablate().X, effects, rtol=0, atol=1e-5 * np.abs(effects).max())
+        assert torch.get_num_threads() == n_threads
+    finally:
+        torch.set_num_threads(before)

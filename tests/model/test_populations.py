@@ -166,3 +166,42 @@ def test_interferon_genes_come_up_in_every_stimulated_cell_type_by_the_same_fact
         carriers.append(share.nlargest(2).index.tolist())
         assert share.nlargest(3).sum() > 0.5, cell_type
     assert len(set.intersection(*map(set, carriers))) >= 1
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"latent_distribution": "ln"}], ids=str)
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"library_size": "latent"}, {"library_size": 1e4, "transform_batch": ["b", "a"]}, {"gene_list": ["g3", "g1"]}],
+    ids=str,
+)
+def test_expression_of_populations_is_the_mean_of_their_cells(kwargs, arguments):
+    model = untrained(grouped(), **kwargs)
+    arguments = {**arguments, **named(model, arguments)}
+    whole = model.get_normalized_expression(use_posterior_mean=True, **arguments)
+    expected = whole.astype(float).groupby(model.adata.obs["type"], observed=True).mean()
+    for batch_size in (None, 7):
+        got = model.get_population_expression("type", batch_size=batch_size, **arguments)
+        assert got.index.tolist() == ["B", "CD4+/CD25 T", "NK"]
+        assert got.columns.tolist() == whole.columns.tolist()
+        assert (got.dtypes == np.float64).all()
+        np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+def named(model, arguments):
+    """The arguments with batches and genes that the model has."""
+    batches, genes = model.adata.obs["batch"].unique().tolist(), model.adata.var_names.tolist()
+    return {
+        **({"transform_batch": batches[:2]} if "transform_batch" in arguments else {}),
+        **({"gene_list": [genes[3], genes[1]]} if "gene_list" in arguments else {}),
+    }
+
+
+def test_expression_of_populations_is_that_of_the_named_cells(model):
+    inside = (model.adata.obs["type"] == "B").to_numpy()
+    some = model.get_population_expression("type", indices=inside)
+    assert some.index.tolist() == ["B"]
+    np.testing.assert_allclose(some.loc["B"], model.get_population_expression("type").loc["B"], rtol=1e-5)
+    with pytest.raises(KeyError, match="'nothing'"):
+        model.get_population_expression("nothing")
+    with pytest.raises(ValueError, match="`library_size` must be a number or 'latent'"):
+        model.get_population_expression("type", library_size="observed")

@@ -191,3 +191,23 @@ def test_results_of_an_earlier_export_warn_when_they_are_read_beside_another(tmp
     model.export_to_anndata(key_added="other")
     tl.population_loadings(adata, "type", key="other")
     get.population_loadings_df(adata)
+
+
+@pytest.mark.parametrize("latent_distribution", ["normal", "ln"])
+def test_expression_of_populations_is_the_models_own(latent_distribution):
+    model, adata = exported(latent_distribution=latent_distribution)
+    batches, genes = model.adata.obs["batch"].unique().tolist(), adata.var_names[[4, 2]].tolist()
+    before = adata.copy()
+    for arguments in (
+        {},
+        {"library_size": "latent", "indices": np.arange(50) % 2 == 0},
+        {"transform_batch": [str(batch) for batch in batches[:2]], "gene_list": genes, "library_size": 100.0},
+    ):
+        got = tl.population_expression(adata, "type", chunk_size=7, **arguments)
+        of_model = {**arguments, "transform_batch": batches[:2] if "transform_batch" in arguments else None}
+        expected = model.get_population_expression("type", **of_model)
+        pd.testing.assert_frame_equal(got, expected, rtol=1e-5, check_names=False)
+    assert list(adata.uns) == list(before.uns)
+    assert list(adata.varm) == list(before.varm)
+    with pytest.raises(ValueError, match="`transform_batch` must name batches of the decoder"):
+        tl.population_expression(adata, "type", transform_batch="nothing")

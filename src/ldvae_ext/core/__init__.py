@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ldvae_ext.core._design import Covariate
+from ldvae_ext.core._expression import population_expression
 from ldvae_ext.core.ablation import ablation_effects
 from ldvae_ext.core.decoder import LinearDecoder
 from ldvae_ext.core.fold import BatchNorm, RawLinear
@@ -27,6 +28,7 @@ __all__ = [
     "log_likelihood",
     "match_columns",
     "path_attribution",
+    "population_expression",
     "procrustes",
     "varimax",
     "within_directions",

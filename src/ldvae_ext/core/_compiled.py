@@ -23,7 +23,7 @@ if hasattr(os, "register_at_fork"):
 @cache
 def _kernels() -> ModuleType | None:
     try:
-        from ldvae_ext.core import _kernels as loops
+        from ldvae_ext.core import _loops as loops
     except ImportError:
         return None
     return loops
@@ -35,17 +35,18 @@ def kernels() -> ModuleType | None:
 
 
 @contextmanager
-def compiled(*, on: bool = True, n_threads: int | None = None) -> Iterator[None]:
+def compiled(*, on: bool | None = None, n_threads: int | None = None) -> Iterator[None]:
     """Whether compiled loops are used inside, and by how many threads.
 
     Parameters
     ----------
     on
-        Whether they are used, where numba is there.
+        Whether they are used, where numba is there; as outside if None.
     n_threads
-        Number of threads; see :func:`threads` if None.
+        Number of threads; as outside if None, see :func:`threads`.
     """
-    switch, limit = _is_on.set(on), _limit.set(n_threads)
+    switch = _is_on.set(_is_on.get() if on is None else on)
+    limit = _limit.set(_limit.get() if n_threads is None else n_threads)
     try:
         yield
     finally:

@@ -6,6 +6,7 @@ compiler turns into vector instructions. Both are written for small arguments: t
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,15 @@ _LOG2_E = _F(1.44269504)
 # log 2 in two parts, the first of which has few digits, so that its multiples are exact.
 _LN2_HIGH, _LN2_LOW = _F(0.693359375), _F(-2.12194440e-4)
 _LOWEST, _HIGHEST = _F(-87.0), _F(88.0)
-_BIAS, _MANTISSA = _I(127), _I(23)
+_BIAS, _MANTISSA, _ROUND = _I(127), _I(23), _F(12582912.0)
 _ONE_BITS, _ROOT_HALF_BITS = _I(0x3F800000), _I(0x3F3504F3)
+# The exponent where it stands in a float32, and log 2 for each of it.
+_EXPONENT_BITS, _LN2_OF_BITS = _I(-(2**23)), _F(math.log(2) / 2**23)
+_LOG2_E_64, _ROUND_64 = 1.4426950408889634, 6755399441055744.0
+_LN2_HIGH_64, _LN2_LOW_64 = 6.93147180369123816490e-01, 1.90821492927058770002e-10
+# 1 / 12!, then 1 / 11!, ..., 1 / 1!, 1
+_TAYLOR_12, *_REST = (1.0 / math.factorial(i) for i in range(12, -1, -1))
+_TAYLOR = tuple(_REST)
 
 # Sums may be taken in any order, or they cannot be vectorised; a division by zero is IEEE's.
 _LOOP: dict[str, Any] = {
@@ -32,19 +40,42 @@ _EXACT: dict[str, Any] = {"cache": True, "error_model": "numpy", "fastmath": {"c
 
 
 @njit(**_EXACT)
-def _parts_of_exp(x: Any) -> Any:
-    """The p and the power of two of ``e^x = (1 + p) power``; x is clamped to where that is a normal number."""
-    x = min(max(x, _LOWEST), _HIGHEST)
-    n = np.floor(x * _LOG2_E + _F(0.5))
-    r = x - n * _LN2_HIGH
-    r = r - n * _LN2_LOW
+def _exp_near_zero(r: Any) -> Any:
+    """``e^r - 1`` of a float32, -0.35 < r < 0.35."""
     p = _F(1.9875691500e-4)
     p = p * r + _F(1.3981999507e-3)
     p = p * r + _F(8.3334519073e-3)
     p = p * r + _F(4.1665795894e-2)
     p = p * r + _F(1.6666665459e-1)
     p = p * r + _F(5.0000001201e-1)
-    return p * r * r + r, _I(_I(_I(n) + _BIAS) << _MANTISSA).view(np.float32)
+    return p * (r * r) + r
+
+
+@njit(**_EXACT)
+def _parts_of_exp(x: Any) -> Any:
+    """The p and the power of two of ``e^x = (1 + p) power``; x is clamped to where that is a normal number."""
+    x = min(max(x, _LOWEST), _HIGHEST)
+    n = np.floor(x * _LOG2_E + _F(0.5))
+    r = x - n * _LN2_HIGH
+    r = r - n * _LN2_LOW
+    return _exp_near_zero(r), _I(_I(_I(n) + _BIAS) << _MANTISSA).view(np.float32)
+
+
+@njit(**_EXACT)
+def parts_of_exp(x: Any) -> Any:
+    """See :func:`_parts_of_exp`, for -87 < x < 88."""
+    # Adding 1.5 2^23 rounds to an integer, which the lowest bits then hold.
+    shifted = x * _LOG2_E + _ROUND
+    n = shifted - _ROUND
+    r = x - n * _LN2_HIGH
+    r = r - n * _LN2_LOW
+    return _exp_near_zero(r), _I(_I(_F(shifted).view(np.int32) + _BIAS) << _MANTISSA).view(np.float32)
+
+
+@njit(**_EXACT)
+def excess(p: Any, power: Any) -> Any:
+    """``(1 + p) power - 1``. A function, since a loop that may reorder sums would take the 1 elsewhere."""
+    return p * power + (power - _F(1))
 
 
 @njit(**_EXACT)
@@ -62,12 +93,8 @@ def expm1(x: Any) -> Any:
 
 
 @njit(**_EXACT)
-def log1p(x: Any) -> Any:
-    """``log(1 + x)`` of a float32, x > -1 and 1 + x a normal number."""
-    exponent = _I(_I(_F(x + _F(1)).view(np.int32) - _ROOT_HALF_BITS) >> _MANTISSA)
-    power = _I(_ONE_BITS - _I(exponent << _MANTISSA)).view(np.float32)
-    # (1 + x) / 2^exponent - 1, without the rounding of 1 + x.
-    m = x * power + (power - _F(1))
+def _log_near_one(m: Any) -> Any:
+    """``log(1 + m)`` of a float32, -0.3 < m < 0.42."""
     p = _F(7.0376836292e-2)
     p = p * m + _F(-1.1514610310e-1)
     p = p * m + _F(1.1676998740e-1)
@@ -77,5 +104,52 @@ def log1p(x: Any) -> Any:
     p = p * m + _F(2.0000714765e-1)
     p = p * m + _F(-2.4999993993e-1)
     p = p * m + _F(3.3333331174e-1)
-    p = p * m * m * m - _F(0.5) * m * m
-    return (p + m) + _F(exponent) * (_LN2_HIGH + _LN2_LOW)
+    return (p * m - _F(0.5)) * (m * m) + m
+
+
+@njit(**_EXACT)
+def _exponent(x: Any) -> Any:
+    """The power of two next to a normal float32, downwards for up to 1.4 times of it."""
+    return _I(_I(_F(x).view(np.int32) - _ROOT_HALF_BITS) >> _MANTISSA)
+
+
+@njit(**_EXACT)
+def log(x: Any) -> Any:
+    """Natural logarithm of a normal float32."""
+    exponent = _exponent(x)
+    power = _I(_ONE_BITS - _I(exponent << _MANTISSA)).view(np.float32)
+    return _log_near_one(x * power - _F(1)) + _F(exponent) * (_LN2_HIGH + _LN2_LOW)
+
+
+@njit(**_EXACT)
+def log1p(x: Any) -> Any:
+    """``log(1 + x)`` of a float32, x > -1 and 1 + x a normal number."""
+    bits = _I(_I(_F(x + _F(1)).view(np.int32) - _ROOT_HALF_BITS) & _EXPONENT_BITS)
+    power = _I(_ONE_BITS - bits).view(np.float32)
+    # (1 + x) / 2^exponent - 1, without the rounding of 1 + x.
+    return _log_near_one(x * power + (power - _F(1))) + _F(bits) * _LN2_OF_BITS
+
+
+@njit(**_EXACT)
+def log_of_ratio(x: Any, y: Any) -> Any:
+    """``log(y)`` of a normal float32, y = 1 + x: x has the digits near 1, y those where it is small."""
+    exponent = _exponent(y)
+    power = _I(_ONE_BITS - _I(exponent << _MANTISSA)).view(np.float32)
+    m = y * power - _F(1) if y < _F(0.5) else x * power + (power - _F(1))
+    return _log_near_one(m) + _F(exponent) * (_LN2_HIGH + _LN2_LOW)
+
+
+@njit(**_EXACT)
+def exp64(x: Any) -> Any:
+    """``e^x`` of a float64, to 1e-15; clamped to where that is a normal number."""
+    x = min(max(x, -708.0), 709.0)
+    # Adding 1.5 2^52 rounds to an integer, which the lowest bits then hold: conversions do not vectorise everywhere.
+    shifted = x * _LOG2_E_64 + _ROUND_64
+    n = shifted - _ROUND_64
+    r = x - n * _LN2_HIGH_64
+    r = r - n * _LN2_LOW_64
+    p = _TAYLOR_12
+    for c in _TAYLOR:
+        p = p * r + c
+    bits = np.float64(shifted).view(np.int64) + np.int64(1023)
+    return p * np.int64(bits << np.int64(52)).view(np.float64)

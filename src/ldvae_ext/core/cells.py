@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -73,9 +73,46 @@ def nonzero(x_ng: Any) -> Nonzero:
     return Nonzero(rows * x_ng.shape[1] + x_ng.indices, x_ng.data.astype(np.float64))
 
 
+def csr_parts(x_ng: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Counts of a dense or sparse matrix as those of a CSR matrix: ``indptr``, ``indices`` and values in float32.
+
+    Zeros may be stored, and a count in several parts: what is linear in counts does not mind.
+    """
+    if not sparse.issparse(x_ng):
+        x_ng = np.asarray(x_ng)
+        first_n = np.arange(len(x_ng) + 1) * x_ng.shape[1]
+        at = np.flatnonzero(x_ng.ravel() != 0)
+        indptr = np.searchsorted(at, first_n)
+        columns = at - np.repeat(first_n[:-1], np.diff(indptr))
+        return indptr.astype(np.int64), columns.astype(np.uint32), x_ng.ravel()[at].astype(np.float32)
+    x_ng = x_ng.tocsr()
+    parts = ((x_ng.indptr, np.int64), (x_ng.indices, np.int32), (x_ng.data, np.float32))
+    indptr, indices, values = (np.require(array, dtype, ["C", "W"]) for array, dtype in parts)
+    # numba asks of each index with a sign whether it counts from the end.
+    return indptr, indices.view(np.uint32), values
+
+
+def values_of(x_ng: Any) -> np.ndarray:
+    """The values of a dense or sparse matrix that are stored."""
+    return np.asarray(x_ng.data if sparse.issparse(x_ng) else x_ng)
+
+
+def has_fractions(x_ng: Any) -> bool:
+    """Whether a dense or sparse matrix holds values that are no integers."""
+    values = values_of(x_ng)
+    return not np.issubdtype(values.dtype, np.integer) and bool((values != np.rint(values)).any())
+
+
 def dense(x_ng: Any) -> np.ndarray:
     """A dense or sparse matrix as a dense array, float64."""
     return np.asarray(x_ng.toarray() if sparse.issparse(x_ng) else x_ng, dtype=np.float64)
+
+
+def at_rows(covariates: Any, names: Iterable[str], rows: Any, n_cells: int) -> dict[str, np.ndarray] | None:
+    """Covariates of some of the cells; each is given once for all cells or for each."""
+    if covariates is None:
+        return None
+    return {name: np.broadcast_to(np.asarray(covariates[name]).ravel(), (n_cells,))[rows] for name in names}
 
 
 def indicator(group_n: np.ndarray, n_groups: int) -> sparse.csr_array:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.special import softmax
 
 from ldvae_ext._validate import check_one_of, listed
 from ldvae_ext.core._arrays import names_array
+from ldvae_ext.core._decode import put_scale
 from ldvae_ext.core._design import Covariate, design_matrix, level_codes
 from ldvae_ext.core._information import fisher_shares
 from ldvae_ext.core._storage import FromArrays
@@ -169,6 +169,17 @@ class LinearDecoder(DecoderViews, FromArrays):
             raise ValueError(msg)
         return z_nk
 
+    def _given(
+        self, z_nk: Any, batch: Any, covariates: Any, library: Any
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray]:
+        """Latents, batch codes, design of the covariates and library sizes of cells, checked; see :meth:`rate`."""
+        z_nk = self._latent(z_nk)
+        batch_n, design_nc = self.batch_codes(batch, len(z_nk)), None
+        if self.covariates or covariates is not None:
+            design_nc = design_matrix(self.covariates, covariates, len(z_nk))
+        library_n = np.broadcast_to(np.asarray(library, dtype=np.float64).ravel(), (len(z_nk),))
+        return z_nk, batch_n, design_nc, library_n
+
     def _affine(self, head: str, z_nk: Any, batch: Any, covariates: Any) -> np.ndarray:
         z_nk = self._latent(z_nk)
         weight_gk, intercept_bg = getattr(self, f"{head}weight_gk"), getattr(self, f"{head}intercept_bg")
@@ -202,7 +213,10 @@ class LinearDecoder(DecoderViews, FromArrays):
             Shape (cells, genes).
         """
         if self.link == "softmax":
-            return softmax(logits_ng, axis=1)
+            scale_ng = logits_ng - logits_ng.max(axis=1, keepdims=True)
+            np.exp(scale_ng, out=scale_ng)
+            scale_ng /= scale_ng.sum(axis=1, keepdims=True)
+            return scale_ng
         # torch's softplus, which is the identity beyond 20.
         return np.where(logits_ng > 20.0, logits_ng, np.logaddexp(0.0, logits_ng))
 
@@ -223,7 +237,7 @@ class LinearDecoder(DecoderViews, FromArrays):
         -------
         Shape (cells, genes), float64; rows sum to 1 under softmax. ``px.scale`` of scvi-tools.
         """
-        return self.apply_link(self.logits(z_nk, batch, covariates))
+        return self.rate(z_nk, batch, covariates, library=1.0)
 
     def rate(self, z_nk: Any, batch: Any = None, covariates: Any = None, *, library: Any) -> np.ndarray:
         """Mean counts, ``library * scale``.
@@ -239,8 +253,10 @@ class LinearDecoder(DecoderViews, FromArrays):
         -------
         Shape (cells, genes), float64. ``px.mu`` of scvi-tools (``px.rate`` under ``"poisson"``).
         """
-        scale_ng = self.scale(z_nk, batch, covariates)
-        return scale_ng * np.broadcast_to(np.asarray(library, dtype=np.float64).ravel(), (len(scale_ng),))[:, None]
+        cells = self._given(z_nk, batch, covariates, library)
+        out_ng = np.empty((len(cells[0]), len(self.genes)))
+        put_scale(self, out_ng, *cells)
+        return out_ng
 
     def dropout_logits(self, z_nk: Any, batch: Any = None, covariates: Any = None) -> np.ndarray:
         """Logits of zero inflation; only under ``"zinb"``.

@@ -28,7 +28,7 @@ class PooledProfile:
 
     def add(self, cells: EncodedCells) -> None:
         """Count some cells in."""
-        self._counts_bg += indicator(cells.batch, len(self._library_b)) @ dense(cells.counts)
+        self._counts_bg += dense(indicator(cells.batch, len(self._library_b)) @ cells.counts)
         self._library_b += np.bincount(cells.batch, weights=cells.library, minlength=len(self._library_b))
 
     @property

@@ -10,7 +10,9 @@ import numpy as np
 
 from ldvae_ext._validate import check_one_of, check_positive_int, factor_indices, listed
 from ldvae_ext.core._arrays import strings
-from ldvae_ext.core.ablation import ablation_changes
+from ldvae_ext.core._changes import ablation_changes
+from ldvae_ext.core._sets import latent_order, named_sets
+from ldvae_ext.core.ablation import set_effects
 from ldvae_ext.core.cells import EncodedCells, PosteriorAxes, indicator
 from ldvae_ext.core.decoder import LinearDecoder
 from ldvae_ext.core.draws import POSTERIOR, PRIOR, donors, normal_draws
@@ -244,8 +246,19 @@ class AblationPlan:
     ) -> np.ndarray:
         """Change of each cell's negative log-likelihood, shape (cells, sets), in nats."""
         out_ns = np.zeros((len(cells.mean), len(self.sets)))
-        for s, change_ng in self._changes(decoder, cells, position_n, group_n):
-            out_ns[:, s] += change_ng.sum(axis=1)
+        for latent_nk, value_nk, batch_n in self._pairs_in_batches(cells, position_n, group_n):
+            out_ns += set_effects(
+                decoder,
+                cells.counts,
+                latent_nk,
+                cells.library,
+                batch_n,
+                value_nk,
+                self.sets,
+                covariates=cells.covariates,
+                label_n=cells.label,
+                refit_heads=self.refit_heads,
+            )
         out_ns /= self._n_terms
         out_ns[self._without_value(group_n)] = np.nan
         return out_ns
@@ -280,23 +293,29 @@ class AblationPlan:
         self, decoder: LinearDecoder, cells: EncodedCells, position_n: np.ndarray, group_n: np.ndarray
     ) -> Iterator[tuple[int, np.ndarray]]:
         label = None if decoder.labels is None else decoder.labels[cells.label]
+        for latent_nk, value_nk, batch_n in self._pairs_in_batches(cells, position_n, group_n):
+            yield from enumerate(
+                ablation_changes(
+                    decoder,
+                    cells.counts,
+                    latent_nk,
+                    cells.library,
+                    decoder.batches[batch_n],
+                    value_nk,
+                    self.sets,
+                    covariates=cells.covariates,
+                    label=label,
+                    refit_heads=self.refit_heads,
+                )
+            )
+
+    def _pairs_in_batches(
+        self, cells: EncodedCells, position_n: np.ndarray, group_n: np.ndarray
+    ) -> Iterator[tuple[np.ndarray, Any, np.ndarray]]:
+        """See :meth:`_pairs`, for each batch that cells are decoded in."""
         for latent_nk, value_nk in self._pairs(cells, position_n, group_n):
             for batch in self.batches:
-                names = decoder.batches[cells.batch if batch is None else np.full(len(latent_nk), batch)]
-                yield from enumerate(
-                    ablation_changes(
-                        decoder,
-                        cells.counts,
-                        latent_nk,
-                        cells.library,
-                        names,
-                        value_nk,
-                        self.sets,
-                        covariates=cells.covariates,
-                        label=label,
-                        refit_heads=self.refit_heads,
-                    )
-                )
+                yield latent_nk, value_nk, cells.batch if batch is None else np.full(len(latent_nk), batch)
 
     def _pairs(
         self, cells: EncodedCells, position_n: np.ndarray, group_n: np.ndarray
@@ -328,43 +347,6 @@ class AblationPlan:
     def _samples(self, mean_nk: np.ndarray, axes: PosteriorAxes, position_n: np.ndarray) -> np.ndarray:
         draws = normal_draws(self.seed, POSTERIOR, position_n, mean_nk.shape[1], self.n_samples)
         return mean_nk + (np.sqrt(np.asarray(axes.variance_nk, dtype=np.float64)) * draws) @ axes.rotation_kk
-
-
-def named_sets(
-    decoder: LinearDecoder, latents: Any, scheme: str, mode: str, order: np.ndarray | None
-) -> list[tuple[str, np.ndarray]]:
-    """Names of the columns of an ablation, and the positions of the latents that each replaces."""
-    names = decoder.factors.tolist()
-    whole = np.arange(len(names))
-    if scheme == "keep_top":
-        order = latent_order(decoder, latents, order)
-        # Without any latent on the simplex there is no point of it.
-        return [(f"top_{j}", np.setdiff1d(whole, order[:j])) for j in range(1 if mode == "drop" else 0, len(order) + 1)]
-    if isinstance(latents, Mapping):
-        sets = [(str(name), factor_indices(members, names)) for name, members in latents.items()]
-        if len({name for name, _ in sets}) < max(1, len(latents)):
-            msg = f"`latents` must name at least one set of latents, and each by another name; got {listed(latents)}."
-            raise ValueError(msg)
-    else:
-        sets = [(names[k], np.array([k])) for k in factor_indices(latents, names)]
-    if scheme == "leave_in":
-        sets = [(name, np.setdiff1d(whole, members)) for name, members in sets]
-    if mode == "drop" and any(len(members) == len(names) for _, members in sets):
-        msg = "`mode='drop'` cannot take out all latents at once, since the others are renormalised."
-        raise ValueError(msg)
-    return sets
-
-
-def latent_order(decoder: LinearDecoder, latents: Any, default: np.ndarray | None) -> np.ndarray:
-    """Positions of latents in the order in which they were named, each once; a default, or all, if none were."""
-    names = decoder.factors.tolist()
-    if latents is None:
-        return np.arange(len(names)) if default is None else default
-    if isinstance(latents, Mapping):
-        return np.unique(np.concatenate([factor_indices(members, names) for members in latents.values()]))
-    factor_indices(latents, names)
-    given = [latents] if isinstance(latents, (str, int, np.integer)) else latents
-    return np.array(list(dict.fromkeys(int(factor_indices([latent], names)[0]) for latent in given)))
 
 
 def value_of_each(decoder: LinearDecoder, value: Any) -> np.ndarray:

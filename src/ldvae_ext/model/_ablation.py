@@ -14,11 +14,12 @@ from scvi.utils import track
 from ldvae_ext._groups import codes_at, gene_ablation, groups_of
 from ldvae_ext._keys import ABLATION_INFO
 from ldvae_ext._validate import check_one_of, warn
-from ldvae_ext.core.cells import EncodedCells
+from ldvae_ext.core.cells import EncodedCells, has_fractions
 from ldvae_ext.core.explained import ExplainedSums, PooledProfile, explained_sets
 from ldvae_ext.core.plan import MODES, AblationPlan, AblationRequest, LatentSummary, Mode, Scheme
 from ldvae_ext.model._cells import check_is_anndata, with_positions
 from ldvae_ext.model._rotation import RotationMixin
+from ldvae_ext.model._threads import with_torch_threads
 
 # Name of the group that all cells are without `groupby`.
 _ALL = "all"
@@ -30,6 +31,7 @@ _READ_TWICE = (
 class AblationMixin(RotationMixin):
     """Ablation of latents: paired, streamed, on raw counts."""
 
+    @with_torch_threads
     def ablate(
         self,
         adata: AnnData | None = None,
@@ -154,6 +156,7 @@ class AblationMixin(RotationMixin):
             uns={ABLATION_INFO: request.description(plan, groupby)},
         )
 
+    @with_torch_threads
     def ablate_genes(
         self,
         groupby: str | None = None,
@@ -208,8 +211,7 @@ class AblationMixin(RotationMixin):
             seed=seed,
         )
         groups, code_n = self._groups(adata, groupby)
-        plan = self._plan(request, adata, code_n, batch_size, dataloader)
-        genes = request.decoder.genes
+        plan, genes = self._plan(request, adata, code_n, batch_size, dataloader), request.decoder.genes
         total_pgs, n_p = np.zeros((len(groups), len(genes), len(plan.sets))), np.zeros(len(groups), dtype=np.int64)
         with self._factor_stream(adata, indices, batch_size, dataloader) as cells:
             chunks = track(self._raw(cells.chunks), description="Ablating", total=cells.n_chunks, disable=silent)
@@ -219,6 +221,7 @@ class AblationMixin(RotationMixin):
                 n_p += np.bincount(group_n[group_n >= 0], minlength=len(groups))
         return gene_ablation(total_pgs, n_p, groups, genes, plan.names, request.description(plan, groupby))
 
+    @with_torch_threads
     def get_explained_deviance(
         self,
         groupby: str | None = None,
@@ -325,10 +328,6 @@ class AblationMixin(RotationMixin):
         request.reject_unused_groups()
         _, code_n = self._groups(adata, groupby)
         plan = self._plan(request, adata, code_n, batch_size, dataloader)
-
-        def without(chunk: EncodedCells, at: np.ndarray) -> np.ndarray:
-            return plan.replaced(chunk, at, codes_at(code_n, at))
-
         return self._posterior_mean_expression(
             adata,
             indices,
@@ -339,7 +338,7 @@ class AblationMixin(RotationMixin):
             return_numpy,
             silent,
             dataloader,
-            edit=without,
+            edit=lambda chunk, at: plan.replaced(chunk, at, codes_at(code_n, at)),
             rotation=self.rotation,
         )
 
@@ -364,7 +363,7 @@ class AblationMixin(RotationMixin):
         """The chunks, with a warning if their counts are none: the model's own data may have been normalised since."""
         said = self.module.gene_likelihood == "normal"
         for chunk in chunks:
-            if not said and (chunk.counts != np.rint(chunk.counts)).any():
+            if not said and has_fractions(chunk.counts):
                 said = True
                 warn("The counts hold values that are not integers; the likelihood is that of raw counts.")
             yield chunk

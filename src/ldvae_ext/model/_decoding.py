@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -13,6 +13,9 @@ from scvi.utils import track
 
 from ldvae_ext._validate import listed
 from ldvae_ext.core import LinearDecoder
+from ldvae_ext.core._decode import put_scale
+from ldvae_ext.core._design import design_matrix
+from ldvae_ext.core._expression import check_library_size, gene_positions
 from ldvae_ext.core.cells import EncodedCells
 from ldvae_ext.core.posterior import deterministic_latent
 from ldvae_ext.core.rotation import Rotation
@@ -21,6 +24,7 @@ from ldvae_ext.model._bridge import linear_decoder
 from ldvae_ext.model._cells import stream_cells, with_positions
 from ldvae_ext.model._registry import covariates_of, level_names
 from ldvae_ext.model._tasks import quiet
+from ldvae_ext.model._threads import with_torch_threads
 
 
 class DecodingMixin(LDVAEBase):
@@ -43,6 +47,7 @@ class DecodingMixin(LDVAEBase):
             level_names(self.registry, REGISTRY_KEYS.LABELS_KEY),
         )
 
+    @with_torch_threads
     def decode(
         self,
         z: np.ndarray | pd.DataFrame,
@@ -94,8 +99,10 @@ class DecodingMixin(LDVAEBase):
                 raise ValueError(msg)
             index, z = z.index, z[self.latent_names].to_numpy()
         decoder = self.get_decoder()
-        genes = _gene_positions(decoder.genes, gene_list)
-        expression = decoder.rate(z, batch, covariates, library=library_size)[:, genes]
+        genes = gene_positions(decoder.genes, gene_list)
+        given = decoder._given(z, batch, covariates, library_size)
+        expression = np.empty((len(given[0]), len(genes)))
+        put_scale(decoder, expression, *given, genes=genes)
         return expression if return_numpy else pd.DataFrame(expression, index=index, columns=decoder.genes[genes])
 
     def get_normalized_expression(
@@ -199,6 +206,7 @@ class DecodingMixin(LDVAEBase):
             data_loader_kwargs,
         )
 
+    @with_torch_threads
     def _posterior_mean_expression(
         self,
         adata: AnnData | None,
@@ -217,28 +225,31 @@ class DecodingMixin(LDVAEBase):
         """Decode the posterior mean, minibatch by minibatch, or what ``edit`` makes of the cells and their positions."""
         decoder = self.get_decoder()
         decoder = decoder if rotation is None else decoder.rotated(rotation.matrix_kk, rotation.names)
-        genes = _gene_positions(decoder.genes, gene_list)
-        if not np.isscalar(library_size) or (isinstance(library_size, str) and library_size != "latent"):
-            msg = f"`library_size` must be a number or 'latent'; got {library_size!r}."
-            raise ValueError(msg)
+        genes = gene_positions(decoder.genes, gene_list)
+        check_library_size(library_size)
         codes = self._transform_batch_codes(transform_batch)
 
-        def decode(cells: EncodedCells, position_n: np.ndarray) -> np.ndarray:
+        def decode(cells: EncodedCells, position_n: np.ndarray, out_ng: np.ndarray) -> None:
             z_nk = deterministic_latent(edit(cells, position_n), decoder.latent_distribution)
-            library = cells.library if isinstance(library_size, str) else library_size
-            batches = [decoder.batches[cells.batch if code is None else code] for code in codes]
-            rates = [decoder.rate(z_nk, batch, cells.covariates, library=library)[:, genes] for batch in batches]
-            return np.mean(rates, axis=0)
+            library_n = np.broadcast_to(cells.library if isinstance(library_size, str) else library_size, (len(z_nk),))
+            design_nc = design_matrix(decoder.covariates, cells.covariates, len(z_nk)) if decoder.covariates else None
+            for code in codes:
+                batch_n = cells.batch if code is None else np.full(len(z_nk), code)
+                put_scale(decoder, out_ng, z_nk, batch_n, design_nc, library_n, genes=genes, share=1 / len(codes))
 
         with stream_cells(self, adata, indices, batch_size, dataloader, data_loader_kwargs, rotation) as cells:
             chunks = track(cells.chunks, description="Decoding", total=cells.n_chunks, disable=silent)
             located = with_positions(chunks, cells.positions)
             if cells.obs is None:
-                return np.concatenate([decode(chunk, at).astype(np.float32) for chunk, at in located])
-            out = np.empty((len(cells.obs), len(genes)), dtype=np.float32)
+                parts = []
+                for chunk, at in located:
+                    parts.append(np.zeros((len(at), len(genes)), dtype=np.float32))
+                    decode(chunk, at, parts[-1])
+                return np.concatenate(parts)
+            out = np.zeros((len(cells.obs), len(genes)), dtype=np.float32)
             start = 0
             for chunk, at in located:
-                out[start : start + len(at)] = decode(chunk, at)
+                decode(chunk, at, out[start : start + len(at)])
                 start += len(at)
             return out if return_numpy else pd.DataFrame(out, index=cells.obs.index, columns=decoder.genes[genes])
 
@@ -256,15 +267,3 @@ class DecodingMixin(LDVAEBase):
                 msg = f"`transform_batch`: {batch!r} is no batch of this model; allowed are {listed(known)}."
                 raise ValueError(msg)
         return [None if batch is None else known.index(batch) for batch in transform_batch]
-
-
-def _gene_positions(genes: np.ndarray, gene_list: Sequence[str] | None) -> np.ndarray:
-    """Positions of the asked-for genes, in the model's order."""
-    if gene_list is None:
-        return np.arange(len(genes))
-    gene_list = [gene_list] if isinstance(gene_list, str) else list(gene_list)
-    unknown = sorted(set(map(str, gene_list)) - set(genes))
-    if unknown:
-        msg = f"`gene_list`: {listed(unknown)} not among the {len(genes)} genes of this model."
-        raise ValueError(msg)
-    return np.flatnonzero(np.isin(genes, [str(gene) for gene in gene_list]))

@@ -10,10 +10,12 @@ from anndata import AnnData
 
 from ldvae_ext._groups import directions_table, groups_of
 from ldvae_ext._validate import cell_positions
+from ldvae_ext.core._expression import GroupExpression, check_library_size, gene_positions
 from ldvae_ext.core.populations import GroupMoments, PopulationLoadings, PopulationRequest
 from ldvae_ext.core.posterior import deterministic_latent
 from ldvae_ext.model._ablation import AblationMixin
-from ldvae_ext.model._cells import check_is_anndata, with_positions
+from ldvae_ext.model._cells import check_is_anndata, stream_cells, with_positions
+from ldvae_ext.model._threads import with_torch_threads
 
 
 class PopulationsMixin(AblationMixin):
@@ -115,6 +117,68 @@ class PopulationsMixin(AblationMixin):
             np.stack([d.variance_j for d in loadings.directions]),
         )
 
+    @with_torch_threads
+    def get_population_expression(
+        self,
+        groupby: str,
+        adata: AnnData | None = None,
+        indices: Any = None,
+        transform_batch: Any = None,
+        gene_list: list[str] | None = None,
+        library_size: float | Literal["latent"] = 1,
+        batch_size: int | None = None,
+    ) -> pd.DataFrame:
+        """Mean decoded expression of each population, without an array of cells x genes.
+
+        The means over the cells of each group of ``get_normalized_expression(use_posterior_mean=True)``, in float64 and in the
+        memory of the result.
+
+        Parameters
+        ----------
+        groupby
+            Column of ``obs``; cells without a value are left out.
+        adata, indices, transform_batch, gene_list, library_size, batch_size
+            As in :meth:`get_normalized_expression`.
+
+        Returns
+        -------
+        Populations x genes, float64.
+
+        Raises
+        ------
+        KeyError
+            If ``groupby`` is no column.
+        ValueError
+            If a batch or gene does not exist, or no cell has a group.
+        """
+        positions, groups, chosen_n = self._chosen_groups(groupby, adata, indices)
+        decoder = self.get_decoder()
+        genes, codes = gene_positions(decoder.genes, gene_list), self._transform_batch_codes(transform_batch)
+        check_library_size(library_size)
+        sums = GroupExpression(decoder, len(groups))
+        with stream_cells(self, adata, positions, batch_size) as cells:
+            for chunk, at in with_positions(cells.chunks, None):
+                z_nk = deterministic_latent(chunk.mean.astype(np.float64), decoder.latent_distribution)
+                library = chunk.library if isinstance(library_size, str) else library_size
+                for code in codes:
+                    batch = decoder.batches[chunk.batch if code is None else np.full(len(z_nk), code)]
+                    given = {"covariates": chunk.covariates, "library": library, "share": 1 / len(codes)}
+                    sums.add(z_nk, batch, chosen_n[at], **given)
+                sums.count(chosen_n[at])
+        return pd.DataFrame(sums.mean_pg[:, genes], index=groups, columns=decoder.genes[genes])
+
+    def _chosen_groups(
+        self, groupby: str, adata: AnnData | None, indices: Any
+    ) -> tuple[np.ndarray, list[str], np.ndarray]:
+        """Positions of the chosen cells, names of their groups, and their codes: of these cells only, so that none is empty."""
+        check_is_anndata(adata)
+        source = self.adata if adata is None else adata
+        if source is None:
+            msg = "This model was loaded without data: give `adata`."
+            raise ValueError(msg)
+        positions = cell_positions(indices, source.n_obs)
+        return positions, *groups_of(cast("pd.DataFrame", source.obs).iloc[positions], groupby)
+
     def _population_loadings(
         self,
         groupby: str,
@@ -125,14 +189,7 @@ class PopulationsMixin(AblationMixin):
         scale: str | None,
         batch_size: int | None,
     ) -> tuple[PopulationLoadings, list[str]]:
-        check_is_anndata(adata)
-        source = self.adata if adata is None else adata
-        if source is None:
-            msg = "This model was loaded without data: give `adata`."
-            raise ValueError(msg)
-        positions = cell_positions(indices, source.n_obs)
-        # Groups of the chosen cells only, so that none is empty.
-        groups, chosen_n = groups_of(cast("pd.DataFrame", source.obs).iloc[positions], groupby)
+        positions, groups, chosen_n = self._chosen_groups(groupby, adata, indices)
         request = PopulationRequest(groups=groups, kind=kind, reference=str(reference), scale=scale)
         decoder = self._factor_decoder()
         moments = GroupMoments(decoder, len(groups), request.summed_scale)

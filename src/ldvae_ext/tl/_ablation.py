@@ -12,12 +12,12 @@ from anndata import AnnData
 
 from ldvae_ext._groups import gene_ablation, groups_of
 from ldvae_ext._keys import ABLATION_INFO, DEFAULT_KEY
-from ldvae_ext._validate import cell_positions, check_positive_int, factor_indices, given_names, listed
+from ldvae_ext._validate import cell_positions, check_positive_int, factor_indices
 from ldvae_ext.core.cells import EncodedCells
 from ldvae_ext.core.plan import AblationPlan, AblationRequest, LatentSummary, Mode, Scheme, value_of_each
 from ldvae_ext.tl._cells import ExportedCells
 
-CHUNK_SIZE = 256
+CHUNK_SIZE = 1024
 
 
 def ablate(
@@ -205,7 +205,7 @@ class _Work:
             value=self._turned(value),
             scheme=scheme,
             has_groups=groupby is not None,
-            batches=self._batches(transform_batch),
+            batches=exported.named_batches(transform_batch),
             **arguments,
         )
         self.groups, self.code_n = ["all"], np.zeros(adata.n_obs, dtype=np.int64)
@@ -225,17 +225,6 @@ class _Work:
         frame = replace(self.exported.decoder, factors=np.asarray(names))
         given_k = value_of_each(frame, value)[0]
         return {name: given_k[k] * signs[k] for k, name in enumerate(names) if not np.isnan(given_k[k])}
-
-    def _batches(self, transform_batch: Any) -> tuple[int | None, ...]:
-        if transform_batch is None:
-            return (None,)
-        known = self.exported.decoder.batches.tolist()
-        given = given_names("transform_batch", transform_batch)
-        unknown = [batch for batch in given if batch not in known]
-        if unknown:
-            msg = f"`transform_batch` must name batches of the decoder, {listed(known)}; got {listed(given)}."
-            raise ValueError(msg)
-        return tuple(known.index(batch) for batch in given)
 
     def chunks(self, positions: np.ndarray) -> Iterator[tuple[EncodedCells, np.ndarray]]:
         """These cells, a chunk at a time; see :meth:`ExportedCells.chunks`."""

@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from anndata import AnnData
-from scipy import sparse
 
 from ldvae_ext._keys import MINIFIED_INFO, MINIFIED_WITHOUT_COUNTS
-from ldvae_ext._validate import listed, warn
+from ldvae_ext._validate import given_names, listed, warn
 from ldvae_ext.core import LinearDecoder
 from ldvae_ext.core._arrays import strings
 from ldvae_ext.core._design import level_codes
-from ldvae_ext.core.cells import EncodedCells, PosteriorAxes, row_chunks
+from ldvae_ext.core.cells import EncodedCells, PosteriorAxes, has_fractions, row_chunks, values_of
 from ldvae_ext.get._export import export_of
 
 
@@ -81,6 +80,18 @@ class ExportedCells:
             }
         )
 
+    def named_batches(self, transform_batch: Any) -> tuple[int | None, ...]:
+        """Codes of the batches that cells are to be decoded in; None for their own."""
+        if transform_batch is None:
+            return (None,)
+        known = self.decoder.batches.tolist()
+        given = given_names("transform_batch", transform_batch)
+        unknown = [batch for batch in given if batch not in known]
+        if unknown:
+            msg = f"`transform_batch` must name batches of the decoder, {listed(known)}; got {listed(given)}."
+            raise ValueError(msg)
+        return tuple(known.index(batch) for batch in given)
+
     def counts(self, layer: str | None) -> Any:
         """The count matrix of all genes of the AnnData."""
         if self._adata.uns.get(MINIFIED_INFO) == MINIFIED_WITHOUT_COUNTS:
@@ -144,11 +155,12 @@ class ExportedCells:
 
 def _look_at(x_ng: Any, *, said: bool) -> bool:
     """Raise on what no count can be; warn, once, of what only raw counts are not."""
-    values = x_ng.data if sparse.issparse(x_ng) else x_ng
-    if not np.isfinite(values).all() or (values < 0).any():
+    values = values_of(x_ng)
+    # NaN is neither.
+    if values.size and not (values.min() >= 0 and values.max() < np.inf):
         msg = "The counts hold NaN, infinite or negative values; `layer` names a layer with raw counts."
         raise ValueError(msg)
-    if not said and (values % 1 != 0).any():
+    if not said and has_fractions(values):
         warn(
             "The counts hold values that are not integers; the likelihood is that of raw counts. `layer` names a layer."
         )

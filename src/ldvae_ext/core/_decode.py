@@ -1,0 +1,142 @@
+"""Decoding, row by row: compiled where there is numba, else by numpy in blocks of cells that stay in the cache."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ldvae_ext.core._compiled import kernels, over_rows, threads
+from ldvae_ext.core._tables import plain, tables_of
+
+if TYPE_CHECKING:
+    from ldvae_ext.core.decoder import LinearDecoder
+
+# Fewer numbers than these are numpy's, since compiled loops take a second to load.
+_FEW = 2**16
+# Numbers of an array that numpy works on at a time.
+_BLOCK = 2**16
+
+
+def put_scale(
+    decoder: LinearDecoder,
+    out_ng: np.ndarray,
+    z_nk: np.ndarray,
+    batch_n: np.ndarray,
+    design_nc: np.ndarray | None,
+    library_n: np.ndarray,
+    *,
+    genes: np.ndarray | None = None,
+    share: float = 1.0,
+) -> None:
+    """Set an array to ``library * scale``, or add a share of it.
+
+    Parameters
+    ----------
+    decoder
+        The decoder.
+    out_ng
+        What is set or added to, float64 or float32; all is computed in float64.
+    z_nk, batch_n, design_nc
+        Latents, batch codes, and the design of the covariates, if there are any.
+    library_n
+        Library sizes, shape (cells,).
+    genes
+        Positions of genes, the columns of the output, ascending; all if None.
+    share
+        If less than 1, this share is added.
+    """
+    n_cells, loops = len(z_nk), kernels() if len(z_nk) * len(decoder.genes) >= _FEW else None
+    if loops is not None and decoder.link == "softmax" and out_ng.flags.c_contiguous and n_cells:
+        tables = tables_of(decoder)
+        over_rows(
+            loops.decode,
+            n_cells,
+            plain(z_nk, np.float64),
+            tables.weight_kg,
+            *_offsets(decoder, batch_n, design_nc),
+            plain(library_n, np.float64),
+            np.arange(len(decoder.genes)) if genes is None else plain(genes, np.int64),
+            float(share),
+            out_ng,
+        )
+        return
+    n_rows = max(1, _BLOCK // len(decoder.genes))
+    for start in range(0, n_cells, n_rows):
+        at = slice(start, start + n_rows)
+        rate_ng = decoder.apply_link(
+            _logits(decoder, z_nk[at], batch_n[at], None if design_nc is None else design_nc[at])
+        )
+        rate_ng *= share * library_n[at, None]
+        if genes is not None:
+            rate_ng = rate_ng[:, genes]
+        if share == 1.0:
+            out_ng[at] = rate_ng
+        else:
+            out_ng[at] += rate_ng
+
+
+def add_group_scale(
+    decoder: LinearDecoder,
+    total_pg: np.ndarray,
+    z_nk: np.ndarray,
+    batch_n: np.ndarray,
+    design_nc: np.ndarray | None,
+    library_n: np.ndarray,
+    group_n: np.ndarray,
+) -> None:
+    """Add ``library * scale`` of each cell to its group, shape (groups, genes), float64; a group of -1 is none.
+
+    Parameters
+    ----------
+    decoder, z_nk, batch_n, design_nc, library_n
+        See :func:`add_scale`.
+    total_pg
+        What is added to.
+    group_n
+        Group codes.
+    """
+    n_cells, loops = len(z_nk), kernels() if len(z_nk) * len(decoder.genes) >= _FEW else None
+    if loops is not None and decoder.link == "softmax":
+        n_pieces = max(1, min(threads(), n_cells))
+        parts_ipg = np.zeros((n_pieces, *total_pg.shape))
+        over_rows(
+            loops.decode_groups,
+            n_pieces,
+            np.arange(n_pieces + 1) * n_cells // n_pieces,
+            plain(z_nk, np.float64),
+            tables_of(decoder).weight_kg,
+            *_offsets(decoder, batch_n, design_nc),
+            plain(library_n, np.float64),
+            plain(group_n, np.int64),
+            parts_ipg,
+        )
+        total_pg += parts_ipg.sum(axis=0)
+        return
+    n_rows = max(1, _BLOCK // len(decoder.genes))
+    for start in range(0, n_cells, n_rows):
+        at = slice(start, start + n_rows)
+        rate_ng = decoder.apply_link(
+            _logits(decoder, z_nk[at], batch_n[at], None if design_nc is None else design_nc[at])
+        )
+        rate_ng *= library_n[at, None]
+        for p in np.unique(group_n[at][group_n[at] >= 0]):
+            total_pg[p] += rate_ng[group_n[at] == p].sum(axis=0)
+
+
+def _offsets(
+    decoder: LinearDecoder, batch_n: np.ndarray, design_nc: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Logits at z = 0, and each cell's row of them."""
+    intercept_bg = tables_of(decoder).intercept_bg
+    if design_nc is None or decoder.covariate_cg is None:
+        return intercept_bg, plain(batch_n, np.int64)
+    return plain(intercept_bg[batch_n] + design_nc @ decoder.covariate_cg, np.float64), np.arange(len(batch_n))
+
+
+def _logits(decoder: LinearDecoder, z_nk: np.ndarray, batch_n: np.ndarray, design_nc: np.ndarray | None) -> np.ndarray:
+    logits_ng = z_nk @ decoder.weight_gk.T
+    logits_ng += decoder.intercept_bg[batch_n]
+    if design_nc is not None and decoder.covariate_cg is not None:
+        logits_ng += design_nc @ decoder.covariate_cg
+    return logits_ng

@@ -1,0 +1,90 @@
+"""Mean expression of populations, from what was exported."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, cast
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+
+from ldvae_ext._groups import groups_of
+from ldvae_ext._keys import DEFAULT_KEY
+from ldvae_ext._validate import cell_positions, check_positive_int
+from ldvae_ext.core._expression import GroupExpression, check_library_size, gene_positions
+from ldvae_ext.core.posterior import deterministic_latent
+from ldvae_ext.tl._cells import ExportedCells
+
+CHUNK_SIZE = 4096
+
+
+def population_expression(
+    adata: AnnData,
+    groupby: str,
+    *,
+    indices: Any = None,
+    transform_batch: Any = None,
+    gene_list: list[str] | None = None,
+    library_size: float | Literal["latent"] = 1,
+    key: str = DEFAULT_KEY,
+    chunk_size: int = CHUNK_SIZE,
+) -> pd.DataFrame:
+    """Mean decoded expression of each population, from what was exported.
+
+    The numbers are those of :meth:`ldvae_ext.model.LDVAE.get_population_expression`, to rounding. No counts are read, no array of
+    cells x genes is made, and nothing is written.
+
+    Parameters
+    ----------
+    adata
+        AnnData that :meth:`ldvae_ext.model.LDVAE.export_to_anndata` wrote to.
+    groupby
+        Column of ``obs``; cells without a value are left out.
+    indices
+        Cells to look at, as positions or a mask.
+    transform_batch
+        Batch, or batches, by name, in which cells are decoded; their own if None. Expression is averaged over several.
+    gene_list
+        Genes to return, in the model's order; all of them if None.
+    library_size
+        Counts to scale to; ``"latent"`` for each cell's own library. With 1, a share of expression.
+    key
+        ``key_added`` of the export.
+    chunk_size
+        Cells held at a time. The result does not depend on it.
+
+    Returns
+    -------
+    Populations x genes of the model, float64.
+
+    Raises
+    ------
+    KeyError
+        If there is no such export or column.
+    ValueError
+        If a batch or gene does not exist, or no cell has a group.
+    """
+    check_positive_int("chunk_size", chunk_size)
+    check_library_size(library_size)
+    exported = ExportedCells(adata, key)
+    decoder = exported.decoder
+    positions = cell_positions(indices, adata.n_obs)
+    # Groups of the chosen cells only, so that none is empty.
+    groups, code_n = groups_of(cast("pd.DataFrame", adata.obs).iloc[positions], groupby)
+    genes, batches = gene_positions(decoder.genes, gene_list), exported.named_batches(transform_batch)
+    sums = GroupExpression(decoder, len(groups))
+    for start in range(0, len(positions), chunk_size):
+        at, group_n = positions[start : start + chunk_size], code_n[start : start + chunk_size]
+        z_nk = deterministic_latent(exported.mean_nk[at], decoder.latent_distribution)
+        for batch in batches:
+            batch_n = exported.batch_n[at] if batch is None else np.full(len(at), batch)
+            sums.add(
+                z_nk,
+                decoder.batches[batch_n],
+                group_n,
+                covariates=None if exported.covariates is None else exported.covariates.iloc[at],
+                library=exported.library_n[at] if isinstance(library_size, str) else library_size,
+                share=1 / len(batches),
+            )
+        sums.count(group_n)
+    return pd.DataFrame(sums.mean_pg[:, genes], index=groups, columns=decoder.genes[genes])
