@@ -1,0 +1,323 @@
+"""From latents to the likelihood of counts, and the ways in which it can be computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from scvi import REGISTRY_KEYS
+from scvi.distributions import NegativeBinomial, Normal, Poisson, ZeroInflatedNegativeBinomial
+from scvi.module._constants import MODULE_KEYS
+from scvi.module.base import auto_move_data
+from scvi.nn import Encoder
+from torch.nn.functional import linear, one_hot
+
+from ldvae_ext.core._compiled import kernels
+from ldvae_ext.module._fold import affine_outputs
+from ldvae_ext.module._likelihood import Counts, compiled_loss, negative_log_likelihood
+from ldvae_ext.module._sparse import encoded, sparse_rows
+
+BACKENDS = ("numba", "torch", "scvi")
+# What a minibatch passes through; where a subclass or a user has put something else, scvi-tools' own way is taken.
+_STEPS = (
+    "_get_inference_input",
+    "inference",
+    "_regular_inference",
+    "_get_generative_input",
+    "generative",
+    "_likelihood",
+    "loss",
+)
+
+
+class SummedCounts:
+    """Stands where a loss expects the distribution of counts: log-likelihoods of cells, summed over genes.
+
+    Parameters
+    ----------
+    loss
+        Negative log-likelihood of each cell, given the counts.
+    """
+
+    def __init__(self, loss: Callable[[Counts], torch.Tensor]) -> None:
+        self._loss = loss
+
+    def log_prob(self, x_ng: torch.Tensor) -> torch.Tensor:
+        """Log-likelihood of each cell, shape (cells, 1)."""
+        return -self._loss(Counts.of(x_ng)).unsqueeze(-1)
+
+
+class GenerativeModule:
+    """Stands before scvi-tools' network, whose decoder it replaces; encoders of sparse counts besides.
+
+    A minibatch is computed in one of three ways: ``"scvi"`` is scvi-tools' own; ``"torch"`` evaluates gamma functions on
+    non-zero counts only and knows its gradients; ``"numba"`` does that in compiled loops, which read sparse counts in the
+    first layer too. All give the same numbers but for rounding.
+    """
+
+    _backend: str = "scvi"
+    _sums_genes: bool = False
+
+    @contextmanager
+    def computing(self: Any, backend: str, *, genes_together: bool = False) -> Iterator[None]:
+        """How minibatches with a loss are computed inside.
+
+        Parameters
+        ----------
+        backend
+            One that :meth:`backend` gave.
+        genes_together
+            Whether the weights of each gene lie together in memory inside, as the compiled loops read and write them; shapes
+            and values are the same.
+        """
+        layers = [encoder.encoder.fc_layers[0][0] for encoder in (self.z_encoder, self.l_encoder)]
+        before, self._backend = self._backend, backend
+        try:
+            for layer in layers * genes_together:
+                layer.weight.data = layer.weight.data.t().contiguous().t()
+            yield
+        finally:
+            self._backend = before
+            for layer in layers * genes_together:
+                layer.weight.data = layer.weight.data.contiguous()
+
+    def backend(self, backend: str = "auto", device: str | None = None) -> str:
+        """The backend that is asked for, or with ``"auto"`` the first of numba, torch and scvi that the network allows.
+
+        Parameters
+        ----------
+        backend
+            ``"auto"``, ``"numba"``, ``"torch"`` or ``"scvi"``.
+        device
+            Type of the device; the network's own if None.
+
+        Raises
+        ------
+        ValueError
+            If the network does not allow it, with the reason.
+        """
+        if backend == "auto":
+            return next(known for known in BACKENDS if self._obstacle(known, device) is None)
+        if (obstacle := self._obstacle(backend, device)) is not None:
+            msg = f"`backend={backend!r}`: {obstacle}."
+            raise ValueError(msg)
+        return backend
+
+    def _obstacle(self: Any, backend: str, device: str | None) -> str | None:
+        """Why a backend cannot compute this network; None if it can."""
+        if backend == "scvi":
+            return None
+        if self.gene_likelihood == "normal":
+            return "`gene_likelihood='normal'` has no gamma functions; scvi-tools' own way is the only one"
+        for step in _STEPS:
+            its_own = getattr(type(self), step).__module__.split(".")[0] in ("ldvae_ext", "scvi")
+            if step in self.__dict__ or not its_own:
+                return f"`{step}` of the network was replaced"
+        if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in self.modules() if m is not self):
+            return "a layer of the network has hooks, which would not be called"
+        return self._obstacle_to_loops(device) if backend == "numba" else None
+
+    def _obstacle_to_loops(self: Any, device: str | None = None) -> str | None:
+        first = self.z_encoder.encoder.fc_layers[0][0]
+        obstacles = {
+            "numba is not installed": kernels() is None,
+            "the network is not on a CPU": (device or self.device.type) != "cpu",
+            "the network is not in float32": any(p.dtype != torch.float32 for p in self.parameters()),
+            "size factors come with a softplus, the compiled loops are written for a softmax": self.use_size_factor_key,
+            "`dispersion='gene-cell'` is another for each cell": self.dispersion == "gene-cell"
+            and self.gene_likelihood != "poisson",
+            "the first layer of the encoder is not linear": not isinstance(first, torch.nn.Linear),
+        }
+        return next((obstacle for obstacle, stands in obstacles.items() if stands), None)
+
+    def forward(self: Any, tensors: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+        """scvi-tools' forward pass; where a loss is asked for, computed as :meth:`computing` says.
+
+        Parameters
+        ----------
+        tensors
+            A minibatch as scvi-tools' data loaders make it; counts may be a CSR tensor.
+        *args, **kwargs
+            As in scvi-tools.
+        """
+        x_ng = tensors[REGISTRY_KEYS.X_KEY]
+        special = args or kwargs.get("inference_kwargs") or kwargs.get("generative_kwargs")
+        if self._backend == "scvi" or special or not kwargs.get("compute_loss", True):
+            if x_ng.layout is not torch.strided:
+                tensors = {**tensors, REGISTRY_KEYS.X_KEY: x_ng.to_dense()}
+            return super().forward(tensors, *args, **kwargs)  # type: ignore[misc]
+        if x_ng.layout is torch.strided and x_ng.dtype is torch.float32 and x_ng.device.type == "cpu":
+            tensors = {**tensors, REGISTRY_KEYS.X_KEY: sparse_rows(x_ng)}
+        self._sums_genes = True
+        try:
+            outputs = super().forward(tensors, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            self._sums_genes = False
+        if not torch.isfinite(outputs[-1].loss):
+            # Raises what scvi-tools raises, at each step, of posteriors that are not finite.
+            posterior = outputs[0][MODULE_KEYS.QZ_KEY]
+            Normal(posterior.loc, posterior.scale, validate_args=True)
+        return outputs
+
+    @auto_move_data
+    def _regular_inference(
+        self: Any,
+        x: torch.Tensor,
+        batch_index: torch.Tensor,
+        cont_covs: torch.Tensor | None = None,
+        cat_covs: torch.Tensor | None = None,
+        n_samples: int = 1,
+    ) -> dict[str, Any]:
+        """scvi-tools' own, of sparse counts too."""
+        if x.layout is torch.strided:
+            return super()._regular_inference(x, batch_index, cont_covs, cat_covs, n_samples)  # type: ignore[misc]
+        by_loops = self._backend == "numba" or (not self._sums_genes and self._obstacle_to_loops() is None)
+        if n_samples > 1 or not by_loops:
+            return super()._regular_inference(x.to_dense(), batch_index, cont_covs, cat_covs, n_samples)  # type: ignore[misc]
+        counts = Counts.of(x)
+        seen = counts._replace(values=torch.log1p(counts.values)) if self.log_variational else counts
+        continuous, categories = [], []
+        if self.encode_covariates:
+            continuous = [] if cont_covs is None else [cont_covs]
+            categories = [] if cat_covs is None else list(torch.split(cat_covs, 1, dim=1))
+            if self.batch_representation == "embedding":
+                continuous.append(self.compute_embedding(REGISTRY_KEYS.BATCH_KEY, batch_index))
+            else:
+                categories.insert(0, batch_index)
+        continuous_nc = torch.cat(continuous, dim=-1) if continuous else None
+
+        def encode(encoder: Encoder) -> tuple[Any, torch.Tensor]:
+            return encoded(encoder, seen, continuous_nc, categories)
+
+        qz, z = encode(self.z_encoder)
+        ql, library = (
+            (None, torch.log(counts.totals()).unsqueeze(1)) if self.use_observed_lib_size else encode(self.l_encoder)
+        )
+        return {
+            MODULE_KEYS.Z_KEY: z,
+            MODULE_KEYS.QZ_KEY: qz,
+            MODULE_KEYS.QL_KEY: ql,
+            MODULE_KEYS.LIBRARY_KEY: library,
+        }
+
+    @auto_move_data
+    def generative(
+        self: Any,
+        z: torch.Tensor,
+        library: torch.Tensor,
+        batch_index: torch.Tensor | None,
+        cont_covs: torch.Tensor | None = None,
+        cat_covs: torch.Tensor | None = None,
+        size_factor: torch.Tensor | None = None,
+        y: torch.Tensor | None = None,
+        transform_batch: int | None = None,
+    ) -> dict[str, Any]:
+        """Distribution of the counts given latents, and the priors.
+
+        Parameters
+        ----------
+        z
+            Latents, shape (cells, latents) or (samples, cells, latents).
+        library
+            Log library sizes, shape (cells, 1) or (samples, cells, 1).
+        batch_index, y
+            Codes of batches and labels, shape (cells, 1). Some data modules give no batch where there is one only.
+        cont_covs, cat_covs
+            Values of the continuous covariates, codes of the categorical ones.
+        size_factor
+            Log of the size factors, shape (cells, 1); used instead of ``library`` where cells come with size factors.
+        transform_batch
+            Code of a batch that replaces those of the cells.
+        """
+        if batch_index is None and self.n_batch > 1:
+            msg = f"A minibatch has no batch codes; the model knows {self.n_batch} batches."
+            raise ValueError(msg)
+        if batch_index is None:
+            batch_index = torch.zeros(z.shape[-2], 1, dtype=torch.int64, device=z.device)
+        if transform_batch is not None:
+            batch_index = torch.ones_like(batch_index) * transform_batch
+        continuous = [] if cont_covs is None else [cont_covs]
+        categorical = [] if cat_covs is None else list(torch.split(cat_covs, 1, dim=1))
+        if self.batch_representation == "embedding":
+            continuous.append(self.compute_embedding(REGISTRY_KEYS.BATCH_KEY, batch_index))
+        else:
+            categorical.insert(0, batch_index)
+        inputs = torch.cat([z, *(value.expand(*z.shape[:-1], -1) for value in continuous)], dim=-1) if continuous else z
+        scale = size_factor if self.use_size_factor_key else library
+        if self._sums_genes:
+            px: Any = SummedCounts(partial(self._loss_of_counts, inputs, scale, categorical, batch_index, y))
+        else:
+            px = self._likelihood(inputs, scale, categorical, batch_index, y)
+        validate = False if self._sums_genes else None
+        prior_library = None
+        if not self.use_observed_lib_size:
+            mean, variance = self._compute_local_library_params(batch_index)
+            prior_library = Normal(mean, variance.sqrt(), validate_args=validate)
+        return {
+            MODULE_KEYS.PX_KEY: px,
+            MODULE_KEYS.PL_KEY: prior_library,
+            MODULE_KEYS.PZ_KEY: Normal(torch.zeros_like(z), torch.ones_like(z), validate_args=validate),
+        }
+
+    def _likelihood(
+        self: Any,
+        inputs: torch.Tensor,
+        library: torch.Tensor,
+        categorical: Sequence[torch.Tensor],
+        batch_index: torch.Tensor,
+        y: torch.Tensor | None,
+    ) -> torch.distributions.Distribution:
+        scale, log_theta, rate, dropout = self.decoder(self.dispersion, inputs, library, *categorical)
+        if self.gene_likelihood == "poisson":
+            return Poisson(rate=rate, scale=scale)
+        theta = torch.exp(self._log_theta(batch_index, y) if log_theta is None else log_theta)
+        if self.gene_likelihood == "zinb":
+            return ZeroInflatedNegativeBinomial(mu=rate, theta=theta, zi_logits=dropout, scale=scale)
+        if self.gene_likelihood == "nb":
+            return NegativeBinomial(mu=rate, theta=theta, scale=scale)
+        return Normal(rate, theta, normal_mu=scale)
+
+    def _loss_of_counts(
+        self: Any,
+        inputs: torch.Tensor,
+        library: torch.Tensor,
+        categorical: Sequence[torch.Tensor],
+        batch_index: torch.Tensor,
+        y: torch.Tensor | None,
+        counts: Counts,
+    ) -> torch.Tensor:
+        """Negative log-likelihood of each cell: what :meth:`_likelihood` makes of counts, without its detours."""
+        has_theta = self.gene_likelihood != "poisson"
+        if self._backend == "torch":
+            _, log_theta, rate, dropout = self.decoder(self.dispersion, inputs, library, *categorical)
+            if has_theta and log_theta is None:
+                log_theta = self._log_theta(batch_index, y)
+            theta = torch.exp(log_theta) if has_theta else None
+            return negative_log_likelihood(self.gene_likelihood, counts, rate, theta, dropout)
+        logits = affine_outputs(self.decoder.factor_regressor, inputs, categorical)
+        dropout = None
+        if self.gene_likelihood == "zinb":
+            dropout = affine_outputs(self.decoder.px_dropout_decoder, inputs, categorical)
+        log_theta = codes = None
+        if has_theta:
+            log_theta = self.px_r.unsqueeze(0) if self.dispersion == "gene" else self.px_r.t()
+            codes = self._codes_of_dispersion(batch_index, y)
+        return compiled_loss(counts, logits, library.squeeze(-1), log_theta, codes, dropout)
+
+    def _codes_of_dispersion(self: Any, batch_index: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor | None:
+        if self.dispersion == "gene":
+            return None
+        codes = y if self.dispersion == "gene-label" else batch_index
+        if codes is None:
+            msg = "`dispersion='gene-label'` needs labels; register them with `labels_key`."
+            raise ValueError(msg)
+        return codes.squeeze(-1)
+
+    def _log_theta(self: Any, batch_index: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
+        codes = self._codes_of_dispersion(batch_index, y)
+        if codes is None:
+            return self.px_r
+        return linear(one_hot(codes, self.px_r.shape[1]).to(self.px_r.dtype), self.px_r)

@@ -1,0 +1,290 @@
+"""Negative log-likelihoods of sparse counts with their gradients: gamma functions are evaluated on non-zero counts only.
+
+The formulas are those of ``scvi.distributions``, its eps = 1e-8 included, differentiated by hand. There are two ways to the
+same numbers: compiled loops (float32 on a CPU), and tensors of any type on any device.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from ldvae_ext.core._compiled import compiled, over_rows, threads
+
+EPS = 1e-8
+
+
+class Counts(NamedTuple):
+    """A minibatch of counts, as the arrays of a CSR matrix; canonical, so that no gene comes twice in a cell."""
+
+    indptr: torch.Tensor
+    """Where each cell begins, shape (cells + 1,)."""
+    indices: torch.Tensor
+    """Genes of the stored counts."""
+    values: torch.Tensor
+    """Stored counts."""
+    n_genes: int
+    """Number of genes."""
+
+    @classmethod
+    def of(cls, x_ng: torch.Tensor) -> Counts:
+        """Of a CSR tensor, or of the non-zero values of a dense one."""
+        if x_ng.layout is not torch.sparse_csr:
+            x_ng = x_ng.to_sparse_csr()
+        return cls(x_ng.crow_indices(), x_ng.col_indices(), x_ng.values(), x_ng.shape[1])
+
+    @property
+    def n_cells(self) -> int:
+        """Number of cells."""
+        return len(self.indptr) - 1
+
+    @property
+    def cells(self) -> torch.Tensor:
+        """Cell of each stored count."""
+        numbers = torch.arange(self.n_cells, device=self.indptr.device)
+        return torch.repeat_interleave(numbers, self.indptr.diff(), output_size=len(self.indices))
+
+    def totals(self) -> torch.Tensor:
+        """Total of each cell, shape (cells,)."""
+        zero = self.values.new_zeros(self.n_cells)
+        return zero.index_add(0, self.cells, self.values)
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The three arrays, in memory that is shared."""
+        return self.indptr.numpy(), self.indices.numpy(), self.values.numpy()
+
+
+def _at(counts: Counts, matrix: torch.Tensor) -> torch.Tensor:
+    """Values of a matrix of (cells or 1, genes) where counts are stored."""
+    if matrix.ndim == 1 or len(matrix) == 1:
+        return matrix.reshape(-1)[counts.indices]
+    return matrix[counts.cells, counts.indices]
+
+
+def _add_at(counts: Counts, matrix_ng: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    return matrix_ng.index_put_((counts.cells, counts.indices), values, accumulate=True)
+
+
+def _per_cell(counts: Counts, values: torch.Tensor) -> torch.Tensor:
+    return values.new_zeros(counts.n_cells).index_add(0, counts.cells, values)
+
+
+class _NegativeBinomial(Function):
+    """Of means and inverse dispersions; shape (cells, genes), the latter also (genes,)."""
+
+    @staticmethod
+    def forward(ctx: Any, mu_ng: torch.Tensor, theta: torch.Tensor, counts: Counts) -> torch.Tensor:
+        share = theta / (theta + EPS)
+        per_total_ng = (mu_ng + (theta + EPS)).reciprocal_()
+        # log((theta + eps) / (theta + mu + eps))
+        log_share_ng = torch.log((theta + EPS) * per_total_ng)
+        d_theta_ng = log_share_ng + share - theta * per_total_ng
+        d_mu_ng = -theta * per_total_ng
+        x, mu, at_theta = counts.values.to(mu_ng), _at(counts, mu_ng), _at(counts, theta)
+        per_total = _at(counts, per_total_ng)
+        gammas = torch.lgamma(x + at_theta) - torch.lgamma(at_theta) - torch.lgamma(x + 1)
+        loss_n = -(theta * log_share_ng).sum(-1)
+        loss_n = loss_n - _per_cell(counts, gammas + x * torch.log((mu + EPS) * per_total))
+        _add_at(counts, d_mu_ng, x * ((mu + EPS).reciprocal() - per_total))
+        rise = torch.digamma(x + at_theta) - torch.digamma(at_theta)
+        _add_at(counts, d_theta_ng, rise - x * per_total)
+        ctx.save_for_backward(d_mu_ng, d_theta_ng)
+        ctx.is_shared = theta.ndim == 1
+        return loss_n
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, weight_n: torch.Tensor) -> Any:
+        d_mu_ng, d_theta_ng = ctx.saved_tensors
+        d_theta = -weight_n @ d_theta_ng if ctx.is_shared else d_theta_ng * -weight_n[:, None]
+        return d_mu_ng * -weight_n[:, None], d_theta, None
+
+
+class _ZeroInflatedNegativeBinomial(Function):
+    """Of means, inverse dispersions (also of shape (genes,)) and dropout logits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, mu_ng: torch.Tensor, theta: torch.Tensor, dropout_ng: torch.Tensor, counts: Counts
+    ) -> torch.Tensor:
+        softplus = torch.nn.functional.softplus
+        share = theta / (theta + EPS)
+        per_total_ng = (mu_ng + (theta + EPS)).reciprocal_()
+        log_share_ng = torch.log((theta + EPS) * per_total_ng)
+        stay_zero_ng = theta * log_share_ng - dropout_ng
+        zero_ng = torch.sigmoid(stay_zero_ng)
+        slope_ng = log_share_ng + share - theta * per_total_ng
+        x, mu, at_theta = counts.values.to(mu_ng), _at(counts, mu_ng), _at(counts, theta)
+        per_total, positive = _at(counts, per_total_ng), torch.sigmoid(-_at(counts, stay_zero_ng))
+        gammas = torch.lgamma(x + at_theta) - torch.lgamma(at_theta) - torch.lgamma(x + 1)
+        loss_n = (softplus(-dropout_ng) - softplus(stay_zero_ng)).sum(-1)
+        # Of a count it is log(1 - dropout) + stay_zero, and not the softplus of the latter: y - softplus(y) = -softplus(-y).
+        of_counts = gammas + x * torch.log((mu + EPS) * per_total) - softplus(-_at(counts, stay_zero_ng))
+        loss_n = loss_n - _per_cell(counts, of_counts)
+        d_mu_ng = -zero_ng * theta * per_total_ng
+        d_dropout_ng = torch.sigmoid(-dropout_ng) - zero_ng
+        d_theta_ng = zero_ng * slope_ng
+        given_back = positive * at_theta * per_total
+        _add_at(counts, d_mu_ng, x * ((mu + EPS).reciprocal() - per_total) - given_back)
+        _add_at(counts, d_dropout_ng, -positive)
+        rise = torch.digamma(x + at_theta) - torch.digamma(at_theta)
+        _add_at(counts, d_theta_ng, rise - x * per_total + positive * _at(counts, slope_ng))
+        ctx.save_for_backward(d_mu_ng, d_theta_ng, d_dropout_ng)
+        ctx.is_shared = theta.ndim == 1
+        return loss_n
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, weight_n: torch.Tensor) -> Any:
+        d_mu_ng, d_theta_ng, d_dropout_ng = ctx.saved_tensors
+        weight_n1 = -weight_n[:, None]
+        d_theta = -weight_n @ d_theta_ng if ctx.is_shared else d_theta_ng * weight_n1
+        return d_mu_ng * weight_n1, d_theta, d_dropout_ng * weight_n1, None
+
+
+def negative_log_likelihood(
+    likelihood: str,
+    counts: Counts,
+    mu_ng: torch.Tensor,
+    theta: torch.Tensor | None = None,
+    dropout_ng: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Negative log-likelihood of each cell, in nats; differentiable once.
+
+    Parameters
+    ----------
+    likelihood
+        ``"nb"``, ``"zinb"`` or ``"poisson"``.
+    counts
+        The counts.
+    mu_ng
+        Means, shape (cells, genes).
+    theta
+        Inverse dispersions, shape (genes,) or (cells, genes).
+    dropout_ng
+        Logits of zero inflation, shape (cells, genes).
+
+    Returns
+    -------
+    Shape (cells,).
+    """
+    if likelihood == "nb":
+        return _NegativeBinomial.apply(mu_ng, theta, counts)
+    if likelihood == "zinb":
+        return _ZeroInflatedNegativeBinomial.apply(mu_ng, theta, dropout_ng, counts)
+    x = counts.values.to(mu_ng)
+    of_counts = torch.xlogy(x, _at(counts, mu_ng)) - torch.lgamma(x + 1)
+    return mu_ng.sum(-1) - _per_cell(counts, of_counts)
+
+
+class _Compiled(Function):
+    """The same of logits, whose softmax times the library is the mean, in one go."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits_ng: torch.Tensor,
+        log_library_n: torch.Tensor,
+        log_theta_cg: torch.Tensor | None,
+        dropout_ng: torch.Tensor | None,
+        counts: Counts,
+        code_n: torch.Tensor | None,
+    ) -> torch.Tensor:
+        tensors = (logits_ng, log_library_n, log_theta_cg, dropout_ng)
+        ctx.given = [None if value is None else value.detach().contiguous() for value in tensors]
+        ctx.counts, ctx.code_n = counts, code_n
+        loss_n, ctx.slopes = _run(*ctx.given, counts, code_n, torch.ones_like(log_library_n))
+        return loss_n
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, weight_n: torch.Tensor) -> Any:
+        slopes, ctx.slopes = ctx.slopes, None
+        if slopes is not None and bool((weight_n == weight_n[0]).all()):
+            return *(None if slope is None else slope.mul_(weight_n[0]) for slope in slopes), None, None
+        # Cells that weigh differently, in the sums over cells too; or a second pass backward.
+        _, slopes = _run(*ctx.given, ctx.counts, ctx.code_n, weight_n)
+        return *slopes, None, None
+
+
+def _run(
+    logits_ng: torch.Tensor,
+    log_library_n: torch.Tensor,
+    log_theta_cg: torch.Tensor | None,
+    dropout_ng: torch.Tensor | None,
+    counts: Counts,
+    code_n: torch.Tensor | None,
+    weight_n: torch.Tensor,
+) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+    """Loss of each cell, and slopes of its weighted sum."""
+    from ldvae_ext.module import _kernels as loops
+
+    n_cells, n_genes = logits_ng.shape
+    loss_n = np.empty(n_cells, np.float32)
+    d_logits_ng, d_log_library_n = torch.empty_like(logits_ng), torch.empty_like(log_library_n)
+    cells = (
+        logits_ng.numpy(),
+        log_library_n.exp().numpy(),
+        weight_n.contiguous().numpy(),
+        *counts.arrays(),
+    )
+    slopes = (loss_n, d_logits_ng.numpy(), d_log_library_n.numpy())
+    d_log_theta_cg = d_dropout_ng = None
+    with compiled(n_threads=torch.get_num_threads()):
+        if log_theta_cg is None:
+            over_rows(loops.poisson, n_cells, *cells, *slopes)
+        else:
+            theta_cg = log_theta_cg.exp().numpy()
+            n_codes = len(theta_cg)
+            codes = np.zeros(n_cells, np.int64) if code_n is None else code_n.numpy()
+            tables = [np.empty((n_codes, n, n_genes), np.float32) for n in (1, 1, *[loops.N_TABLE + 1] * 2)]
+            tables[:2] = [table[:, 0] for table in tables[:2]]
+            loops.dispersion_tables(theta_cg, *tables)
+            d_theta_pcg = np.zeros((min(threads(), n_cells), n_codes, n_genes), np.float32)
+            if dropout_ng is None:
+                loop, dropout = loops.negative_binomial, ()
+            else:
+                loop, dropout = loops.zero_inflated_negative_binomial, (dropout_ng.numpy(),)
+                d_dropout_ng = torch.empty_like(dropout_ng)
+                slopes += (d_dropout_ng.numpy(),)
+            over_rows(loop, n_cells, *cells, *dropout, codes, theta_cg, *tables, *slopes, d_theta_pcg)
+            d_log_theta_cg = torch.from_numpy(d_theta_pcg.sum(axis=0) * theta_cg)
+    return torch.from_numpy(loss_n), [d_logits_ng, d_log_library_n, d_log_theta_cg, d_dropout_ng]
+
+
+def compiled_loss(
+    counts: Counts,
+    logits_ng: torch.Tensor,
+    log_library_n: torch.Tensor,
+    log_theta_cg: torch.Tensor | None = None,
+    code_n: torch.Tensor | None = None,
+    dropout_ng: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Negative log-likelihood of each cell where the mean is the library times the softmax of logits, compiled.
+
+    A negative binomial; a Poisson without ``log_theta_cg``, zero-inflated with ``dropout_ng``. float32, on a CPU.
+
+    Parameters
+    ----------
+    counts
+        The counts.
+    logits_ng
+        Logits, shape (cells, genes).
+    log_library_n
+        Logs of the library sizes, shape (cells,).
+    log_theta_cg
+        Logs of the inverse dispersions, shape (1 or number of codes, genes).
+    code_n
+        Row of ``log_theta_cg`` for each cell; the first if None.
+    dropout_ng
+        Logits of zero inflation, shape (cells, genes).
+
+    Returns
+    -------
+    Shape (cells,), in nats.
+    """
+    return _Compiled.apply(logits_ng, log_library_n, log_theta_cg, dropout_ng, counts, code_n)
