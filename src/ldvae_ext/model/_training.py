@@ -95,11 +95,10 @@ class TrainingMixin(LDVAEBase):
         if datamodule is not None and not self.is_trained_:
             self._start_from(datamodule)
         backend = self._backend_of(backend, accelerator, devices, plan_kwargs, trainer_kwargs)
-        optimizer_is_known = plan_kwargs.get("optimizer", "Adam") in ("Adam", "AdamW")
         with (
             self._axes_of_other_loadings_ended(),
             self._splitter_of(backend),
-            self.module.computing(backend, genes_together=backend == "numba" and optimizer_is_known),
+            self.module.computing(backend),
         ):
             result = super().train(
                 max_epochs=max_epochs,

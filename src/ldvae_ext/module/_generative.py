@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,11 +17,13 @@ from scvi.nn import Encoder
 from torch.nn.functional import linear, one_hot
 
 from ldvae_ext.core._compiled import kernels
-from ldvae_ext.module._fold import affine_outputs
-from ldvae_ext.module._likelihood import Counts, compiled_loss, negative_log_likelihood
-from ldvae_ext.module._sparse import encoded, sparse_rows
+from ldvae_ext.module._head import affine, head_inputs, loss_of_head
+from ldvae_ext.module._likelihood import Counts, negative_log_likelihood
+from ldvae_ext.module._sparse import Prior, encoded, sparse_rows
 
 BACKENDS = ("numba", "torch", "scvi")
+# Of a decoder: the covariance of its inputs takes the place of passes over cells x genes.
+_MOST_INPUTS = 256
 # What a minibatch passes through; where a subclass or a user has put something else, scvi-tools' own way is taken.
 _STEPS = (
     "_get_inference_input",
@@ -62,27 +65,19 @@ class GenerativeModule:
     _sums_genes: bool = False
 
     @contextmanager
-    def computing(self: Any, backend: str, *, genes_together: bool = False) -> Iterator[None]:
+    def computing(self, backend: str) -> Iterator[None]:
         """How minibatches with a loss are computed inside.
 
         Parameters
         ----------
         backend
             One that :meth:`backend` gave.
-        genes_together
-            Whether the weights of each gene lie together in memory inside, as the compiled loops read and write them; shapes
-            and values are the same.
         """
-        layers = [encoder.encoder.fc_layers[0][0] for encoder in (self.z_encoder, self.l_encoder)]
         before, self._backend = self._backend, backend
         try:
-            for layer in layers * genes_together:
-                layer.weight.data = layer.weight.data.t().contiguous().t()
             yield
         finally:
             self._backend = before
-            for layer in layers * genes_together:
-                layer.weight.data = layer.weight.data.contiguous()
 
     def backend(self, backend: str = "auto", device: str | None = None) -> str:
         """The backend that is asked for, or with ``"auto"`` the first of numba, torch and scvi that the network allows.
@@ -129,6 +124,7 @@ class GenerativeModule:
             "size factors come with a softplus, the compiled loops are written for a softmax": self.use_size_factor_key,
             "`dispersion='gene-cell'` is another for each cell": self.dispersion == "gene-cell"
             and self.gene_likelihood != "poisson",
+            "the decoder has too many inputs": self.decoder.factor_regressor.fc_layers[0][0].in_features > _MOST_INPUTS,
             "the first layer of the encoder is not linear": not isinstance(first, torch.nn.Linear),
         }
         return next((obstacle for obstacle, stands in obstacles.items() if stands), None)
@@ -178,7 +174,7 @@ class GenerativeModule:
         if n_samples > 1 or not by_loops:
             return super()._regular_inference(x.to_dense(), batch_index, cont_covs, cat_covs, n_samples)  # type: ignore[misc]
         counts = Counts.of(x)
-        seen = counts._replace(values=torch.log1p(counts.values)) if self.log_variational else counts
+        seen = replace(counts, values=torch.log1p(counts.values)) if self.log_variational else counts
         continuous, categories = [], []
         if self.encode_covariates:
             continuous = [] if cont_covs is None else [cont_covs]
@@ -251,15 +247,15 @@ class GenerativeModule:
             px: Any = SummedCounts(partial(self._loss_of_counts, inputs, scale, categorical, batch_index, y))
         else:
             px = self._likelihood(inputs, scale, categorical, batch_index, y)
-        validate = False if self._sums_genes else None
+        prior = Prior if self._sums_genes else Normal
         prior_library = None
         if not self.use_observed_lib_size:
             mean, variance = self._compute_local_library_params(batch_index)
-            prior_library = Normal(mean, variance.sqrt(), validate_args=validate)
+            prior_library = prior(mean, variance.sqrt())
         return {
             MODULE_KEYS.PX_KEY: px,
             MODULE_KEYS.PL_KEY: prior_library,
-            MODULE_KEYS.PZ_KEY: Normal(torch.zeros_like(z), torch.ones_like(z), validate_args=validate),
+            MODULE_KEYS.PZ_KEY: prior(torch.zeros_like(z), torch.ones_like(z)),
         }
 
     def _likelihood(
@@ -297,15 +293,14 @@ class GenerativeModule:
                 log_theta = self._log_theta(batch_index, y)
             theta = torch.exp(log_theta) if has_theta else None
             return negative_log_likelihood(self.gene_likelihood, counts, rate, theta, dropout)
-        logits = affine_outputs(self.decoder.factor_regressor, inputs, categorical)
-        dropout = None
-        if self.gene_likelihood == "zinb":
-            dropout = affine_outputs(self.decoder.px_dropout_decoder, inputs, categorical)
+        regressor = self.decoder.factor_regressor
+        inputs = head_inputs(regressor, inputs, categorical)
+        dropout = affine(self.decoder.px_dropout_decoder, inputs) if self.gene_likelihood == "zinb" else None
         log_theta = codes = None
         if has_theta:
             log_theta = self.px_r.unsqueeze(0) if self.dispersion == "gene" else self.px_r.t()
             codes = self._codes_of_dispersion(batch_index, y)
-        return compiled_loss(counts, logits, library.squeeze(-1), log_theta, codes, dropout)
+        return loss_of_head(counts, inputs, *affine(regressor, inputs), library.squeeze(-1), log_theta, codes, dropout)
 
     def _codes_of_dispersion(self: Any, batch_index: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor | None:
         if self.dispersion == "gene":

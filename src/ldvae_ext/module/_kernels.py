@@ -1,8 +1,4 @@
-"""Compiled loops in float32: likelihoods of sparse counts, with their gradients. Opened on first use.
-
-Loops over cells take ``start`` and ``stop`` first, so that threads can share them, see
-:func:`ldvae_ext.core._compiled.over_rows`. Counts are the three arrays of a CSR matrix.
-"""
+"""Compiled loops in float32: likelihoods of the counts of a cell, with their gradients. Opened on first use."""
 
 from __future__ import annotations
 
@@ -15,8 +11,7 @@ from numba import njit
 from ldvae_ext.core._kernels import _LOOP, exp, log1p
 
 _F = np.float32
-# Comparisons vectorise only if NaN need not be found: see where it is.
-_LARGEST: dict[str, Any] = {**_LOOP, "fastmath": {"nnan", "nsz", "reassoc"}}
+_LANES = 64
 _EPS = _F(1e-8)
 # Genes whose terms are summed in float32 before they are added to a float64.
 _BLOCK = 512
@@ -76,19 +71,28 @@ def dispersion_tables(theta_cg: Any, inverse_cg: Any, share_cg: Any, log_gamma_c
             log_gamma_cxg[c, 0, g] = _F(0)
             digamma_cxg[c, 0, g] = _F(0)
         for x in range(1, log_gamma_cxg.shape[1]):
-            for g in range(theta_cg.shape[1]):
-                raised = theta_cg[c, g] + _F(x - 1)
-                log_gamma_cxg[c, x, g] = log_gamma_cxg[c, x - 1, g] + log(raised / _F(x))
-                digamma_cxg[c, x, g] = digamma_cxg[c, x - 1, g] + _F(1) / raised
+            log_gamma, log_gamma_before = log_gamma_cxg[c, x], log_gamma_cxg[c, x - 1]
+            digamma, digamma_before, theta = digamma_cxg[c, x], digamma_cxg[c, x - 1], theta_cg[c]
+            for g in range(theta.size):
+                raised = theta[g] + _F(x - 1)
+                log_gamma[g] = log_gamma_before[g] + log(raised / _F(x))
+                digamma[g] = digamma_before[g] + _F(1) / raised
 
 
-@njit(**_LARGEST)
+@njit(**_LOOP)
 def _largest(x_g: Any) -> Any:
-    """The largest value."""
-    largest = x_g[0]
-    for g in range(x_g.size):
-        largest = max(largest, x_g[g])
-    return largest
+    """The largest value; numbers are compared side by side, since a single maximum does not vectorise."""
+    largest = np.full(_LANES, x_g[0])
+    for first in range(0, x_g.size - _LANES + 1, _LANES):
+        x = x_g[first : first + _LANES]
+        for lane in range(_LANES):
+            largest[lane] = x[lane] if x[lane] > largest[lane] else largest[lane]
+    result = largest[0]
+    for lane in range(_LANES):
+        result = max(result, largest[lane])
+    for g in range(x_g.size // _LANES * _LANES, x_g.size):
+        result = max(result, x_g[g])
+    return result
 
 
 @njit(**_LOOP)
@@ -105,12 +109,6 @@ def _to_exponentials(logits_g: Any, exp_g: Any) -> float:
             zero += _F(0) * x[g]
         total += part + zero
     return total
-
-
-@njit(**_LOOP)
-def _piece(start: int, n_rows: int, n_pieces: int) -> int:
-    """Which piece of the rows begins at ``start``."""
-    return (start * n_pieces + n_rows - 1) // n_rows
 
 
 @njit(**_LOOP)
@@ -140,118 +138,81 @@ def _without_counts(
 
 @njit(**_LOOP)
 def negative_binomial(
-    start: int,
-    stop: int,
-    logits_ng: Any,
-    library_n: Any,
-    weight_n: Any,
-    indptr: Any,
-    indices: Any,
-    values: Any,
-    code_n: Any,
-    theta_cg: Any,
-    inverse_cg: Any,
-    share_cg: Any,
-    log_gamma_cxg: Any,
-    digamma_cxg: Any,
-    loss_n: Any,
-    d_logits_ng: Any,
-    d_log_library_n: Any,
-    d_theta_pcg: Any,
-) -> None:
-    """Negative log-likelihood of each cell, and ``weight_n`` times its gradient.
+    row_g: Any,
+    library: Any,
+    weight: Any,
+    genes: Any,
+    x: Any,
+    theta_g: Any,
+    inverse_g: Any,
+    share_g: Any,
+    log_gamma_xg: Any,
+    digamma_xg: Any,
+    exp_g: Any,
+    slope_g: Any,
+    of_counts: Any,
+    d_theta_g: Any,
+) -> tuple[float, float]:
+    """Negative log-likelihood of a cell and its slope in the log library; the slopes in the logits take the place of the logits.
 
     With ``mu = library * softmax(logits)``, ``r = mu / (theta + eps)`` and ``q = 1 / (1 + r)`` a gene without counts has the
     log-likelihood ``-theta log1p(r)`` and the slopes ``-share * mu q`` in log mu and ``-log1p(r) + share * r q`` in theta, in
-    which nothing large cancels. Counts add their terms, and only they need gamma functions.
+    which nothing large cancels. Counts add their terms, and only they need gamma functions. All slopes are times ``weight``.
     """
-    n_rows, n_genes = logits_ng.shape
-    d_theta_cg = d_theta_pcg[_piece(start, n_rows, d_theta_pcg.shape[0])]
-    widest = 0
-    for n in range(start, stop):
-        widest = max(widest, indptr[n + 1] - indptr[n])
-    of_counts = np.empty((2, widest), _F)
-    slope_g = np.empty(n_genes, _F)
-    for n in range(start, stop):
-        code, weight, exp_g = code_n[n], weight_n[n], d_logits_ng[n]
-        theta_g, inverse_g, d_theta_g = theta_cg[code], inverse_cg[code], d_theta_cg[code]
-        total = _to_exponentials(logits_ng[n], exp_g)
-        rate = _F(library_n[n] / total)
-        log_likelihood, slope_sum = _without_counts(
-            rate, weight, exp_g, theta_g, inverse_g, share_cg[code], slope_g, d_theta_g
-        )
-        genes, x = indices[indptr[n] : indptr[n + 1]], values[indptr[n] : indptr[n + 1]]
-        mu, inverse = of_counts[0, : x.size], of_counts[1, : x.size]
-        for j in range(x.size):
-            mu[j] = rate * exp_g[genes[j]]
-            inverse[j] = inverse_g[genes[j]]
-        part, slope_part = _F(0), _F(0)
-        for j in range(x.size):
-            r = mu[j] * inverse[j]
-            per_total = inverse[j] / (_F(1) + r)  # 1 / (theta + mu + eps)
-            grown = mu[j] + _EPS
-            part += x[j] * log(grown * per_total)
-            # The slopes of x log((mu + eps) / (theta + mu + eps)) in log mu and in theta.
-            mu[j] = x[j] * mu[j] * (_F(1) / grown - per_total)
-            slope_part += mu[j]
-            inverse[j] = x[j] * per_total
-        gammas = 0.0
-        for j in range(x.size):
-            g, count = genes[j], int(x[j])
-            if count == x[j] and 0 <= count <= N_TABLE:
-                gammas += log_gamma_cxg[code, count, g]
-                rise = digamma_cxg[code, count, g]
-            else:
-                gamma, rise = _gamma_terms(x[j], theta_g[g])
-                gammas += gamma
-            slope_g[g] += mu[j]
-            d_theta_g[g] += weight * (inverse[j] - rise)
-        loss_n[n] = -(log_likelihood + part + gammas)
-        slope_sum += slope_part
-        d_log_library_n[n] = -weight * slope_sum
-        share = _F(slope_sum / total)
-        for g in range(n_genes):
-            exp_g[g] = weight * (share * exp_g[g] - slope_g[g])
+    total = _to_exponentials(row_g, exp_g)
+    rate = _F(library / total)
+    log_likelihood, slope_sum = _without_counts(rate, weight, exp_g, theta_g, inverse_g, share_g, slope_g, d_theta_g)
+    mu, inverse = of_counts[0, : x.size], of_counts[1, : x.size]
+    for j in range(x.size):
+        mu[j] = rate * exp_g[genes[j]]
+        inverse[j] = inverse_g[genes[j]]
+    part, slope_part = _F(0), _F(0)
+    for j in range(x.size):
+        r = mu[j] * inverse[j]
+        per_total = inverse[j] / (_F(1) + r)  # 1 / (theta + mu + eps)
+        grown = mu[j] + _EPS
+        part += x[j] * log(grown * per_total)
+        # The slopes of x log((mu + eps) / (theta + mu + eps)) in log mu and in theta.
+        mu[j] = x[j] * mu[j] * (_F(1) / grown - per_total)
+        slope_part += mu[j]
+        inverse[j] = x[j] * per_total
+    gammas = 0.0
+    for j in range(x.size):
+        g, count = genes[j], int(x[j])
+        if count == x[j] and 0 <= count <= N_TABLE:
+            gammas += log_gamma_xg[count, g]
+            rise = digamma_xg[count, g]
+        else:
+            gamma, rise = _gamma_terms(x[j], theta_g[g])
+            gammas += gamma
+        slope_g[g] += mu[j]
+        d_theta_g[g] += weight * (inverse[j] - rise)
+    slope_sum += slope_part
+    share = _F(slope_sum / total)
+    for g in range(row_g.size):
+        row_g[g] = weight * (share * exp_g[g] - slope_g[g])
+    return -(log_likelihood + part + gammas), -weight * slope_sum
 
 
 @njit(**_LOOP)
-def poisson(
-    start: int,
-    stop: int,
-    logits_ng: Any,
-    library_n: Any,
-    weight_n: Any,
-    indptr: Any,
-    indices: Any,
-    values: Any,
-    loss_n: Any,
-    d_logits_ng: Any,
-    d_log_library_n: Any,
-) -> None:
-    """Negative log-likelihood of each cell, and ``weight_n`` times its gradient.
-
-    The means of a cell add up to its library, so that genes without counts say nothing of their own.
-    """
-    for n in range(start, stop):
-        weight, exp_g, logits_g = weight_n[n], d_logits_ng[n], logits_ng[n]
-        total, largest = _to_exponentials(logits_g, exp_g), _largest(logits_g)
-        shift = math.log(library_n[n]) - math.log(total) - largest
-        genes, x = indices[indptr[n] : indptr[n + 1]], values[indptr[n] : indptr[n + 1]]
-        log_likelihood, n_counts = -float(library_n[n]), 0.0
-        for j in range(x.size):
-            count = float(x[j])
-            n_counts += count
-            log_likelihood += count * (logits_g[genes[j]] + shift)
-            # Of 0! and 1! nothing is left.
-            if count > 1.0 or count < 0.0 or count != int(count):
-                log_likelihood -= math.lgamma(count + 1.0)
-        share = _F(n_counts / total)
-        for g in range(exp_g.size):
-            exp_g[g] = weight * share * exp_g[g]
-        for j in range(x.size):
-            exp_g[genes[j]] -= weight * x[j]
-        loss_n[n] = -log_likelihood
-        d_log_library_n[n] = weight * _F(library_n[n] - n_counts)
+def poisson(row_g: Any, library: Any, weight: Any, genes: Any, x: Any, exp_g: Any) -> tuple[float, float]:
+    """As :func:`negative_binomial`. The means of a cell add up to its library: genes without counts say nothing of their own."""
+    largest, total = _largest(row_g), _to_exponentials(row_g, exp_g)
+    shift = math.log(library) - math.log(total) - largest
+    log_likelihood, n_counts = -float(library), 0.0
+    for j in range(x.size):
+        count = float(x[j])
+        n_counts += count
+        log_likelihood += count * (row_g[genes[j]] + shift)
+        # Of 0! and 1! nothing is left.
+        if count > 1.0 or count < 0.0 or count != int(count):
+            log_likelihood -= math.lgamma(count + 1.0)
+    share = weight * _F(n_counts / total)
+    for g in range(row_g.size):
+        row_g[g] = share * exp_g[g]
+    for j in range(x.size):
+        row_g[genes[j]] -= weight * x[j]
+    return -log_likelihood, weight * (library - n_counts)
 
 
 @njit(**_LOOP)
@@ -296,83 +257,66 @@ def _zero_inflated_without_counts(
 
 @njit(**_LOOP)
 def zero_inflated_negative_binomial(
-    start: int,
-    stop: int,
-    logits_ng: Any,
-    library_n: Any,
-    weight_n: Any,
-    indptr: Any,
-    indices: Any,
-    values: Any,
-    dropout_ng: Any,
-    code_n: Any,
-    theta_cg: Any,
-    inverse_cg: Any,
-    share_cg: Any,
-    log_gamma_cxg: Any,
-    digamma_cxg: Any,
-    loss_n: Any,
-    d_logits_ng: Any,
-    d_log_library_n: Any,
-    d_dropout_ng: Any,
-    d_theta_pcg: Any,
-) -> None:
+    row_g: Any,
+    library: Any,
+    weight: Any,
+    genes: Any,
+    x: Any,
+    theta_g: Any,
+    inverse_g: Any,
+    share_g: Any,
+    log_gamma_xg: Any,
+    digamma_xg: Any,
+    exp_g: Any,
+    slope_g: Any,
+    of_counts: Any,
+    d_theta_g: Any,
+    dropout_g: Any,
+    d_dropout_g: Any,
+) -> tuple[float, float]:
     """As :func:`negative_binomial`, with logits of zero inflation.
 
     All genes are taken for zeros first; where there are counts, the share of the slopes that dropout had is given back.
     """
-    n_rows, n_genes = logits_ng.shape
-    d_theta_cg = d_theta_pcg[_piece(start, n_rows, d_theta_pcg.shape[0])]
-    widest = 0
-    for n in range(start, stop):
-        widest = max(widest, indptr[n + 1] - indptr[n])
-    of_counts = np.empty((5, widest), _F)
-    slope_g = np.empty(n_genes, _F)
-    for n in range(start, stop):
-        code, weight, exp_g, dropout_g = code_n[n], weight_n[n], d_logits_ng[n], dropout_ng[n]
-        theta_g, inverse_g, share_g, d_theta_g = theta_cg[code], inverse_cg[code], share_cg[code], d_theta_cg[code]
-        d_dropout_g = d_dropout_ng[n]
-        total = _to_exponentials(logits_ng[n], exp_g)
-        rate = _F(library_n[n] / total)
-        log_likelihood, slope_sum = _zero_inflated_without_counts(
-            rate, weight, exp_g, dropout_g, theta_g, inverse_g, share_g, slope_g, d_dropout_g, d_theta_g
-        )
-        genes, x = indices[indptr[n] : indptr[n + 1]], values[indptr[n] : indptr[n + 1]]
-        mu, inverse, theta = of_counts[0, : x.size], of_counts[1, : x.size], of_counts[2, : x.size]
-        positive, d_theta = of_counts[3, : x.size], of_counts[4, : x.size]
-        for j in range(x.size):
-            mu[j] = rate * exp_g[genes[j]]
-            inverse[j] = inverse_g[genes[j]]
-            theta[j] = theta_g[genes[j]]
-            positive[j] = dropout_g[genes[j]]
-        part, slope_part = _F(0), _F(0)
-        for j in range(x.size):
-            r = mu[j] * inverse[j]
-            q = _F(1) / (_F(1) + r)
-            log_grown, grown, share = log1p(r), mu[j] + _EPS, theta[j] * inverse[j]
-            stay_zero = -positive[j] - theta[j] * log_grown
-            a = exp(-abs(stay_zero))
-            part += x[j] * log(grown * inverse[j] * q) + min(stay_zero, _F(0)) - log1p(a)
-            of_a = _F(1) / (_F(1) + a)
-            positive[j] = a * of_a if stay_zero >= _F(0) else of_a
-            d_theta[j] = x[j] * inverse[j] * q + positive[j] * (log_grown - share * r * q)
-            mu[j] = x[j] * mu[j] * (_F(1) / grown - inverse[j] * q) - positive[j] * share * mu[j] * q
-            slope_part += mu[j]
-        gammas = 0.0
-        for j in range(x.size):
-            g, count = genes[j], int(x[j])
-            if count == x[j] and 0 <= count <= N_TABLE:
-                gammas += log_gamma_cxg[code, count, g]
-                rise = digamma_cxg[code, count, g]
-            else:
-                gamma, rise = _gamma_terms(x[j], theta_g[g])
-                gammas += gamma
-            slope_g[g] += mu[j]
-            d_dropout_g[g] += weight * positive[j]
-            d_theta_g[g] += weight * (d_theta[j] - rise)
-        loss_n[n] = -(log_likelihood + part + gammas)
-        slope_sum += slope_part
-        d_log_library_n[n] = -weight * slope_sum
-        share = _F(slope_sum / total)
-        for g in range(n_genes):
-            exp_g[g] = weight * (share * exp_g[g] - slope_g[g])
+    total = _to_exponentials(row_g, exp_g)
+    rate = _F(library / total)
+    log_likelihood, slope_sum = _zero_inflated_without_counts(
+        rate, weight, exp_g, dropout_g, theta_g, inverse_g, share_g, slope_g, d_dropout_g, d_theta_g
+    )
+    mu, inverse, theta = of_counts[0, : x.size], of_counts[1, : x.size], of_counts[2, : x.size]
+    positive, d_theta = of_counts[3, : x.size], of_counts[4, : x.size]
+    for j in range(x.size):
+        mu[j] = rate * exp_g[genes[j]]
+        inverse[j] = inverse_g[genes[j]]
+        theta[j] = theta_g[genes[j]]
+        positive[j] = dropout_g[genes[j]]
+    part, slope_part = _F(0), _F(0)
+    for j in range(x.size):
+        r = mu[j] * inverse[j]
+        q = _F(1) / (_F(1) + r)
+        log_grown, grown, share = log1p(r), mu[j] + _EPS, theta[j] * inverse[j]
+        stay_zero = -positive[j] - theta[j] * log_grown
+        a = exp(-abs(stay_zero))
+        part += x[j] * log(grown * inverse[j] * q) + min(stay_zero, _F(0)) - log1p(a)
+        of_a = _F(1) / (_F(1) + a)
+        positive[j] = a * of_a if stay_zero >= _F(0) else of_a
+        d_theta[j] = x[j] * inverse[j] * q + positive[j] * (log_grown - share * r * q)
+        mu[j] = x[j] * mu[j] * (_F(1) / grown - inverse[j] * q) - positive[j] * share * mu[j] * q
+        slope_part += mu[j]
+    gammas = 0.0
+    for j in range(x.size):
+        g, count = genes[j], int(x[j])
+        if count == x[j] and 0 <= count <= N_TABLE:
+            gammas += log_gamma_xg[count, g]
+            rise = digamma_xg[count, g]
+        else:
+            gamma, rise = _gamma_terms(x[j], theta_g[g])
+            gammas += gamma
+        slope_g[g] += mu[j]
+        d_dropout_g[g] += weight * positive[j]
+        d_theta_g[g] += weight * (d_theta[j] - rise)
+    slope_sum += slope_part
+    share = _F(slope_sum / total)
+    for g in range(row_g.size):
+        row_g[g] = weight * (share * exp_g[g] - slope_g[g])
+    return -(log_likelihood + part + gammas), -weight * slope_sum

@@ -1,24 +1,25 @@
 """Negative log-likelihoods of sparse counts with their gradients: gamma functions are evaluated on non-zero counts only.
 
-The formulas are those of ``scvi.distributions``, its eps = 1e-8 included, differentiated by hand. There are two ways to the
-same numbers: compiled loops (float32 on a CPU), and tensors of any type on any device.
+The formulas are those of ``scvi.distributions``, its eps = 1e-8 included, differentiated by hand, for tensors of any type on
+any device. :mod:`ldvae_ext.module._head` has them compiled.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from ldvae_ext.core._compiled import compiled, over_rows, threads
-
 EPS = 1e-8
 
 
-class Counts(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Counts:
     """A minibatch of counts, as the arrays of a CSR matrix; canonical, so that no gene comes twice in a cell."""
 
     indptr: torch.Tensor
@@ -42,7 +43,7 @@ class Counts(NamedTuple):
         """Number of cells."""
         return len(self.indptr) - 1
 
-    @property
+    @cached_property
     def cells(self) -> torch.Tensor:
         """Cell of each stored count."""
         numbers = torch.arange(self.n_cells, device=self.indptr.device)
@@ -53,9 +54,19 @@ class Counts(NamedTuple):
         zero = self.values.new_zeros(self.n_cells)
         return zero.index_add(0, self.cells, self.values)
 
+    @cached_property
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The three arrays, in memory that is shared."""
         return self.indptr.numpy(), self.indices.numpy(), self.values.numpy()
+
+    @cached_property
+    def by_gene(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The arrays of the CSC matrix: where each gene begins, cells, counts."""
+        from ldvae_ext.module import _row_kernels as loops
+
+        indptr, indices, values = np.zeros(self.n_genes + 1, np.int64), *map(np.empty_like, self.arrays[1:])
+        loops.transpose(*self.arrays, indptr, indices, values)
+        return indptr, indices, values
 
 
 def _at(counts: Counts, matrix: torch.Tensor) -> torch.Tensor:
@@ -179,112 +190,3 @@ def negative_log_likelihood(
     x = counts.values.to(mu_ng)
     of_counts = torch.xlogy(x, _at(counts, mu_ng)) - torch.lgamma(x + 1)
     return mu_ng.sum(-1) - _per_cell(counts, of_counts)
-
-
-class _Compiled(Function):
-    """The same of logits, whose softmax times the library is the mean, in one go."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits_ng: torch.Tensor,
-        log_library_n: torch.Tensor,
-        log_theta_cg: torch.Tensor | None,
-        dropout_ng: torch.Tensor | None,
-        counts: Counts,
-        code_n: torch.Tensor | None,
-    ) -> torch.Tensor:
-        tensors = (logits_ng, log_library_n, log_theta_cg, dropout_ng)
-        ctx.given = [None if value is None else value.detach().contiguous() for value in tensors]
-        ctx.counts, ctx.code_n = counts, code_n
-        loss_n, ctx.slopes = _run(*ctx.given, counts, code_n, torch.ones_like(log_library_n))
-        return loss_n
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, weight_n: torch.Tensor) -> Any:
-        slopes, ctx.slopes = ctx.slopes, None
-        if slopes is not None and bool((weight_n == weight_n[0]).all()):
-            return *(None if slope is None else slope.mul_(weight_n[0]) for slope in slopes), None, None
-        # Cells that weigh differently, in the sums over cells too; or a second pass backward.
-        _, slopes = _run(*ctx.given, ctx.counts, ctx.code_n, weight_n)
-        return *slopes, None, None
-
-
-def _run(
-    logits_ng: torch.Tensor,
-    log_library_n: torch.Tensor,
-    log_theta_cg: torch.Tensor | None,
-    dropout_ng: torch.Tensor | None,
-    counts: Counts,
-    code_n: torch.Tensor | None,
-    weight_n: torch.Tensor,
-) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-    """Loss of each cell, and slopes of its weighted sum."""
-    from ldvae_ext.module import _kernels as loops
-
-    n_cells, n_genes = logits_ng.shape
-    loss_n = np.empty(n_cells, np.float32)
-    d_logits_ng, d_log_library_n = torch.empty_like(logits_ng), torch.empty_like(log_library_n)
-    cells = (
-        logits_ng.numpy(),
-        log_library_n.exp().numpy(),
-        weight_n.contiguous().numpy(),
-        *counts.arrays(),
-    )
-    slopes = (loss_n, d_logits_ng.numpy(), d_log_library_n.numpy())
-    d_log_theta_cg = d_dropout_ng = None
-    with compiled(n_threads=torch.get_num_threads()):
-        if log_theta_cg is None:
-            over_rows(loops.poisson, n_cells, *cells, *slopes)
-        else:
-            theta_cg = log_theta_cg.exp().numpy()
-            n_codes = len(theta_cg)
-            codes = np.zeros(n_cells, np.int64) if code_n is None else code_n.numpy()
-            tables = [np.empty((n_codes, n, n_genes), np.float32) for n in (1, 1, *[loops.N_TABLE + 1] * 2)]
-            tables[:2] = [table[:, 0] for table in tables[:2]]
-            loops.dispersion_tables(theta_cg, *tables)
-            d_theta_pcg = np.zeros((min(threads(), n_cells), n_codes, n_genes), np.float32)
-            if dropout_ng is None:
-                loop, dropout = loops.negative_binomial, ()
-            else:
-                loop, dropout = loops.zero_inflated_negative_binomial, (dropout_ng.numpy(),)
-                d_dropout_ng = torch.empty_like(dropout_ng)
-                slopes += (d_dropout_ng.numpy(),)
-            over_rows(loop, n_cells, *cells, *dropout, codes, theta_cg, *tables, *slopes, d_theta_pcg)
-            d_log_theta_cg = torch.from_numpy(d_theta_pcg.sum(axis=0) * theta_cg)
-    return torch.from_numpy(loss_n), [d_logits_ng, d_log_library_n, d_log_theta_cg, d_dropout_ng]
-
-
-def compiled_loss(
-    counts: Counts,
-    logits_ng: torch.Tensor,
-    log_library_n: torch.Tensor,
-    log_theta_cg: torch.Tensor | None = None,
-    code_n: torch.Tensor | None = None,
-    dropout_ng: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Negative log-likelihood of each cell where the mean is the library times the softmax of logits, compiled.
-
-    A negative binomial; a Poisson without ``log_theta_cg``, zero-inflated with ``dropout_ng``. float32, on a CPU.
-
-    Parameters
-    ----------
-    counts
-        The counts.
-    logits_ng
-        Logits, shape (cells, genes).
-    log_library_n
-        Logs of the library sizes, shape (cells,).
-    log_theta_cg
-        Logs of the inverse dispersions, shape (1 or number of codes, genes).
-    code_n
-        Row of ``log_theta_cg`` for each cell; the first if None.
-    dropout_ng
-        Logits of zero inflation, shape (cells, genes).
-
-    Returns
-    -------
-    Shape (cells,), in nats.
-    """
-    return _Compiled.apply(logits_ng, log_library_n, log_theta_cg, dropout_ng, counts, code_n)
