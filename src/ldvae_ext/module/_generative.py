@@ -12,14 +12,16 @@ import torch
 from scvi import REGISTRY_KEYS
 from scvi.distributions import NegativeBinomial, Normal, Poisson, ZeroInflatedNegativeBinomial
 from scvi.module._constants import MODULE_KEYS
-from scvi.module.base import auto_move_data
+from scvi.module.base import LossOutput, auto_move_data
 from scvi.nn import Encoder
 from torch.nn.functional import linear, one_hot
 
 from ldvae_ext.core._compiled import kernels
 from ldvae_ext.module._head import affine, head_inputs, loss_of_head
 from ldvae_ext.module._likelihood import Counts, negative_log_likelihood
-from ldvae_ext.module._sparse import Prior, encoded, sparse_rows
+from ldvae_ext.module._sparse import Encoded, Prior, encoded, sparse_rows
+from ldvae_ext.module._step import Minibatch, can_step, step
+from ldvae_ext.module._step import Prior as StepPrior
 
 BACKENDS = ("numba", "torch", "scvi")
 # Of a decoder: the covariance of its inputs takes the place of passes over cells x genes.
@@ -147,16 +149,73 @@ class GenerativeModule:
             return super().forward(tensors, *args, **kwargs)  # type: ignore[misc]
         if x_ng.layout is torch.strided and x_ng.dtype is torch.float32 and x_ng.device.type == "cpu":
             tensors = {**tensors, REGISTRY_KEYS.X_KEY: sparse_rows(x_ng)}
+        if self._backend == "numba" and set(kwargs.get("loss_kwargs") or {}) <= {"kl_weight"} and can_step(self):
+            outputs = self._stepped(tensors, **(kwargs.get("loss_kwargs") or {}))
+            self._check_posterior(outputs)
+            return outputs
         self._sums_genes = True
         try:
             outputs = super().forward(tensors, *args, **kwargs)  # type: ignore[misc]
         finally:
             self._sums_genes = False
+        self._check_posterior(outputs)
+        return outputs
+
+    @staticmethod
+    def _check_posterior(outputs: Any) -> None:
         if not torch.isfinite(outputs[-1].loss):
             # Raises what scvi-tools raises, at each step, of posteriors that are not finite.
             posterior = outputs[0][MODULE_KEYS.QZ_KEY]
             Normal(posterior.loc, posterior.scale, validate_args=True)
-        return outputs
+
+    def _stepped(self: Any, tensors: dict[str, torch.Tensor], kl_weight: torch.Tensor | float = 1.0) -> Any:
+        """The forward pass of a training step, without a graph of its own."""
+        counts = Counts.of(tensors[REGISTRY_KEYS.X_KEY])
+        batch_index, labels = tensors[REGISTRY_KEYS.BATCH_KEY], tensors.get(REGISTRY_KEYS.LABELS_KEY)
+        categorical, prior = [batch_index], None
+        if (levels := tensors.get(REGISTRY_KEYS.CAT_COVS_KEY)) is not None:
+            categorical += torch.split(levels, 1, dim=1)
+        continuous = tensors.get(REGISTRY_KEYS.CONT_COVS_KEY)
+        regressor = self.decoder.factor_regressor
+        nothing = counts.values.new_empty(counts.n_cells, 0) if continuous is None else continuous
+        covariates = head_inputs(regressor, nothing, categorical)
+        if not self.use_observed_lib_size:
+            codes = batch_index.squeeze(-1)
+            prior = StepPrior(self.library_log_means[0, codes].numpy(), self.library_log_vars[0, codes].sqrt().numpy())
+        codes = None if self.gene_likelihood == "poisson" else self._codes_of_dispersion(batch_index, labels)
+        batch = Minibatch(
+            counts,
+            replace(counts, values=torch.log1p(counts.values)) if self.log_variational else counts,
+            covariates.numpy() if covariates.shape[1] else None,
+            None if codes is None else codes.numpy(),
+            prior,
+        )
+        losses = step(self, batch)
+        posteriors = [Encoded(torch.from_numpy(run.mean_nk), torch.from_numpy(run.scale_nk)) for run in losses.runs]
+        z = torch.from_numpy(losses.runs[0].sample_nk)
+        inferred = {
+            MODULE_KEYS.Z_KEY: z,
+            MODULE_KEYS.QZ_KEY: posteriors[0],
+            MODULE_KEYS.QL_KEY: posteriors[1] if len(posteriors) > 1 else None,
+            MODULE_KEYS.LIBRARY_KEY: torch.from_numpy(losses.runs[-1].sample_nk)
+            if len(posteriors) > 1
+            else torch.log(counts.totals()).unsqueeze(1),
+        }
+        per_cell = losses.reconstruction_n + kl_weight * losses.divergence_z_n + losses.divergence_l_n
+        payload = {"z": z, "batch": batch_index, "labels": labels} if self.extra_payload_autotune else {}
+        return (
+            inferred,
+            {},
+            LossOutput(
+                loss=torch.mean(per_cell),
+                reconstruction_loss=losses.reconstruction_n,
+                kl_local={
+                    MODULE_KEYS.KL_L_KEY: losses.divergence_l_n,
+                    MODULE_KEYS.KL_Z_KEY: losses.divergence_z_n,
+                },
+                extra_metrics=payload,
+            ),
+        )
 
     @auto_move_data
     def _regular_inference(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,8 +11,11 @@ from scvi.nn import FCLayers
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from ldvae_ext.core._compiled import compiled, over_rows, threads
+from ldvae_ext.core._compiled import compiled, over_rows
 from ldvae_ext.module._likelihood import Counts
+
+# Cells x genes below which a second thread costs more than it saves.
+_PER_THREAD = 400_000
 
 
 def head_inputs(layers: FCLayers, z: torch.Tensor, categories: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -62,10 +65,7 @@ def affine(layers: FCLayers, input_np: torch.Tensor) -> tuple[torch.Tensor, torc
     if linear.bias is not None:
         # It moves the mean and nothing else: its gradient is zero.
         mean_g, intercept_g = mean_g + linear.bias.detach(), intercept_g + 0 * linear.bias
-    with torch.no_grad():
-        norm.running_mean.lerp_(mean_g, norm.momentum)
-        norm.running_var.lerp_(variance_g * (len(input_np) / (len(input_np) - 1)), norm.momentum)
-        norm.num_batches_tracked.add_(1)
+    update_norm(norm, mean_g, variance_g, len(input_np))
     return folded_pg, intercept_g
 
 
@@ -116,6 +116,47 @@ def loss_of_head(
     )
 
 
+class Folded(NamedTuple):
+    """A linear layer and its batch norm as one affine map, and what gradients need."""
+
+    weight_pg: np.ndarray
+    intercept_g: np.ndarray
+    mean_g: np.ndarray
+    variance_g: np.ndarray
+    kept: tuple[np.ndarray, ...]
+
+
+def fold(input_np: np.ndarray, weight_pg: np.ndarray, gamma_g: np.ndarray, beta_g: np.ndarray, eps: float) -> Folded:
+    """See :func:`affine`; arrays of float32, contiguous."""
+    from ldvae_ext.module import _head_kernels as loops
+
+    centred_np, mean_p = np.empty_like(input_np), np.empty(input_np.shape[1], np.float32)
+    spread_pg, folded_pg = np.empty((2, *weight_pg.shape), np.float32)
+    inverse_g, intercept_g, mean_g, variance_g = np.empty((4, len(gamma_g)), np.float32)
+    made = centred_np, mean_p, spread_pg, inverse_g, folded_pg, intercept_g, mean_g, variance_g
+    loops.fold(input_np, weight_pg, gamma_g, beta_g, eps, *made)
+    kept = centred_np, mean_p, weight_pg, gamma_g, inverse_g, spread_pg, folded_pg
+    return Folded(folded_pg, intercept_g, mean_g, variance_g, kept)
+
+
+def unfold(folded: Folded, d_weight_pg: np.ndarray, d_intercept_g: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Gradients of :func:`fold` in inputs, weights and gamma; beta's is the intercept's. Overwrites ``d_weight_pg``."""
+    from ldvae_ext.module import _head_kernels as loops
+
+    d_input_np, d_raw_pg = np.empty_like(folded.kept[0]), np.empty_like(d_weight_pg)
+    d_gamma_g = np.empty_like(d_intercept_g)
+    loops.unfold(*folded.kept, d_weight_pg, d_intercept_g, d_input_np, d_raw_pg, d_gamma_g)
+    return d_input_np, d_raw_pg, d_gamma_g
+
+
+@torch.no_grad()
+def update_norm(norm: torch.nn.BatchNorm1d, mean_g: torch.Tensor, variance_g: torch.Tensor, n_cells: int) -> None:
+    """Move the running statistics of a batch norm, as torch does."""
+    norm.running_mean.lerp_(mean_g, norm.momentum)
+    norm.running_var.lerp_(variance_g * (n_cells / (n_cells - 1)), norm.momentum)
+    norm.num_batches_tracked.add_(1)
+
+
 class _Fold(Function):
     """See :func:`affine`."""
 
@@ -128,34 +169,17 @@ class _Fold(Function):
         beta_g: torch.Tensor,
         eps: float,
     ) -> tuple[torch.Tensor, ...]:
-        from ldvae_ext.module import _head_kernels as loops
-
-        input_np, weight_pg = input_np.detach().contiguous(), weight_pg.detach().contiguous()
-        gamma_g, beta_g = gamma_g.detach().contiguous(), beta_g.detach().contiguous()
-        centred_np, mean_p = torch.empty_like(input_np), input_np.new_empty(input_np.shape[1])
-        spread_pg, folded_pg = torch.empty_like(weight_pg), torch.empty_like(weight_pg)
-        inverse_g, intercept_g, mean_g, variance_g = (torch.empty_like(gamma_g) for _ in range(4))
-        made = centred_np, mean_p, spread_pg, inverse_g, folded_pg, intercept_g, mean_g, variance_g
-        given = input_np.numpy(), weight_pg.numpy(), gamma_g.numpy(), beta_g.numpy()
-        loops.fold(*given, eps, *(value.numpy() for value in made))
-        ctx.kept = [
-            value.numpy() for value in (centred_np, mean_p, weight_pg, gamma_g, inverse_g, spread_pg, folded_pg)
-        ]
-        ctx.mark_non_differentiable(mean_g, variance_g)
-        return folded_pg, intercept_g, mean_g, variance_g
+        arrays = (value.detach().contiguous().numpy() for value in (input_np, weight_pg, gamma_g, beta_g))
+        ctx.folded = fold(*arrays, eps)
+        outputs = tuple(map(torch.from_numpy, ctx.folded[:4]))
+        ctx.mark_non_differentiable(*outputs[2:])
+        return outputs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_folded_pg: torch.Tensor, d_intercept_g: torch.Tensor, *_: torch.Tensor) -> Any:
-        from ldvae_ext.module import _head_kernels as loops
-
-        n_cells = len(ctx.kept[0])
-        d_folded_pg, d_intercept_g = d_folded_pg.clone(), d_intercept_g.contiguous()
-        d_input_np, d_weight_pg = d_folded_pg.new_empty(n_cells, len(d_folded_pg)), torch.empty_like(d_folded_pg)
-        d_gamma_g = torch.empty_like(d_intercept_g)
-        arrays = d_folded_pg, d_intercept_g, d_input_np, d_weight_pg, d_gamma_g
-        loops.unfold(*ctx.kept, *(value.numpy() for value in arrays))
-        return d_input_np, d_weight_pg, d_gamma_g, d_intercept_g, None
+    def backward(ctx: Any, d_weight_pg: torch.Tensor, d_intercept_g: torch.Tensor, *_: torch.Tensor) -> Any:
+        slopes = unfold(ctx.folded, d_weight_pg.clone().numpy(), d_intercept_g.contiguous().numpy())
+        return *map(torch.from_numpy, slopes), d_intercept_g, None
 
 
 class _Head(Function):
@@ -164,55 +188,78 @@ class _Head(Function):
     @staticmethod
     def forward(ctx: Any, *given: Any) -> torch.Tensor:
         *tensors, counts, code_n = given
-        ctx.tensors = [None if value is None else value.detach().contiguous() for value in tensors]
-        ctx.counts, ctx.code_n = counts, code_n
-        loss_n, ctx.slopes = _run(ctx.tensors, counts, code_n, torch.ones(counts.n_cells))
-        return loss_n
+        ctx.arrays = [None if value is None else value.detach().contiguous().numpy() for value in tensors]
+        ctx.counts, ctx.code_n = counts, None if code_n is None else code_n.numpy()
+        loss_n, ctx.slopes = run_head(ctx.arrays, counts, ctx.code_n)
+        return torch.from_numpy(loss_n)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, weight_n: torch.Tensor) -> Any:
         slopes, ctx.slopes = ctx.slopes, None
-        if slopes is not None and bool((weight_n == weight_n[0]).all()):
-            return *(None if slope is None else slope.mul_(weight_n[0]) for slope in slopes), None, None
-        # Cells that weigh differently, in the sums over cells too; or a second pass backward.
-        _, slopes = _run(ctx.tensors, ctx.counts, ctx.code_n, weight_n.contiguous())
-        return *slopes, None, None
+        slopes = weighted_slopes(ctx.arrays, ctx.counts, ctx.code_n, slopes, weight_n.contiguous().numpy())
+        return *(None if slope is None else torch.from_numpy(slope) for slope in slopes), None, None
 
 
-def _run(
-    tensors: Sequence[torch.Tensor | None], counts: Counts, code_n: torch.Tensor | None, weight_n: torch.Tensor
-) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-    """Loss of each cell, and slopes of its weighted sum in what is given."""
+def weighted_slopes(
+    arrays: Sequence[np.ndarray | None],
+    counts: Counts,
+    code_n: np.ndarray | None,
+    slopes: Sequence[np.ndarray | None] | None,
+    weight_n: np.ndarray,
+) -> Sequence[np.ndarray | None]:
+    """Slopes of the weighted sum of losses, from those of their plain sum where cells weigh the same."""
+    if slopes is None or not (weight_n == weight_n[0]).all():
+        return run_head(arrays, counts, code_n, weight_n)[1]
+    for slope in slopes:
+        if slope is not None:
+            slope *= weight_n[0]
+    return slopes
+
+
+def run_head(
+    arrays: Sequence[np.ndarray | None],
+    counts: Counts,
+    code_n: np.ndarray | None,
+    weight_n: np.ndarray | None = None,
+) -> tuple[np.ndarray, list[np.ndarray | None]]:
+    """Loss of each cell, and slopes of its weighted sum in each of the arrays.
+
+    Parameters
+    ----------
+    arrays
+        Inputs, weights and intercept of the decoder, log library, log dispersions, weights and intercept of the logits of zero
+        inflation, see :func:`loss_of_head`; float32, contiguous.
+    counts, code_n
+        See there.
+    weight_n
+        Weight of each cell; 1 if None.
+    """
     from ldvae_ext.module import _head_kernels as loops
     from ldvae_ext.module._kernels import N_TABLE, dispersion_tables
 
-    arrays = [None if value is None else value.numpy() for value in tensors]
     input_np, weight_pg, intercept_g, log_library_n, log_theta_cg, dropout_weight_pg, dropout_intercept_g = arrays
     n_cells, n_genes = len(input_np), len(intercept_g)
-    with compiled(n_threads=min(torch.get_num_threads(), n_cells)):
+    weight_n = np.ones(n_cells, np.float32) if weight_n is None else weight_n
+    n_threads = _threads_for(n_cells * n_genes)
 
-        def sums(like: np.ndarray) -> np.ndarray:
-            return np.zeros((threads(), *like.shape), np.float32)
+    def sums(like: np.ndarray) -> np.ndarray:
+        return np.zeros((n_threads, *like.shape), np.float32)
 
-        loss_n, d_input_np, d_log_library_n = (
-            np.empty(n_cells, np.float32),
-            np.empty_like(input_np),
-            np.empty(n_cells, np.float32),
-        )
-        d_weight_tpg, d_intercept_tg = sums(weight_pg), sums(intercept_g)
-        cells = (input_np, weight_pg, intercept_g, np.exp(log_library_n), weight_n.numpy(), *counts.arrays)
-        slopes = (loss_n, d_input_np, d_log_library_n, d_weight_tpg, d_intercept_tg)
-        d_log_theta_cg = d_dropout_weight_pg = d_dropout_intercept_g = None
+    loss_n, d_log_library_n = np.empty((2, n_cells), np.float32)
+    d_input_np, d_weight_tpg, d_intercept_tg = np.empty_like(input_np), sums(weight_pg), sums(intercept_g)
+    cells = (input_np, weight_pg, intercept_g, np.exp(log_library_n), weight_n, *counts.arrays)
+    slopes = (loss_n, d_input_np, d_log_library_n, d_weight_tpg, d_intercept_tg)
+    d_log_theta_cg = d_dropout_weight_pg = d_dropout_intercept_g = None
+    with compiled(n_threads=n_threads):
         if log_theta_cg is None:
             over_rows(loops.poisson_head, n_cells, *cells, *slopes)
         else:
             theta_cg = np.exp(log_theta_cg)
-            codes = np.zeros(n_cells, np.int64) if code_n is None else code_n.numpy()
-            tables = (
-                *(np.empty_like(theta_cg) for _ in range(2)),
-                *np.empty((2, len(theta_cg), N_TABLE + 1, n_genes), np.float32),
-            )
+            codes = np.zeros(n_cells, np.int64) if code_n is None else code_n
+            inverse_cg, share_cg = np.empty((2, *theta_cg.shape), np.float32)
+            log_gamma_cxg, digamma_cxg = np.empty((2, len(theta_cg), N_TABLE + 1, n_genes), np.float32)
+            tables = inverse_cg, share_cg, log_gamma_cxg, digamma_cxg
             dispersion_tables(theta_cg, *tables)
             d_theta_tcg = sums(theta_cg)
             dispersions = (codes, theta_cg, *tables, d_theta_tcg)
@@ -222,18 +269,15 @@ def _run(
                 dropout = sums(dropout_weight_pg), sums(dropout_intercept_g)
                 given = dropout_weight_pg, dropout_intercept_g
                 over_rows(loops.zero_inflated_head, n_cells, *cells, *slopes, *dispersions, *given, *dropout)
-                d_dropout_weight_pg, d_dropout_intercept_g = (_total(part) for part in dropout)
-            d_log_theta_cg = torch.from_numpy(_total(d_theta_tcg).numpy() * theta_cg)
-    return torch.from_numpy(loss_n), [
-        torch.from_numpy(d_input_np),
-        _total(d_weight_tpg),
-        _total(d_intercept_tg),
-        torch.from_numpy(d_log_library_n),
-        d_log_theta_cg,
-        d_dropout_weight_pg,
-        d_dropout_intercept_g,
-    ]
+                d_dropout_weight_pg, d_dropout_intercept_g = map(_total, dropout)
+            d_log_theta_cg = _total(d_theta_tcg) * theta_cg
+    of_heads = d_log_theta_cg, d_dropout_weight_pg, d_dropout_intercept_g
+    return loss_n, [d_input_np, _total(d_weight_tpg), _total(d_intercept_tg), d_log_library_n, *of_heads]
 
 
-def _total(per_thread: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(per_thread[0] if len(per_thread) == 1 else per_thread.sum(axis=0))
+def _threads_for(n_values: int) -> int:
+    return max(1, min(torch.get_num_threads(), n_values // _PER_THREAD))
+
+
+def _total(per_thread: np.ndarray) -> np.ndarray:
+    return per_thread[0] if len(per_thread) == 1 else per_thread.sum(axis=0)

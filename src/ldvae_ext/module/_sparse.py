@@ -49,7 +49,7 @@ class _Divergence(Function):
         return weight * distance / scale_0, weight * (ratio - 1) / scale, None, None
 
 
-def _weights_by_gene(weight_hg: torch.Tensor) -> torch.Tensor:
+def weights_by_gene(weight_hg: torch.Tensor) -> torch.Tensor:
     from ldvae_ext.module import _row_kernels as loops
 
     out_gh = weight_hg.new_empty(weight_hg.shape[::-1])
@@ -57,13 +57,13 @@ def _weights_by_gene(weight_hg: torch.Tensor) -> torch.Tensor:
     return out_gh
 
 
-def _linear(
+def linear(
     weight_hg: torch.Tensor, bias_h: torch.Tensor | None, more_nc: torch.Tensor | None, counts: Counts
 ) -> torch.Tensor:
     """``[counts, more] @ weight.T + bias``."""
     from ldvae_ext.module import _row_kernels as loops
 
-    weight_gh = _weights_by_gene(weight_hg)
+    weight_gh = weights_by_gene(weight_hg)
     out_nh = weight_gh.new_zeros(counts.n_cells, weight_gh.shape[1])
     if bias_h is not None:
         out_nh += bias_h.detach()
@@ -73,10 +73,10 @@ def _linear(
     return out_nh
 
 
-def _linear_back(
+def linear_back(
     weight_hg: torch.Tensor, more_nc: torch.Tensor | None, counts: Counts, slope_nh: torch.Tensor, *, of_more: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Gradients of :func:`_linear` in the weights and, if they are asked for, in the other inputs."""
+    """Gradients of :func:`linear` in the weights and, if they are asked for, in the other inputs."""
     from ldvae_ext.module import _row_kernels as loops
 
     d_weight_gh = weight_hg.new_zeros(weight_hg.shape[::-1])
@@ -98,99 +98,17 @@ class _SparseLinear(Function):
         ctx.counts, ctx.has_bias = counts, bias_h is not None
         ctx.save_for_backward(weight_hg, more_nc)
         with compiled(n_threads=torch.get_num_threads()):
-            return _linear(weight_hg, bias_h, more_nc, counts)
+            return linear(weight_hg, bias_h, more_nc, counts)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slope_nh: torch.Tensor) -> Any:
         weight_hg, more_nc = ctx.saved_tensors
         with compiled(n_threads=torch.get_num_threads()):
-            d_weight_hg, d_more_nc = _linear_back(
+            d_weight_hg, d_more_nc = linear_back(
                 weight_hg, more_nc, ctx.counts, slope_nh.contiguous(), of_more=ctx.needs_input_grad[2]
             )
         return d_weight_hg, slope_nh.sum(0) if ctx.has_bias else None, d_more_nc, None
-
-
-class _UsualEncoder(Function):
-    """Linear layer, batch norm, ReLU and dropout, in training; mean, scale and a draw from the posterior."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        weight_hg: torch.Tensor,
-        bias_h: torch.Tensor,
-        gamma_h: torch.Tensor,
-        beta_h: torch.Tensor,
-        mean_weight_kh: torch.Tensor,
-        mean_bias_k: torch.Tensor,
-        variance_weight_kh: torch.Tensor,
-        variance_bias_k: torch.Tensor,
-        more_nc: torch.Tensor | None,
-        counts: Counts,
-        norm: torch.nn.BatchNorm1d,
-        dropout: float,
-        least_variance: float,
-    ) -> tuple[torch.Tensor, ...]:
-        from ldvae_ext.module import _row_kernels as loops
-
-        with compiled(n_threads=torch.get_num_threads()):
-            before_nh = _linear(weight_hg, bias_h, more_nc, counts)
-        # The draws of torch.nn.Dropout.
-        kept_nh = torch.empty_like(before_nh).bernoulli_(1 - dropout).div_(1 - dropout)
-        normal_nh, inverse_h, hidden_nh = (
-            torch.empty_like(before_nh),
-            torch.empty_like(gamma_h),
-            torch.empty_like(before_nh),
-        )
-        given = [value.detach().numpy() for value in (before_nh, gamma_h, beta_h, kept_nh)]
-        running = norm.running_mean.numpy(), norm.running_var.numpy(), norm.momentum
-        loops.hidden(*given, norm.eps, *running, normal_nh.numpy(), inverse_h.numpy(), hidden_nh.numpy())
-        norm.num_batches_tracked.add_(1)
-        mean_nk = torch.addmm(mean_bias_k, hidden_nh, mean_weight_kh.t())
-        free_nk = torch.addmm(variance_bias_k, hidden_nh, variance_weight_kh.t()).exp_()
-        scale_nk = (free_nk + least_variance).sqrt_()
-        draw_nk = torch.empty_like(mean_nk).normal_()
-        ctx.save_for_backward(
-            weight_hg, more_nc, gamma_h, beta_h, mean_weight_kh, variance_weight_kh,
-            kept_nh, normal_nh, inverse_h, hidden_nh, free_nk, scale_nk, draw_nk,
-        )  # fmt: skip
-        ctx.counts = counts
-        return mean_nk, scale_nk, torch.addcmul(mean_nk, draw_nk, scale_nk)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_mean_nk: torch.Tensor, d_scale_nk: torch.Tensor, d_sample_nk: torch.Tensor) -> Any:
-        from ldvae_ext.module import _row_kernels as loops
-
-        (
-            weight_hg, more_nc, gamma_h, beta_h, mean_weight_kh, variance_weight_kh,
-            kept_nh, normal_nh, inverse_h, hidden_nh, free_nk, scale_nk, draw_nk,
-        ) = ctx.saved_tensors  # fmt: skip
-        d_mean_nk = d_mean_nk + d_sample_nk
-        # variance = e^v + least, scale = sqrt(variance).
-        d_variance_nk = torch.addcmul(d_scale_nk, d_sample_nk, draw_nk).mul_(free_nk).div_(scale_nk).mul_(0.5)
-        d_hidden_nh = torch.addmm(d_mean_nk @ mean_weight_kh, d_variance_nk, variance_weight_kh)
-        d_before_nh = torch.empty_like(d_hidden_nh)
-        d_gamma_h, d_beta_h = torch.zeros_like(gamma_h), torch.zeros_like(beta_h)
-        given = [value.detach().numpy() for value in (d_hidden_nh, gamma_h, beta_h, kept_nh, normal_nh, inverse_h)]
-        loops.hidden_back(*given, d_before_nh.numpy(), d_gamma_h.numpy(), d_beta_h.numpy())
-        with compiled(n_threads=torch.get_num_threads()):
-            d_weight_hg, d_more_nc = _linear_back(
-                weight_hg, more_nc, ctx.counts, d_before_nh, of_more=ctx.needs_input_grad[8]
-            )
-        return (
-            d_weight_hg,
-            # Before a batch norm, which takes it away, a bias has no effect.
-            torch.zeros_like(gamma_h),
-            d_gamma_h,
-            d_beta_h,
-            d_mean_nk.t() @ hidden_nh,
-            d_mean_nk.sum(0),
-            d_variance_nk.t() @ hidden_nh,
-            d_variance_nk.sum(0),
-            d_more_nc,
-            *[None] * 4,
-        )
 
 
 def encoded(
@@ -218,37 +136,11 @@ def encoded(
     more = [*([] if continuous_nc is None else [continuous_nc]), *one_hot]
     first = layers.fc_layers[0][0]
     more_nc = torch.cat(more, dim=-1).to(first.weight.dtype) if more else None
-    if _is_usual(encoder, counts.n_cells):
-        norm, dropout = layers.fc_layers[0][1], layers.fc_layers[0][4]
-        heads = encoder.mean_encoder, encoder.var_encoder
-        parameters = [value for layer in (first, norm, *heads) for value in (layer.weight, layer.bias)]
-        options = norm, 0.0 if dropout is None else dropout.p, encoder.var_eps
-        mean, scale, sample = _UsualEncoder.apply(*parameters, more_nc, counts, *options)
-        return Encoded(mean, scale), encoder.z_transformation(sample)
     x = _SparseLinear.apply(first.weight, first.bias, more_nc, counts)
     hidden = _behind_the_first(layers, x, one_hot)
     variance = encoder.var_activation(encoder.var_encoder(hidden)) + encoder.var_eps
     posterior = Encoded(encoder.mean_encoder(hidden), variance.sqrt())
     return posterior, encoder.z_transformation(posterior.rsample())
-
-
-def _is_usual(encoder: Encoder, n_cells: int) -> bool:
-    """Whether an encoder has scvi-tools' one hidden layer and is in training."""
-    if len(encoder.encoder.fc_layers) != 1 or encoder.var_activation is not torch.exp:
-        return False
-    linear, norm, layer_norm, activation, dropout = encoder.encoder.fc_layers[0]
-    return (
-        type(norm) is torch.nn.BatchNorm1d
-        and norm.training
-        and norm.affine
-        and norm.track_running_stats
-        and norm.momentum is not None
-        and linear.bias is not None
-        and layer_norm is None
-        and type(activation) is torch.nn.ReLU
-        and (dropout is None or (dropout.training and 0 < dropout.p < 1))
-        and n_cells > 1
-    )
 
 
 def _behind_the_first(layers: FCLayers, x: torch.Tensor, one_hot: Sequence[torch.Tensor]) -> torch.Tensor:
