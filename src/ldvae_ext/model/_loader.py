@@ -179,3 +179,13 @@ class CountsSplitter(DataSplitter):
     """``scvi.dataloaders.DataSplitter`` whose loaders gather sparse counts."""
 
     data_loader_cls = staticmethod(counts_loader)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """As in scvi-tools; on a CPU there is nothing to transfer.
+
+        Parameters
+        ----------
+        batch, device, dataloader_idx
+            As in lightning.
+        """
+        return batch if device.type == "cpu" else super().transfer_batch_to_device(batch, device, dataloader_idx)

@@ -20,7 +20,7 @@ from ldvae_ext.core._compiled import kernels
 from ldvae_ext.module._head import affine, head_inputs, loss_of_head
 from ldvae_ext.module._likelihood import Counts, negative_log_likelihood
 from ldvae_ext.module._sparse import Encoded, Prior, encoded, sparse_rows
-from ldvae_ext.module._step import Minibatch, can_step, step
+from ldvae_ext.module._step import Minibatch, Steps
 from ldvae_ext.module._step import Prior as StepPrior
 
 BACKENDS = ("numba", "torch", "scvi")
@@ -65,6 +65,7 @@ class GenerativeModule:
 
     _backend: str = "scvi"
     _sums_genes: bool = False
+    _steps: Steps | None = None
 
     @contextmanager
     def computing(self, backend: str) -> Iterator[None]:
@@ -75,11 +76,12 @@ class GenerativeModule:
         backend
             One that :meth:`backend` gave.
         """
-        before, self._backend = self._backend, backend
+        before = self._backend, self._steps
+        self._backend, self._steps = backend, Steps(self) if backend == "numba" and Steps.fit(self) else None
         try:
             yield
         finally:
-            self._backend = before
+            self._backend, self._steps = before
 
     def backend(self, backend: str = "auto", device: str | None = None) -> str:
         """The backend that is asked for, or with ``"auto"`` the first of numba, torch and scvi that the network allows.
@@ -109,10 +111,10 @@ class GenerativeModule:
             return None
         if self.gene_likelihood == "normal":
             return "`gene_likelihood='normal'` has no gamma functions; scvi-tools' own way is the only one"
-        for step in _STEPS:
-            its_own = getattr(type(self), step).__module__.split(".")[0] in ("ldvae_ext", "scvi")
-            if step in self.__dict__ or not its_own:
-                return f"`{step}` of the network was replaced"
+        for name in _STEPS:
+            its_own = getattr(type(self), name).__module__.split(".")[0] in ("ldvae_ext", "scvi")
+            if name in self.__dict__ or not its_own:
+                return f"`{name}` of the network was replaced"
         if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in self.modules() if m is not self):
             return "a layer of the network has hooks, which would not be called"
         return self._obstacle_to_loops(device) if backend == "numba" else None
@@ -149,8 +151,9 @@ class GenerativeModule:
             return super().forward(tensors, *args, **kwargs)  # type: ignore[misc]
         if x_ng.layout is torch.strided and x_ng.dtype is torch.float32 and x_ng.device.type == "cpu":
             tensors = {**tensors, REGISTRY_KEYS.X_KEY: sparse_rows(x_ng)}
-        if self._backend == "numba" and set(kwargs.get("loss_kwargs") or {}) <= {"kl_weight"} and can_step(self):
-            outputs = self._stepped(tensors, **(kwargs.get("loss_kwargs") or {}))
+        of_loss = kwargs.get("loss_kwargs") or {}
+        if self._steps is not None and set(of_loss) <= {"kl_weight"} and self._steps.can_run:
+            outputs = self._stepped(tensors, **of_loss)
             self._check_posterior(outputs)
             return outputs
         self._sums_genes = True
@@ -172,13 +175,12 @@ class GenerativeModule:
         """The forward pass of a training step, without a graph of its own."""
         counts = Counts.of(tensors[REGISTRY_KEYS.X_KEY])
         batch_index, labels = tensors[REGISTRY_KEYS.BATCH_KEY], tensors.get(REGISTRY_KEYS.LABELS_KEY)
-        categorical, prior = [batch_index], None
-        if (levels := tensors.get(REGISTRY_KEYS.CAT_COVS_KEY)) is not None:
-            categorical += torch.split(levels, 1, dim=1)
-        continuous = tensors.get(REGISTRY_KEYS.CONT_COVS_KEY)
-        regressor = self.decoder.factor_regressor
-        nothing = counts.values.new_empty(counts.n_cells, 0) if continuous is None else continuous
-        covariates = head_inputs(regressor, nothing, categorical)
+        prior, covariates = None, None
+        continuous, levels = tensors.get(REGISTRY_KEYS.CONT_COVS_KEY), tensors.get(REGISTRY_KEYS.CAT_COVS_KEY)
+        if self.n_batch > 1 or continuous is not None or levels is not None:
+            categorical = [batch_index, *(() if levels is None else torch.split(levels, 1, dim=1))]
+            nothing = counts.values.new_empty(counts.n_cells, 0) if continuous is None else continuous
+            covariates = head_inputs(self.decoder.factor_regressor, nothing, categorical).numpy()
         if not self.use_observed_lib_size:
             codes = batch_index.squeeze(-1)
             prior = StepPrior(self.library_log_means[0, codes].numpy(), self.library_log_vars[0, codes].sqrt().numpy())
@@ -186,11 +188,11 @@ class GenerativeModule:
         batch = Minibatch(
             counts,
             replace(counts, values=torch.log1p(counts.values)) if self.log_variational else counts,
-            covariates.numpy() if covariates.shape[1] else None,
+            covariates,
             None if codes is None else codes.numpy(),
             prior,
         )
-        losses = step(self, batch)
+        losses = self._steps.run(batch)
         posteriors = [Encoded(torch.from_numpy(run.mean_nk), torch.from_numpy(run.scale_nk)) for run in losses.runs]
         z = torch.from_numpy(losses.runs[0].sample_nk)
         inferred = {

@@ -71,12 +71,13 @@ def dispersion_tables(theta_cg: Any, inverse_cg: Any, share_cg: Any, log_gamma_c
             log_gamma_cxg[c, 0, g] = _F(0)
             digamma_cxg[c, 0, g] = _F(0)
         for x in range(1, log_gamma_cxg.shape[1]):
-            log_gamma, log_gamma_before = log_gamma_cxg[c, x], log_gamma_cxg[c, x - 1]
-            digamma, digamma_before, theta = digamma_cxg[c, x], digamma_cxg[c, x - 1], theta_cg[c]
+            # One table at a time: too many arrays in a loop keep it from being vectorised.
+            theta, log_gamma, before = theta_cg[c], log_gamma_cxg[c, x], log_gamma_cxg[c, x - 1]
             for g in range(theta.size):
-                raised = theta[g] + _F(x - 1)
-                log_gamma[g] = log_gamma_before[g] + log(raised / _F(x))
-                digamma[g] = digamma_before[g] + _F(1) / raised
+                log_gamma[g] = before[g] + log((theta[g] + _F(x - 1)) / _F(x))
+            digamma, before = digamma_cxg[c, x], digamma_cxg[c, x - 1]
+            for g in range(theta.size):
+                digamma[g] = before[g] + _F(1) / (theta[g] + _F(x - 1))
 
 
 @njit(**_LOOP)

@@ -19,6 +19,15 @@ class GatheringPlan(TrainingPlan):
         super().__init__(*args, **kwargs)
         self._gathered: dict[str, _Sums] = {"train": _Sums(), "validation": _Sums()}
 
+    def configure_optimizers(self) -> dict[str, Any]:
+        """scvi-tools' optimizer, which on a CPU need not ask at each step whether there is a GPU with a graph to capture."""
+        config = super().configure_optimizers()
+        optimizer, check = config["optimizer"], "_accelerator_graph_capture_health_check"
+        on_cpu = all(value.device.type == "cpu" for group in optimizer.param_groups for value in group["params"])
+        if on_cpu and hasattr(optimizer, check):
+            setattr(optimizer, check, _nothing)
+        return config
+
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         """As in scvi-tools.
 
@@ -118,3 +127,7 @@ class _Sums:
         for name, value in losses.extra_metrics.items():
             if not isinstance(value, torch.Tensor) or value.ndim == 0:
                 self.extra[name] = self.extra.get(name, 0.0) + value * n_obs
+
+
+def _nothing() -> None:
+    """Stands for a check that does not concern a CPU."""

@@ -10,8 +10,6 @@ from numba import njit
 from ldvae_ext.core._kernels import _LOOP
 
 _F = np.float32
-# Edge of the squares in which a matrix is turned.
-_TILE = 16
 
 
 @njit(**_LOOP)
@@ -101,12 +99,15 @@ def multiply(start: int, stop: int, indptr: Any, indices: Any, values: Any, matr
 
 @njit(**_LOOP)
 def turn(matrix_hg: Any, out_gh: Any) -> None:
-    """The transpose of a matrix, laid out row by row."""
+    """The transpose of a matrix, laid out row by row; eight of its rows are read side by side."""
     n_rows, n_columns = matrix_hg.shape
-    for top in range(0, n_rows, _TILE):
-        for left in range(0, n_columns, _TILE):
-            tile = matrix_hg[top : top + _TILE, left : left + _TILE]
-            out = out_gh[left : left + _TILE, top : top + _TILE]
-            for g in range(tile.shape[1]):
-                for h in range(tile.shape[0]):
-                    out[g, h] = tile[h, g]
+    for top in range(0, n_rows - 7, 8):
+        a, b, c, d = matrix_hg[top], matrix_hg[top + 1], matrix_hg[top + 2], matrix_hg[top + 3]
+        e, f, g, h = matrix_hg[top + 4], matrix_hg[top + 5], matrix_hg[top + 6], matrix_hg[top + 7]
+        for column in range(n_columns):
+            out = out_gh[column, top : top + 8]
+            out[0], out[1], out[2], out[3] = a[column], b[column], c[column], d[column]
+            out[4], out[5], out[6], out[7] = e[column], f[column], g[column], h[column]
+    for row in range(n_rows // 8 * 8, n_rows):
+        for column in range(n_columns):
+            out_gh[column, row] = matrix_hg[row, column]
