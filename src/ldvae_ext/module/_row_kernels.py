@@ -78,23 +78,51 @@ def transpose(indptr: Any, indices: Any, values: Any, out_indptr: Any, out_indic
 
 
 @njit(**_LOOP)
-def multiply(start: int, stop: int, indptr: Any, indices: Any, values: Any, matrix_gh: Any, out_nh: Any) -> None:
-    """Rows ``start`` to ``stop`` of a sparse matrix times a dense one, added to ``out_nh``."""
-    for n in range(start, stop):
-        out, j, end = out_nh[n], indptr[n], indptr[n + 1]
-        # Four at a time: the sums are read and written a quarter as often.
-        while j + 3 < end:
-            first, second, third, fourth = values[j], values[j + 1], values[j + 2], values[j + 3]
-            a, b = matrix_gh[indices[j]], matrix_gh[indices[j + 1]]
-            c, d = matrix_gh[indices[j + 2]], matrix_gh[indices[j + 3]]
-            for h in range(out.size):
-                out[h] += first * a[h] + second * b[h] + third * c[h] + fourth * d[h]
-            j += 4
-        while j < end:
-            value, row = values[j], matrix_gh[indices[j]]
-            for h in range(out.size):
-                out[h] += value * row[h]
-            j += 1
+def _add_products(begin: int, end: int, indices: Any, values: Any, matrix_gh: Any, out: Any) -> None:
+    """A row of a sparse matrix times a dense one, added to ``out``."""
+    j = begin
+    # Four at a time: the sums are read and written a quarter as often.
+    while j + 3 < end:
+        first, second, third, fourth = values[j], values[j + 1], values[j + 2], values[j + 3]
+        a, b = matrix_gh[indices[j]], matrix_gh[indices[j + 1]]
+        c, d = matrix_gh[indices[j + 2]], matrix_gh[indices[j + 3]]
+        for h in range(out.size):
+            out[h] += first * a[h] + second * b[h] + third * c[h] + fourth * d[h]
+        j += 4
+    while j < end:
+        value, row = values[j], matrix_gh[indices[j]]
+        for h in range(out.size):
+            out[h] += value * row[h]
+        j += 1
+
+
+@njit(**_LOOP)
+def multiply(indptr: Any, indices: Any, values: Any, matrix_gh: Any, out_nh: Any) -> None:
+    """A sparse matrix times a dense one, added to ``out_nh``."""
+    for n in range(out_nh.shape[0]):
+        _add_products(indptr[n], indptr[n + 1], indices, values, matrix_gh, out_nh[n])
+
+
+@njit(**_LOOP)
+def multiply_turned(indptr: Any, indices: Any, values: Any, matrix_nh: Any, out_hg: Any) -> None:
+    """A sparse matrix of genes x cells times a dense one, turned: ``out`` has a column for each gene."""
+    n_hidden, n_genes = out_hg.shape
+    tile = np.empty((8, n_hidden), np.float32)
+    a, b, c, d, e, f, g, h = tile[0], tile[1], tile[2], tile[3], tile[4], tile[5], tile[6], tile[7]
+    for first in range(0, n_genes, 8):
+        size = min(8, n_genes - first)
+        tile[:] = np.float32(0)
+        for i in range(size):
+            _add_products(indptr[first + i], indptr[first + i + 1], indices, values, matrix_nh, tile[i])
+        if size == 8:
+            for row in range(n_hidden):
+                out = out_hg[row, first : first + 8]
+                out[0], out[1], out[2], out[3] = a[row], b[row], c[row], d[row]
+                out[4], out[5], out[6], out[7] = e[row], f[row], g[row], h[row]
+        else:
+            for row in range(n_hidden):
+                for i in range(size):
+                    out_hg[row, first + i] = tile[i, row]
 
 
 @njit(**_LOOP)

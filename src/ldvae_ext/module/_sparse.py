@@ -12,7 +12,6 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.distributions import Normal, register_kl
 
-from ldvae_ext.core._compiled import compiled, over_rows
 from ldvae_ext.module._likelihood import Counts
 
 
@@ -69,7 +68,7 @@ def linear(
         out_nh += bias_h.detach()
     if more_nc is not None:
         out_nh.addmm_(more_nc.detach(), weight_gh[counts.n_genes :])
-    over_rows(loops.multiply, counts.n_cells, *counts.arrays, weight_gh.numpy(), out_nh.numpy())
+    loops.multiply(*counts.arrays, weight_gh.numpy(), out_nh.numpy())
     return out_nh
 
 
@@ -79,12 +78,10 @@ def linear_back(
     """Gradients of :func:`linear` in the weights and, if they are asked for, in the other inputs."""
     from ldvae_ext.module import _row_kernels as loops
 
-    d_weight_gh = weight_hg.new_zeros(weight_hg.shape[::-1])
-    over_rows(loops.multiply, counts.n_genes, *counts.by_gene, slope_nh.numpy(), d_weight_gh.numpy())
-    if more_nc is not None:
-        torch.mm(more_nc.t(), slope_nh, out=d_weight_gh[counts.n_genes :])
     d_weight_hg = torch.empty_like(weight_hg, memory_format=torch.contiguous_format)
-    loops.turn(d_weight_gh.numpy(), d_weight_hg.numpy())
+    loops.multiply_turned(*counts.by_gene, slope_nh.numpy(), d_weight_hg[:, : counts.n_genes].numpy())
+    if more_nc is not None:
+        d_weight_hg[:, counts.n_genes :] = slope_nh.t() @ more_nc
     return d_weight_hg, slope_nh @ weight_hg[:, counts.n_genes :] if of_more else None
 
 
@@ -97,17 +94,15 @@ class _SparseLinear(Function):
     ) -> torch.Tensor:
         ctx.counts, ctx.has_bias = counts, bias_h is not None
         ctx.save_for_backward(weight_hg, more_nc)
-        with compiled(n_threads=torch.get_num_threads()):
-            return linear(weight_hg, bias_h, more_nc, counts)
+        return linear(weight_hg, bias_h, more_nc, counts)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slope_nh: torch.Tensor) -> Any:
         weight_hg, more_nc = ctx.saved_tensors
-        with compiled(n_threads=torch.get_num_threads()):
-            d_weight_hg, d_more_nc = linear_back(
-                weight_hg, more_nc, ctx.counts, slope_nh.contiguous(), of_more=ctx.needs_input_grad[2]
-            )
+        d_weight_hg, d_more_nc = linear_back(
+            weight_hg, more_nc, ctx.counts, slope_nh.contiguous(), of_more=ctx.needs_input_grad[2]
+        )
         return d_weight_hg, slope_nh.sum(0) if ctx.has_bias else None, d_more_nc, None
 
 
