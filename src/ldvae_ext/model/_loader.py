@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import h5py
 import numpy as np
 import pandas as pd
 import torch
@@ -16,8 +15,7 @@ from scvi.data._utils import registry_key_to_default_dtype
 from scvi.dataloaders import AnnDataLoader, DataSplitter
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ldvae_ext.core._compiled import kernels
-from ldvae_ext.module._sparse import csr_tensor, sparse_rows
+from ldvae_ext.module._sparse import csr_tensor
 
 
 class CountsDataset(Dataset):
@@ -35,7 +33,6 @@ class CountsDataset(Dataset):
         self.indices = indices
         values = {key: manager.get_from_registry(key) for key in manager.data_registry}
         self._counts = values.pop(REGISTRY_KEYS.X_KEY)
-        self._n_genes = self._counts.shape[1]
         self._others = {
             key: _in_memory(value).astype(registry_key_to_default_dtype(key), copy=False)
             for key, value in values.items()
@@ -51,16 +48,11 @@ class CountsDataset(Dataset):
         return {REGISTRY_KEYS.X_KEY: self._rows(rows), **{key: value[rows] for key, value in self._others.items()}}
 
     def _rows(self, rows: np.ndarray) -> torch.Tensor:
-        from ldvae_ext.module import _row_kernels as loops
-
-        if not sparse.issparse(self._counts):
-            return sparse_rows(torch.from_numpy(self._counts[rows].astype(np.float32, copy=False)))
-        stored = self._counts.indptr, self._counts.indices, self._counts.data
-        indptr = np.empty(len(rows) + 1, np.int64)
-        loops.n_stored(rows, stored[0], indptr)
-        indices, values = np.empty(indptr[-1], np.int64), np.empty(indptr[-1], np.float32)
-        loops.gather(rows, *stored, indptr, indices, values)
-        return csr_tensor(indptr, indices, values, (len(rows), self._n_genes))
+        chosen = self._counts[rows]
+        if not sparse.issparse(chosen):
+            chosen = sparse.csr_array(chosen)
+        indices = chosen.indptr.astype(np.int64), chosen.indices.astype(np.int64)
+        return csr_tensor(*indices, chosen.data.astype(np.float32, copy=False), chosen.shape)
 
 
 def _in_memory(value: Any) -> np.ndarray:
@@ -126,19 +118,21 @@ class CountsLoader(DataLoader):
 
 def can_gather(manager: AnnDataManager) -> bool:
     """Whether the data of an AnnData lie in memory in a form that :class:`CountsDataset` reads."""
-    if kernels() is None or manager.adata is None or manager.adata.isbacked:
+    if manager.adata is None or manager.adata.isbacked:
         return False
-    for key in manager.data_registry:
-        value = manager.get_from_registry(key)
-        if isinstance(value, h5py.Dataset) or not isinstance(
-            value, (np.ndarray, pd.DataFrame, str, sparse.sparray, sparse.spmatrix)
-        ):
-            return False
-        if sparse.issparse(value):
-            is_usual = value.format == "csr" and value.has_canonical_format and value.dtype.kind in "iuf"
-            if key != REGISTRY_KEYS.X_KEY or not is_usual or value.dtype == np.float16:
-                return False
-    return isinstance(manager.get_from_registry(REGISTRY_KEYS.X_KEY), (np.ndarray, sparse.sparray, sparse.spmatrix))
+    values = {key: manager.get_from_registry(key) for key in manager.data_registry}
+    counts: Any = values.pop(REGISTRY_KEYS.X_KEY)
+    if any(not isinstance(value, (np.ndarray, pd.DataFrame, str)) for value in values.values()):
+        return False
+    if isinstance(counts, np.ndarray):
+        return counts.dtype.kind in "iuf"
+    # Of another format rows are slow to take, and a gene that comes twice in a cell would have to be summed.
+    return (
+        sparse.issparse(counts)
+        and counts.format == "csr"
+        and counts.has_canonical_format
+        and counts.dtype.kind in "iuf"
+    )
 
 
 def counts_loader(

@@ -133,14 +133,14 @@ class TrainingMixin(LDVAEBase):
 
     @contextmanager
     def _splitter_of(self, backend: str) -> Iterator[None]:
-        """Sparse minibatches for compiled loops, unless something else splits the cells."""
-        is_usual = "_data_splitter_cls" not in self.__dict__
-        if backend == "numba" and is_usual:
+        """Sparse minibatches, unless something else splits the cells."""
+        is_ours = backend != "scvi" and "_data_splitter_cls" not in self.__dict__
+        if is_ours:
             self._data_splitter_cls = CountsSplitter
         try:
             yield
         finally:
-            if backend == "numba" and is_usual:
+            if is_ours:
                 del self._data_splitter_cls
 
     @contextmanager

@@ -147,9 +147,9 @@ class GenerativeModule:
         special = args or kwargs.get("inference_kwargs") or kwargs.get("generative_kwargs")
         if self._backend == "scvi" or special or not kwargs.get("compute_loss", True):
             if x_ng.layout is not torch.strided:
-                tensors = {**tensors, REGISTRY_KEYS.X_KEY: x_ng.to_dense()}
+                tensors = {**tensors, REGISTRY_KEYS.X_KEY: Counts.of(x_ng).dense()}
             return super().forward(tensors, *args, **kwargs)  # type: ignore[misc]
-        if x_ng.layout is torch.strided and x_ng.dtype is torch.float32 and x_ng.device.type == "cpu":
+        if self._backend == "numba" and x_ng.layout is torch.strided:
             tensors = {**tensors, REGISTRY_KEYS.X_KEY: sparse_rows(x_ng)}
         of_loss = kwargs.get("loss_kwargs") or {}
         if self._steps is not None and set(of_loss) <= {"kl_weight"} and self._steps.can_run:
@@ -231,9 +231,9 @@ class GenerativeModule:
         """scvi-tools' own, of sparse counts too."""
         if x.layout is torch.strided:
             return super()._regular_inference(x, batch_index, cont_covs, cat_covs, n_samples)  # type: ignore[misc]
-        by_loops = self._backend == "numba" or (not self._sums_genes and self._obstacle_to_loops() is None)
-        if n_samples > 1 or not by_loops:
-            return super()._regular_inference(x.to_dense(), batch_index, cont_covs, cat_covs, n_samples)  # type: ignore[misc]
+        is_linear = isinstance(self.z_encoder.encoder.fc_layers[0][0], torch.nn.Linear)
+        if n_samples > 1 or x.device.type != "cpu" or not is_linear:
+            return super()._regular_inference(Counts.of(x).dense(), batch_index, cont_covs, cat_covs, n_samples)  # type: ignore[misc]
         counts = Counts.of(x)
         seen = replace(counts, values=torch.log1p(counts.values)) if self.log_variational else counts
         continuous, categories = [], []

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import sparse
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
@@ -48,6 +49,20 @@ class Counts:
         """Cell of each stored count."""
         numbers = torch.arange(self.n_cells, device=self.indptr.device)
         return torch.repeat_interleave(numbers, self.indptr.diff(), output_size=len(self.indices))
+
+    @cached_property
+    def matrix(self) -> sparse.csr_array:
+        """The matrix, on a CPU."""
+        indptr, indices, values = self.arrays
+        return sparse.csr_array((values, indices, indptr), shape=(self.n_cells, self.n_genes))
+
+    def dense(self) -> torch.Tensor:
+        """The matrix, shape (cells, genes)."""
+        if self.values.device.type == "cpu":
+            # Several times as fast as torch's own.
+            return torch.from_numpy(self.matrix.toarray())
+        parts, shape = (self.indptr, self.indices, self.values), (self.n_cells, self.n_genes)
+        return torch.sparse_csr_tensor(*parts, size=shape, check_invariants=False).to_dense()
 
     def totals(self) -> torch.Tensor:
         """Total of each cell, shape (cells,)."""
@@ -89,17 +104,17 @@ class _NegativeBinomial(Function):
 
     @staticmethod
     def forward(ctx: Any, mu_ng: torch.Tensor, theta: torch.Tensor, counts: Counts) -> torch.Tensor:
-        share = theta / (theta + EPS)
-        per_total_ng = (mu_ng + (theta + EPS)).reciprocal_()
-        # log((theta + eps) / (theta + mu + eps))
-        log_share_ng = torch.log((theta + EPS) * per_total_ng)
-        d_theta_ng = log_share_ng + share - theta * per_total_ng
-        d_mu_ng = -theta * per_total_ng
         x, mu, at_theta = counts.values.to(mu_ng), _at(counts, mu_ng), _at(counts, theta)
+        # In place where that can be: at this size it is passes over memory that cost.
+        per_total_ng = (mu_ng + (theta + EPS)).reciprocal_()
         per_total = _at(counts, per_total_ng)
+        # log((theta + eps) / (theta + mu + eps))
+        log_share_ng = (per_total_ng * (theta + EPS)).log_()
+        loss_n = -(log_share_ng @ theta if theta.ndim == 1 else (theta * log_share_ng).sum(-1))
         gammas = torch.lgamma(x + at_theta) - torch.lgamma(at_theta) - torch.lgamma(x + 1)
-        loss_n = -(theta * log_share_ng).sum(-1)
         loss_n = loss_n - _per_cell(counts, gammas + x * torch.log((mu + EPS) * per_total))
+        d_mu_ng = per_total_ng.mul_(-theta)
+        d_theta_ng = log_share_ng.add_(theta / (theta + EPS)).add_(d_mu_ng)
         _add_at(counts, d_mu_ng, x * ((mu + EPS).reciprocal() - per_total))
         rise = torch.digamma(x + at_theta) - torch.digamma(at_theta)
         _add_at(counts, d_theta_ng, rise - x * per_total)

@@ -13,28 +13,6 @@ _F = np.float32
 
 
 @njit(**_LOOP)
-def n_stored(rows: Any, indptr: Any, out_indptr: Any) -> None:
-    """Where each of some rows will begin."""
-    total = 0
-    out_indptr[0] = 0
-    for i in range(rows.size):
-        total += indptr[rows[i] + 1] - indptr[rows[i]]
-        out_indptr[i + 1] = total
-
-
-@njit(**_LOOP)
-def gather(
-    rows: Any, indptr: Any, indices: Any, values: Any, out_indptr: Any, out_indices: Any, out_values: Any
-) -> None:
-    """Some rows of a CSR matrix, after :func:`n_stored`."""
-    for i in range(rows.size):
-        at, begin = out_indptr[i], indptr[rows[i]]
-        for j in range(indptr[rows[i] + 1] - begin):
-            out_indices[at + j] = indices[begin + j]
-            out_values[at + j] = values[begin + j]
-
-
-@njit(**_LOOP)
 def n_nonzero(x_ng: Any, out_indptr: Any) -> None:
     """Where each row of a dense matrix will begin."""
     out_indptr[0] = 0

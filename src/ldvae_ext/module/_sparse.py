@@ -48,45 +48,8 @@ class _Divergence(Function):
         return weight * distance / scale_0, weight * (ratio - 1) / scale, None, None
 
 
-def weights_by_gene(weight_hg: torch.Tensor) -> torch.Tensor:
-    from ldvae_ext.module import _row_kernels as loops
-
-    out_gh = weight_hg.new_empty(weight_hg.shape[::-1])
-    loops.turn(weight_hg.detach().contiguous().numpy(), out_gh.numpy())
-    return out_gh
-
-
-def linear(
-    weight_hg: torch.Tensor, bias_h: torch.Tensor | None, more_nc: torch.Tensor | None, counts: Counts
-) -> torch.Tensor:
-    """``[counts, more] @ weight.T + bias``."""
-    from ldvae_ext.module import _row_kernels as loops
-
-    weight_gh = weights_by_gene(weight_hg)
-    out_nh = weight_gh.new_zeros(counts.n_cells, weight_gh.shape[1])
-    if bias_h is not None:
-        out_nh += bias_h.detach()
-    if more_nc is not None:
-        out_nh.addmm_(more_nc.detach(), weight_gh[counts.n_genes :])
-    loops.multiply(*counts.arrays, weight_gh.numpy(), out_nh.numpy())
-    return out_nh
-
-
-def linear_back(
-    weight_hg: torch.Tensor, more_nc: torch.Tensor | None, counts: Counts, slope_nh: torch.Tensor, *, of_more: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Gradients of :func:`linear` in the weights and, if they are asked for, in the other inputs."""
-    from ldvae_ext.module import _row_kernels as loops
-
-    d_weight_hg = torch.empty_like(weight_hg, memory_format=torch.contiguous_format)
-    loops.multiply_turned(*counts.by_gene, slope_nh.numpy(), d_weight_hg[:, : counts.n_genes].numpy())
-    if more_nc is not None:
-        d_weight_hg[:, counts.n_genes :] = slope_nh.t() @ more_nc
-    return d_weight_hg, slope_nh @ weight_hg[:, counts.n_genes :] if of_more else None
-
-
 class _SparseLinear(Function):
-    """A linear layer of sparse counts and other inputs."""
+    """``[counts, more] @ weight.T + bias`` on a CPU, by scipy."""
 
     @staticmethod
     def forward(
@@ -94,15 +57,26 @@ class _SparseLinear(Function):
     ) -> torch.Tensor:
         ctx.counts, ctx.has_bias = counts, bias_h is not None
         ctx.save_for_backward(weight_hg, more_nc)
-        return linear(weight_hg, bias_h, more_nc, counts)
+        weight = weight_hg.detach()
+        of_genes_gh = weight[:, : counts.n_genes].t().contiguous().numpy()
+        out_nh = torch.from_numpy((counts.matrix @ of_genes_gh).astype(of_genes_gh.dtype, copy=False))
+        if bias_h is not None:
+            out_nh += bias_h.detach()
+        return out_nh if more_nc is None else out_nh.addmm_(more_nc.detach(), weight[:, counts.n_genes :].t())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slope_nh: torch.Tensor) -> Any:
         weight_hg, more_nc = ctx.saved_tensors
-        d_weight_hg, d_more_nc = linear_back(
-            weight_hg, more_nc, ctx.counts, slope_nh.contiguous(), of_more=ctx.needs_input_grad[2]
-        )
+        counts, d_weight_hg, d_more_nc = ctx.counts, None, None
+        if ctx.needs_input_grad[0]:
+            d_weight_hg = torch.empty_like(weight_hg)
+            of_genes_gh = counts.matrix.T @ slope_nh.contiguous().numpy()
+            d_weight_hg[:, : counts.n_genes] = torch.from_numpy(of_genes_gh).t()
+            if more_nc is not None:
+                d_weight_hg[:, counts.n_genes :] = slope_nh.t() @ more_nc
+        if ctx.needs_input_grad[2]:
+            d_more_nc = slope_nh @ weight_hg[:, counts.n_genes :]
         return d_weight_hg, slope_nh.sum(0) if ctx.has_bias else None, d_more_nc, None
 
 

@@ -17,7 +17,6 @@ from torch.autograd.function import once_differentiable
 
 from ldvae_ext.module._head import Folded, fold, run_head, unfold, update_norm, weighted_slopes
 from ldvae_ext.module._likelihood import Counts
-from ldvae_ext.module._sparse import linear, linear_back
 
 
 def _is_usual_norm(norm: torch.nn.Module | None) -> bool:
@@ -44,6 +43,16 @@ class Prior(NamedTuple):
 
     mean_n: np.ndarray
     scale_n: np.ndarray
+
+
+def _first_layer(weight_hg: np.ndarray, bias_h: np.ndarray, seen: Counts) -> np.ndarray:
+    from ldvae_ext.module import _row_kernels as loops
+
+    weight_gh = np.empty(weight_hg.shape[::-1], np.float32)
+    loops.turn(np.ascontiguousarray(weight_hg), weight_gh)
+    out_nh = np.tile(bias_h, (seen.n_cells, 1))
+    loops.multiply(*seen.arrays, weight_gh, out_nh)
+    return out_nh
 
 
 class EncoderParts:
@@ -89,7 +98,7 @@ class EncoderRun:
         if parts.dropout is not None:
             kept = kept.bernoulli_(1 - parts.dropout.p).div_(1 - parts.dropout.p)
         draw_nk = torch.empty(n_cells, len(mean_bias_k)).normal_().numpy()
-        before_nh = linear(parts.linear.weight, parts.linear.bias, None, seen).numpy()
+        before_nh = _first_layer(parts.linear.weight.detach().numpy(), bias_h, seen)
         self._norm = gamma_h, beta_h, kept.numpy()
         normal_nh, hidden_nh = np.empty((2, n_cells, n_hidden), np.float32)
         inverse_h = np.empty(n_hidden, np.float32)
@@ -108,6 +117,7 @@ class EncoderRun:
     def back(self, d_sample_nk: np.ndarray, d_divergence_n: np.ndarray) -> list[torch.Tensor]:
         """Gradients of the parameters."""
         from ldvae_ext.module import _encoder_kernels as loops
+        from ldvae_ext.module import _row_kernels as rows
 
         (hidden_nh, draw_nk), (mean_weight, variance_weight) = self._kept, self._weights
         d_hidden_nh, d_before_nh = np.zeros_like(hidden_nh), np.empty_like(hidden_nh)
@@ -119,11 +129,10 @@ class EncoderRun:
         )
         d_gamma_h, d_beta_h, d_bias_h = np.zeros((3, hidden_nh.shape[1]), np.float32)
         loops.hidden_back(d_hidden_nh, *self._norm, *self._normal, d_before_nh, d_gamma_h, d_beta_h)
-        d_weight_hg, _ = linear_back(
-            self._parts.linear.weight, None, self._seen, torch.from_numpy(d_before_nh), of_more=False
-        )
+        d_weight_hg = np.empty(self._parts.linear.weight.shape, np.float32)
+        rows.multiply_turned(*self._seen.by_gene, d_before_nh, d_weight_hg)
         # Before a batch norm, which takes it away, a bias has no effect.
-        return [d_weight_hg, *(torch.from_numpy(value) for value in (d_bias_h, d_gamma_h, d_beta_h, *of_heads))]
+        return [torch.from_numpy(value) for value in (d_weight_hg, d_bias_h, d_gamma_h, d_beta_h, *of_heads)]
 
 
 @dataclass
