@@ -7,11 +7,14 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
-from scvi.model._utils import get_max_epochs_heuristic
+import torch
+from scvi.model._utils import get_max_epochs_heuristic, parse_device_args, use_distributed_sampler
 from scvi.train._config import merge_kwargs
 
 from ldvae_ext._validate import check_one_of, check_positive_int, warn
 from ldvae_ext.model._base import LDVAEBase
+from ldvae_ext.model._loader import CountsSplitter
+from ldvae_ext.module._generative import BACKENDS
 
 _WARMED_UP = 0.95
 
@@ -45,9 +48,10 @@ class TrainingMixin(LDVAEBase):
         trainer_config: Any = None,
         *,
         kl_warmup: Literal["auto"] | int | None = None,
+        backend: Literal["auto", "numba", "torch", "scvi"] = "auto",
         **trainer_kwargs: Any,
     ) -> Any:
-        """Train the model: :meth:`scvi.model.LinearSCVI.train` with one more argument, ``kl_warmup``.
+        """Train the model: :meth:`scvi.model.LinearSCVI.train` with two more arguments, ``kl_warmup`` and ``backend``.
 
         Parameters
         ----------
@@ -63,11 +67,15 @@ class TrainingMixin(LDVAEBase):
             Number of epochs over which the weight of the KL term rises from 0 to 1. ``"auto"``: half of
             ``max_epochs``. None leaves LinearSCVI's default of 400 epochs, which a shorter training never completes:
             then the latents carry more information than the ELBO pays for, and a warning says so.
+        backend
+            How a step is computed, with the same minibatches, random draws and results but for rounding: ``"scvi"`` as
+            scvi-tools does; ``"torch"`` with gamma functions of non-zero counts only; ``"numba"`` in compiled loops over sparse
+            counts, on a CPU. ``"auto"``: the last of these that the network and the device allow.
 
         Raises
         ------
         ValueError
-            If ``kl_warmup`` comes together with a warm-up in ``plan_kwargs``.
+            If ``kl_warmup`` comes together with a warm-up in ``plan_kwargs``, or the network does not allow ``backend``.
         """
         if datamodule is None and self.adata is None:
             msg = "This model has no AnnData to train on: give `datamodule`."
@@ -86,7 +94,12 @@ class TrainingMixin(LDVAEBase):
             plan_kwargs["n_epochs_kl_warmup"] = int(kl_warmup)
         if datamodule is not None and not self.is_trained_:
             self._start_from(datamodule)
-        with self._axes_of_other_loadings_ended():
+        backend = self._backend_of(backend, accelerator, devices, plan_kwargs, trainer_kwargs)
+        with (
+            self._axes_of_other_loadings_ended(),
+            self._splitter_of(backend),
+            self.module.computing(backend),
+        ):
             result = super().train(
                 max_epochs=max_epochs,
                 accelerator=accelerator,
@@ -105,6 +118,30 @@ class TrainingMixin(LDVAEBase):
             )
         self._note_kl_weight(warmup_given=kl_warmup is not None)
         return result
+
+    def _backend_of(
+        self, backend: str, accelerator: str, devices: Any, plan_kwargs: dict[str, Any], trainer_kwargs: dict[str, Any]
+    ) -> str:
+        check_one_of("backend", backend, ("auto", *BACKENDS))
+        _, _, device = parse_device_args(accelerator=accelerator, devices=devices, return_device="torch")
+        if plan_kwargs.get("compile") or use_distributed_sampler(trainer_kwargs.get("strategy")):
+            if backend not in ("auto", "scvi"):
+                msg = f"`backend={backend!r}` goes neither with `compile=True` nor with a distributed strategy."
+                raise ValueError(msg)
+            return "scvi"
+        return self.module.backend(backend, torch.device(device).type)
+
+    @contextmanager
+    def _splitter_of(self, backend: str) -> Iterator[None]:
+        """Sparse minibatches, unless something else splits the cells."""
+        is_ours = backend != "scvi" and "_data_splitter_cls" not in self.__dict__
+        if is_ours:
+            self._data_splitter_cls = CountsSplitter
+        try:
+            yield
+        finally:
+            if is_ours:
+                del self._data_splitter_cls
 
     @contextmanager
     def _axes_of_other_loadings_ended(self) -> Iterator[None]:

@@ -14,7 +14,6 @@ import pandas as pd
 import scvi
 import torch
 from anndata import AnnData
-from scvi.dataloaders import DataSplitter
 from scvi.utils import track
 
 from ldvae_ext._keys import CONSENSUS_KEY, consensus_keys
@@ -23,6 +22,7 @@ from ldvae_ext.core import kl_per_dimension
 from ldvae_ext.core.matching import STABLE, UNSTABLE, Consensus, consensus_of, cosines, flags, match_columns, procrustes
 from ldvae_ext.core.rotation import CONSENSUS, Rotation
 from ldvae_ext.model._ldvae import LDVAE
+from ldvae_ext.model._loader import CountsSplitter
 
 RESAMPLES = ("halves", "bootstrap")
 CELLS = {None: "same", "halves": "disjoint halves", "bootstrap": "bootstrap"}
@@ -340,7 +340,7 @@ def _cells_of_run(
     return [shuffled[:n_train], shuffled[n_train:], np.empty(0, dtype=np.int64)], m
 
 
-class _DrawnCells(DataSplitter):
+class _DrawnCells(CountsSplitter):
     """scvi-tools' split by given cells, of which some may be trained on repeatedly."""
 
     def __init__(self, *args: Any, drawn: np.ndarray, **kwargs: Any) -> None:

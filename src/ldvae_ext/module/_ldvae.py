@@ -9,15 +9,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from scvi import REGISTRY_KEYS
-from scvi.distributions import NegativeBinomial, Normal, Poisson, ZeroInflatedNegativeBinomial
 from scvi.module import LDVAE as ScviLDVAE
 from scvi.module import VAE
 from scvi.module._constants import MODULE_KEYS
 from scvi.module.base import auto_move_data
 from scvi.nn import Encoder
-from torch.nn.functional import linear, one_hot
 
 from ldvae_ext.module._decoder import LinearDecoderLayer
+from ldvae_ext.module._generative import GenerativeModule
 from ldvae_ext.module._loading import StrictLoading
 from ldvae_ext.module._marginal import log_marginal
 from ldvae_ext.module._modes import evaluating
@@ -37,7 +36,7 @@ class CellPosterior(NamedTuple):
     """Log of the library size: size factor, observed, or the posterior mean of the log library; shape (cells,)."""
 
 
-class LDVAEModule(StrictLoading, QueryModule, TruncationModule, ScviLDVAE):
+class LDVAEModule(StrictLoading, QueryModule, TruncationModule, GenerativeModule, ScviLDVAE):
     """The network of the linearly decoded VAE: ``scvi.module.LDVAE`` with every option of ``scvi.module.VAE``.
 
     With the options that LinearSCVI has it is the same network: same parameters under the same names, same random draws.
@@ -247,92 +246,6 @@ class LDVAEModule(StrictLoading, QueryModule, TruncationModule, ScviLDVAE):
             with self.evaluating(torch.nn.BatchNorm1d):
                 return super().forward(tensors, *args, **kwargs)
         return super().forward(tensors, *args, **kwargs)
-
-    @auto_move_data
-    def generative(
-        self,
-        z: torch.Tensor,
-        library: torch.Tensor,
-        batch_index: torch.Tensor | None,
-        cont_covs: torch.Tensor | None = None,
-        cat_covs: torch.Tensor | None = None,
-        size_factor: torch.Tensor | None = None,
-        y: torch.Tensor | None = None,
-        transform_batch: int | None = None,
-    ) -> dict[str, torch.distributions.Distribution | None]:
-        """Distribution of the counts given latents, and the priors.
-
-        Parameters
-        ----------
-        z
-            Latents, shape (cells, latents) or (samples, cells, latents).
-        library
-            Log library sizes, shape (cells, 1) or (samples, cells, 1).
-        batch_index, y
-            Codes of batches and labels, shape (cells, 1). Some data modules give no batch where there is one only.
-        cont_covs, cat_covs
-            Values of the continuous covariates, codes of the categorical ones.
-        size_factor
-            Log of the size factors, shape (cells, 1); used instead of ``library`` where cells come with size factors.
-        transform_batch
-            Code of a batch that replaces those of the cells.
-        """
-        if batch_index is None and self.n_batch > 1:
-            msg = f"A minibatch has no batch codes; the model knows {self.n_batch} batches."
-            raise ValueError(msg)
-        if batch_index is None:
-            batch_index = torch.zeros(z.shape[-2], 1, dtype=torch.int64, device=z.device)
-        if transform_batch is not None:
-            batch_index = torch.ones_like(batch_index) * transform_batch
-        continuous = [] if cont_covs is None else [cont_covs]
-        categorical = [] if cat_covs is None else list(torch.split(cat_covs, 1, dim=1))
-        if self.batch_representation == "embedding":
-            continuous.append(self.compute_embedding(REGISTRY_KEYS.BATCH_KEY, batch_index))
-        else:
-            categorical.insert(0, batch_index)
-        inputs = [z, *(value.expand(*z.shape[:-1], -1) for value in continuous)]
-        scale, log_theta, rate, dropout = self.decoder(
-            self.dispersion,
-            torch.cat(inputs, dim=-1) if continuous else z,
-            size_factor if self.use_size_factor_key else library,
-            *categorical,
-        )
-        if log_theta is None and self.gene_likelihood != "poisson":
-            log_theta = self._log_theta(batch_index, y)
-        prior_library = None
-        if not self.use_observed_lib_size:
-            mean, variance = self._compute_local_library_params(batch_index)
-            prior_library = Normal(mean, variance.sqrt())
-        return {
-            MODULE_KEYS.PX_KEY: self._likelihood(scale, rate, log_theta, dropout),
-            MODULE_KEYS.PL_KEY: prior_library,
-            MODULE_KEYS.PZ_KEY: Normal(torch.zeros_like(z), torch.ones_like(z)),
-        }
-
-    def _log_theta(self, batch_index: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
-        if self.dispersion == "gene":
-            return self.px_r
-        codes, n_codes = (y, self.n_labels) if self.dispersion == "gene-label" else (batch_index, self.n_batch)
-        if codes is None:
-            msg = "`dispersion='gene-label'` needs labels; register them with `labels_key`."
-            raise ValueError(msg)
-        return linear(one_hot(codes.squeeze(-1), n_codes).to(self.px_r.dtype), self.px_r)
-
-    def _likelihood(
-        self,
-        scale: torch.Tensor,
-        rate: torch.Tensor,
-        log_theta: torch.Tensor | None,
-        dropout: torch.Tensor | None,
-    ) -> torch.distributions.Distribution:
-        if log_theta is None:
-            return Poisson(rate=rate, scale=scale)
-        theta = torch.exp(log_theta)
-        if self.gene_likelihood == "zinb":
-            return ZeroInflatedNegativeBinomial(mu=rate, theta=theta, zi_logits=dropout, scale=scale)
-        if self.gene_likelihood == "nb":
-            return NegativeBinomial(mu=rate, theta=theta, scale=scale)
-        return Normal(rate, theta, normal_mu=scale)
 
     @torch.inference_mode()
     def posterior(self, tensors: dict[str, torch.Tensor]) -> CellPosterior:

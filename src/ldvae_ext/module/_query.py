@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from scvi import REGISTRY_KEYS
 from scvi.nn import FCLayers
-from scvi.train import TrainingPlan
+
+from ldvae_ext.module._plan import GatheringPlan
 
 
 class Levels(NamedTuple):
@@ -58,7 +59,7 @@ class QueryModule:
         return self
 
 
-class QueryTrainingPlan(TrainingPlan):
+class QueryTrainingPlan(GatheringPlan):
     """scvi-tools' training plan, which leaves frozen entries of a query's network as they are, to the bit.
 
     Frozen entries get no gradient, but weight decay and momentum would still move them: they are put back after each step,

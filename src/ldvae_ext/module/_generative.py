@@ -1,0 +1,379 @@
+"""From latents to the likelihood of counts, and the ways in which it can be computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from scvi import REGISTRY_KEYS
+from scvi.distributions import NegativeBinomial, Normal, Poisson, ZeroInflatedNegativeBinomial
+from scvi.module._constants import MODULE_KEYS
+from scvi.module.base import LossOutput, auto_move_data
+from scvi.nn import Encoder
+from torch.nn.functional import linear, one_hot
+
+from ldvae_ext.core._compiled import kernels
+from ldvae_ext.module._head import affine, head_inputs, loss_of_head
+from ldvae_ext.module._likelihood import Counts, negative_log_likelihood
+from ldvae_ext.module._sparse import Encoded, Prior, encoded, sparse_rows
+from ldvae_ext.module._step import Minibatch, Steps
+from ldvae_ext.module._step import Prior as StepPrior
+
+BACKENDS = ("numba", "torch", "scvi")
+# Of a decoder: the covariance of its inputs takes the place of passes over cells x genes.
+_MOST_INPUTS = 256
+# What a minibatch passes through; where a subclass or a user has put something else, scvi-tools' own way is taken.
+_STEPS = (
+    "_get_inference_input",
+    "inference",
+    "_regular_inference",
+    "_get_generative_input",
+    "generative",
+    "_likelihood",
+    "loss",
+)
+
+
+class SummedCounts:
+    """Stands where a loss expects the distribution of counts: log-likelihoods of cells, summed over genes.
+
+    Parameters
+    ----------
+    loss
+        Negative log-likelihood of each cell, given the counts.
+    """
+
+    def __init__(self, loss: Callable[[Counts], torch.Tensor]) -> None:
+        self._loss = loss
+
+    def log_prob(self, x_ng: torch.Tensor) -> torch.Tensor:
+        """Log-likelihood of each cell, shape (cells, 1)."""
+        return -self._loss(Counts.of(x_ng)).unsqueeze(-1)
+
+
+class GenerativeModule:
+    """Stands before scvi-tools' network, whose decoder it replaces; encoders of sparse counts besides.
+
+    A minibatch is computed in one of three ways: ``"scvi"`` is scvi-tools' own; ``"torch"`` evaluates gamma functions on
+    non-zero counts only and knows its gradients; ``"numba"`` does that in compiled loops, which read sparse counts in the
+    first layer too. All give the same numbers but for rounding.
+    """
+
+    _backend: str = "scvi"
+    _sums_genes: bool = False
+    _steps: Steps | None = None
+
+    @contextmanager
+    def computing(self, backend: str) -> Iterator[None]:
+        """How minibatches with a loss are computed inside.
+
+        Parameters
+        ----------
+        backend
+            One that :meth:`backend` gave.
+        """
+        before = self._backend, self._steps
+        self._backend, self._steps = backend, Steps(self) if backend == "numba" and Steps.fit(self) else None
+        try:
+            yield
+        finally:
+            self._backend, self._steps = before
+
+    def backend(self, backend: str = "auto", device: str | None = None) -> str:
+        """The backend that is asked for, or with ``"auto"`` the first of numba, torch and scvi that the network allows.
+
+        Parameters
+        ----------
+        backend
+            ``"auto"``, ``"numba"``, ``"torch"`` or ``"scvi"``.
+        device
+            Type of the device; the network's own if None.
+
+        Raises
+        ------
+        ValueError
+            If the network does not allow it, with the reason.
+        """
+        if backend == "auto":
+            return next(known for known in BACKENDS if self._obstacle(known, device) is None)
+        if (obstacle := self._obstacle(backend, device)) is not None:
+            msg = f"`backend={backend!r}`: {obstacle}."
+            raise ValueError(msg)
+        return backend
+
+    def _obstacle(self: Any, backend: str, device: str | None) -> str | None:
+        """Why a backend cannot compute this network; None if it can."""
+        if backend == "scvi":
+            return None
+        if self.gene_likelihood == "normal":
+            return "`gene_likelihood='normal'` has no gamma functions; scvi-tools' own way is the only one"
+        for name in _STEPS:
+            its_own = getattr(type(self), name).__module__.split(".")[0] in ("ldvae_ext", "scvi")
+            if name in self.__dict__ or not its_own:
+                return f"`{name}` of the network was replaced"
+        if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in self.modules() if m is not self):
+            return "a layer of the network has hooks, which would not be called"
+        return self._obstacle_to_loops(device) if backend == "numba" else None
+
+    def _obstacle_to_loops(self: Any, device: str | None = None) -> str | None:
+        first = self.z_encoder.encoder.fc_layers[0][0]
+        obstacles = {
+            "numba is not installed": kernels() is None,
+            "the network is not on a CPU": (device or self.device.type) != "cpu",
+            "the network is not in float32": any(p.dtype != torch.float32 for p in self.parameters()),
+            "size factors come with a softplus, the compiled loops are written for a softmax": self.use_size_factor_key,
+            "`dispersion='gene-cell'` is another for each cell": self.dispersion == "gene-cell"
+            and self.gene_likelihood != "poisson",
+            "the decoder has too many inputs": self.decoder.factor_regressor.fc_layers[0][0].in_features > _MOST_INPUTS,
+            "the first layer of the encoder is not linear": not isinstance(first, torch.nn.Linear),
+        }
+        return next((obstacle for obstacle, stands in obstacles.items() if stands), None)
+
+    def forward(self: Any, tensors: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+        """scvi-tools' forward pass; where a loss is asked for, computed as :meth:`computing` says.
+
+        Parameters
+        ----------
+        tensors
+            A minibatch as scvi-tools' data loaders make it; counts may be a CSR tensor.
+        *args, **kwargs
+            As in scvi-tools.
+        """
+        x_ng = tensors[REGISTRY_KEYS.X_KEY]
+        special = args or kwargs.get("inference_kwargs") or kwargs.get("generative_kwargs")
+        if self._backend == "scvi" or special or not kwargs.get("compute_loss", True):
+            if x_ng.layout is not torch.strided:
+                tensors = {**tensors, REGISTRY_KEYS.X_KEY: Counts.of(x_ng).dense()}
+            return super().forward(tensors, *args, **kwargs)  # type: ignore[misc]
+        if self._backend == "numba" and x_ng.layout is torch.strided:
+            tensors = {**tensors, REGISTRY_KEYS.X_KEY: sparse_rows(x_ng)}
+        of_loss = kwargs.get("loss_kwargs") or {}
+        if self._steps is not None and set(of_loss) <= {"kl_weight"} and self._steps.can_run:
+            outputs = self._stepped(tensors, **of_loss)
+            self._check_posterior(outputs)
+            return outputs
+        self._sums_genes = True
+        try:
+            outputs = super().forward(tensors, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            self._sums_genes = False
+        self._check_posterior(outputs)
+        return outputs
+
+    @staticmethod
+    def _check_posterior(outputs: Any) -> None:
+        if not torch.isfinite(outputs[-1].loss):
+            # Raises what scvi-tools raises, at each step, of posteriors that are not finite.
+            posterior = outputs[0][MODULE_KEYS.QZ_KEY]
+            Normal(posterior.loc, posterior.scale, validate_args=True)
+
+    def _stepped(self: Any, tensors: dict[str, torch.Tensor], kl_weight: torch.Tensor | float = 1.0) -> Any:
+        """The forward pass of a training step, without a graph of its own."""
+        counts = Counts.of(tensors[REGISTRY_KEYS.X_KEY])
+        batch_index, labels = tensors[REGISTRY_KEYS.BATCH_KEY], tensors.get(REGISTRY_KEYS.LABELS_KEY)
+        prior, covariates = None, None
+        continuous, levels = tensors.get(REGISTRY_KEYS.CONT_COVS_KEY), tensors.get(REGISTRY_KEYS.CAT_COVS_KEY)
+        if self.n_batch > 1 or continuous is not None or levels is not None:
+            categorical = [batch_index, *(() if levels is None else torch.split(levels, 1, dim=1))]
+            nothing = counts.values.new_empty(counts.n_cells, 0) if continuous is None else continuous
+            covariates = head_inputs(self.decoder.factor_regressor, nothing, categorical).numpy()
+        if not self.use_observed_lib_size:
+            codes = batch_index.squeeze(-1)
+            prior = StepPrior(self.library_log_means[0, codes].numpy(), self.library_log_vars[0, codes].sqrt().numpy())
+        codes = None if self.gene_likelihood == "poisson" else self._codes_of_dispersion(batch_index, labels)
+        batch = Minibatch(
+            counts,
+            replace(counts, values=torch.log1p(counts.values)) if self.log_variational else counts,
+            covariates,
+            None if codes is None else codes.numpy(),
+            prior,
+        )
+        losses = self._steps.run(batch)
+        posteriors = [Encoded(torch.from_numpy(run.mean_nk), torch.from_numpy(run.scale_nk)) for run in losses.runs]
+        z = torch.from_numpy(losses.runs[0].sample_nk)
+        inferred = {
+            MODULE_KEYS.Z_KEY: z,
+            MODULE_KEYS.QZ_KEY: posteriors[0],
+            MODULE_KEYS.QL_KEY: posteriors[1] if len(posteriors) > 1 else None,
+            MODULE_KEYS.LIBRARY_KEY: torch.from_numpy(losses.runs[-1].sample_nk)
+            if len(posteriors) > 1
+            else torch.log(counts.totals()).unsqueeze(1),
+        }
+        per_cell = losses.reconstruction_n + kl_weight * losses.divergence_z_n + losses.divergence_l_n
+        payload = {"z": z, "batch": batch_index, "labels": labels} if self.extra_payload_autotune else {}
+        return (
+            inferred,
+            {},
+            LossOutput(
+                loss=torch.mean(per_cell),
+                reconstruction_loss=losses.reconstruction_n,
+                kl_local={
+                    MODULE_KEYS.KL_L_KEY: losses.divergence_l_n,
+                    MODULE_KEYS.KL_Z_KEY: losses.divergence_z_n,
+                },
+                extra_metrics=payload,
+            ),
+        )
+
+    @auto_move_data
+    def _regular_inference(
+        self: Any,
+        x: torch.Tensor,
+        batch_index: torch.Tensor,
+        cont_covs: torch.Tensor | None = None,
+        cat_covs: torch.Tensor | None = None,
+        n_samples: int = 1,
+    ) -> dict[str, Any]:
+        """scvi-tools' own, of sparse counts too."""
+        if x.layout is torch.strided:
+            return super()._regular_inference(x, batch_index, cont_covs, cat_covs, n_samples)  # type: ignore[misc]
+        is_linear = isinstance(self.z_encoder.encoder.fc_layers[0][0], torch.nn.Linear)
+        if n_samples > 1 or x.device.type != "cpu" or not is_linear:
+            return super()._regular_inference(Counts.of(x).dense(), batch_index, cont_covs, cat_covs, n_samples)  # type: ignore[misc]
+        counts = Counts.of(x)
+        seen = replace(counts, values=torch.log1p(counts.values)) if self.log_variational else counts
+        continuous, categories = [], []
+        if self.encode_covariates:
+            continuous = [] if cont_covs is None else [cont_covs]
+            categories = [] if cat_covs is None else list(torch.split(cat_covs, 1, dim=1))
+            if self.batch_representation == "embedding":
+                continuous.append(self.compute_embedding(REGISTRY_KEYS.BATCH_KEY, batch_index))
+            else:
+                categories.insert(0, batch_index)
+        continuous_nc = torch.cat(continuous, dim=-1) if continuous else None
+
+        def encode(encoder: Encoder) -> tuple[Any, torch.Tensor]:
+            return encoded(encoder, seen, continuous_nc, categories)
+
+        qz, z = encode(self.z_encoder)
+        ql, library = (
+            (None, torch.log(counts.totals()).unsqueeze(1)) if self.use_observed_lib_size else encode(self.l_encoder)
+        )
+        return {
+            MODULE_KEYS.Z_KEY: z,
+            MODULE_KEYS.QZ_KEY: qz,
+            MODULE_KEYS.QL_KEY: ql,
+            MODULE_KEYS.LIBRARY_KEY: library,
+        }
+
+    @auto_move_data
+    def generative(
+        self: Any,
+        z: torch.Tensor,
+        library: torch.Tensor,
+        batch_index: torch.Tensor | None,
+        cont_covs: torch.Tensor | None = None,
+        cat_covs: torch.Tensor | None = None,
+        size_factor: torch.Tensor | None = None,
+        y: torch.Tensor | None = None,
+        transform_batch: int | None = None,
+    ) -> dict[str, Any]:
+        """Distribution of the counts given latents, and the priors.
+
+        Parameters
+        ----------
+        z
+            Latents, shape (cells, latents) or (samples, cells, latents).
+        library
+            Log library sizes, shape (cells, 1) or (samples, cells, 1).
+        batch_index, y
+            Codes of batches and labels, shape (cells, 1). Some data modules give no batch where there is one only.
+        cont_covs, cat_covs
+            Values of the continuous covariates, codes of the categorical ones.
+        size_factor
+            Log of the size factors, shape (cells, 1); used instead of ``library`` where cells come with size factors.
+        transform_batch
+            Code of a batch that replaces those of the cells.
+        """
+        if batch_index is None and self.n_batch > 1:
+            msg = f"A minibatch has no batch codes; the model knows {self.n_batch} batches."
+            raise ValueError(msg)
+        if batch_index is None:
+            batch_index = torch.zeros(z.shape[-2], 1, dtype=torch.int64, device=z.device)
+        if transform_batch is not None:
+            batch_index = torch.ones_like(batch_index) * transform_batch
+        continuous = [] if cont_covs is None else [cont_covs]
+        categorical = [] if cat_covs is None else list(torch.split(cat_covs, 1, dim=1))
+        if self.batch_representation == "embedding":
+            continuous.append(self.compute_embedding(REGISTRY_KEYS.BATCH_KEY, batch_index))
+        else:
+            categorical.insert(0, batch_index)
+        inputs = torch.cat([z, *(value.expand(*z.shape[:-1], -1) for value in continuous)], dim=-1) if continuous else z
+        scale = size_factor if self.use_size_factor_key else library
+        if self._sums_genes:
+            px: Any = SummedCounts(partial(self._loss_of_counts, inputs, scale, categorical, batch_index, y))
+        else:
+            px = self._likelihood(inputs, scale, categorical, batch_index, y)
+        prior = Prior if self._sums_genes else Normal
+        prior_library = None
+        if not self.use_observed_lib_size:
+            mean, variance = self._compute_local_library_params(batch_index)
+            prior_library = prior(mean, variance.sqrt())
+        return {
+            MODULE_KEYS.PX_KEY: px,
+            MODULE_KEYS.PL_KEY: prior_library,
+            MODULE_KEYS.PZ_KEY: prior(torch.zeros_like(z), torch.ones_like(z)),
+        }
+
+    def _likelihood(
+        self: Any,
+        inputs: torch.Tensor,
+        library: torch.Tensor,
+        categorical: Sequence[torch.Tensor],
+        batch_index: torch.Tensor,
+        y: torch.Tensor | None,
+    ) -> torch.distributions.Distribution:
+        scale, log_theta, rate, dropout = self.decoder(self.dispersion, inputs, library, *categorical)
+        if self.gene_likelihood == "poisson":
+            return Poisson(rate=rate, scale=scale)
+        theta = torch.exp(self._log_theta(batch_index, y) if log_theta is None else log_theta)
+        if self.gene_likelihood == "zinb":
+            return ZeroInflatedNegativeBinomial(mu=rate, theta=theta, zi_logits=dropout, scale=scale)
+        if self.gene_likelihood == "nb":
+            return NegativeBinomial(mu=rate, theta=theta, scale=scale)
+        return Normal(rate, theta, normal_mu=scale)
+
+    def _loss_of_counts(
+        self: Any,
+        inputs: torch.Tensor,
+        library: torch.Tensor,
+        categorical: Sequence[torch.Tensor],
+        batch_index: torch.Tensor,
+        y: torch.Tensor | None,
+        counts: Counts,
+    ) -> torch.Tensor:
+        """Negative log-likelihood of each cell: what :meth:`_likelihood` makes of counts, without its detours."""
+        has_theta = self.gene_likelihood != "poisson"
+        if self._backend == "torch":
+            _, log_theta, rate, dropout = self.decoder(self.dispersion, inputs, library, *categorical)
+            if has_theta and log_theta is None:
+                log_theta = self._log_theta(batch_index, y)
+            theta = torch.exp(log_theta) if has_theta else None
+            return negative_log_likelihood(self.gene_likelihood, counts, rate, theta, dropout)
+        regressor = self.decoder.factor_regressor
+        inputs = head_inputs(regressor, inputs, categorical)
+        dropout = affine(self.decoder.px_dropout_decoder, inputs) if self.gene_likelihood == "zinb" else None
+        log_theta = codes = None
+        if has_theta:
+            log_theta = self.px_r.unsqueeze(0) if self.dispersion == "gene" else self.px_r.t()
+            codes = self._codes_of_dispersion(batch_index, y)
+        return loss_of_head(counts, inputs, *affine(regressor, inputs), library.squeeze(-1), log_theta, codes, dropout)
+
+    def _codes_of_dispersion(self: Any, batch_index: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor | None:
+        if self.dispersion == "gene":
+            return None
+        codes = y if self.dispersion == "gene-label" else batch_index
+        if codes is None:
+            msg = "`dispersion='gene-label'` needs labels; register them with `labels_key`."
+            raise ValueError(msg)
+        return codes.squeeze(-1)
+
+    def _log_theta(self: Any, batch_index: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
+        codes = self._codes_of_dispersion(batch_index, y)
+        if codes is None:
+            return self.px_r
+        return linear(one_hot(codes, self.px_r.shape[1]).to(self.px_r.dtype), self.px_r)

@@ -1,0 +1,367 @@
+"""Compiled loops in float32: the linear decoder and the likelihood of counts, cell by cell, forward and back at once.
+
+Logits of a cell are made, used and turned into gradients while they are in the processor's cache; an array of cells x genes
+does not exist. Opened on first use. Loops over cells take ``start`` and ``stop`` first, so that threads can share them, see
+:func:`ldvae_ext.core._compiled.over_rows`; what is summed over cells has an axis ``t`` of threads. Counts are the three arrays
+of a CSR matrix.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from ldvae_ext.core._kernels import _LOOP
+from ldvae_ext.module._kernels import negative_binomial, poisson, zero_inflated_negative_binomial
+
+_F = np.float32
+# Cells whose logits are made together, so that weights are read a quarter as often.
+_TOGETHER = 4
+
+
+@njit(**_LOOP)
+def fold(
+    input_np: Any,
+    weight_pg: Any,
+    gamma_g: Any,
+    beta_g: Any,
+    eps: float,
+    centred_np: Any,
+    mean_p: Any,
+    spread_pg: Any,
+    inverse_g: Any,
+    folded_pg: Any,
+    intercept_g: Any,
+    mean_g: Any,
+    variance_g: Any,
+) -> None:
+    """A linear layer and its batch norm in training as one affine map; see :mod:`ldvae_ext.module._fold`."""
+    n_cells, n_inputs = input_np.shape
+    covariance_pp = np.zeros((n_inputs, n_inputs))
+    for p in range(n_inputs):
+        total = 0.0
+        for n in range(n_cells):
+            total += input_np[n, p]
+        mean_p[p] = total / n_cells
+        for n in range(n_cells):
+            centred_np[n, p] = input_np[n, p] - total / n_cells
+    for n in range(n_cells):
+        for p in range(n_inputs):
+            for other in range(n_inputs):
+                covariance_pp[p, other] += float(centred_np[n, p]) * centred_np[n, other]
+    mean_g[:] = _F(0)
+    variance_g[:] = _F(0)
+    for p in range(n_inputs):
+        spread, weight, mean = spread_pg[p], weight_pg[p], mean_p[p]
+        spread[:] = _F(0)
+        for other in range(n_inputs):
+            covariance, row = _F(covariance_pp[p, other] / n_cells), weight_pg[other]
+            for g in range(spread.size):
+                spread[g] += covariance * row[g]
+        for g in range(spread.size):
+            variance_g[g] += spread[g] * weight[g]
+            mean_g[g] += mean * weight[g]
+    for g in range(mean_g.size):
+        variance_g[g] = max(variance_g[g], _F(0))
+        inverse_g[g] = _F(1) / np.sqrt(variance_g[g] + _F(eps))
+        intercept_g[g] = beta_g[g] - gamma_g[g] * inverse_g[g] * mean_g[g]
+    for p in range(n_inputs):
+        folded, weight = folded_pg[p], weight_pg[p]
+        for g in range(folded.size):
+            folded[g] = gamma_g[g] * inverse_g[g] * weight[g]
+
+
+@njit(**_LOOP)
+def unfold(
+    centred_np: Any,
+    mean_p: Any,
+    weight_pg: Any,
+    gamma_g: Any,
+    inverse_g: Any,
+    spread_pg: Any,
+    folded_pg: Any,
+    d_folded_pg: Any,
+    d_intercept_g: Any,
+    d_input_np: Any,
+    d_weight_pg: Any,
+    d_gamma_g: Any,
+) -> None:
+    """Gradients of :func:`fold`."""
+    n_cells, n_inputs = centred_np.shape
+    along_g, d_variance_g = np.zeros(gamma_g.size, _F), np.empty(gamma_g.size, _F)
+    for p in range(n_inputs):
+        d_folded, weight, mean = d_folded_pg[p], weight_pg[p], mean_p[p]
+        for g in range(along_g.size):
+            d_folded[g] -= mean * d_intercept_g[g]
+            along_g[g] += weight[g] * d_folded[g]
+    for g in range(along_g.size):
+        d_gamma_g[g] = inverse_g[g] * along_g[g]
+        d_variance_g[g] = _F(-0.5) * inverse_g[g] * inverse_g[g] * inverse_g[g] * gamma_g[g] * along_g[g]
+    d_mean_p, d_covariance_pp = np.zeros(n_inputs, _F), np.zeros((n_inputs, n_inputs), _F)
+    for p in range(n_inputs):
+        d_weight, d_folded, spread, folded, weight = (
+            d_weight_pg[p],
+            d_folded_pg[p],
+            spread_pg[p],
+            folded_pg[p],
+            weight_pg[p],
+        )
+        total = _F(0)
+        for g in range(d_weight.size):
+            d_weight[g] = gamma_g[g] * inverse_g[g] * d_folded[g] + _F(2) * d_variance_g[g] * spread[g]
+            total += d_intercept_g[g] * folded[g]
+        d_mean_p[p] = -total
+        for other in range(p + 1):
+            row, total = weight_pg[other], _F(0)
+            for g in range(row.size):
+                total += d_variance_g[g] * weight[g] * row[g]
+            d_covariance_pp[p, other] = d_covariance_pp[other, p] = total
+    for n in range(n_cells):
+        for p in range(n_inputs):
+            total = d_mean_p[p]
+            for other in range(n_inputs):
+                total += _F(2) * centred_np[n, other] * d_covariance_pp[p, other]
+            d_input_np[n, p] = total / n_cells
+
+
+@njit(**_LOOP)
+def _affine(input_ip: Any, weight_pg: Any, intercept_g: Any, row_ig: Any) -> None:
+    """Logits of four cells."""
+    a, b, c, d = row_ig[0], row_ig[1], row_ig[2], row_ig[3]
+    for g in range(a.size):
+        a[g] = b[g] = c[g] = d[g] = intercept_g[g]
+    n_inputs = input_ip.shape[1]
+    p = 0
+    while p + 1 < n_inputs:
+        first, second = weight_pg[p], weight_pg[p + 1]
+        a0, b0, c0, d0 = input_ip[0, p], input_ip[1, p], input_ip[2, p], input_ip[3, p]
+        a1, b1, c1, d1 = input_ip[0, p + 1], input_ip[1, p + 1], input_ip[2, p + 1], input_ip[3, p + 1]
+        for g in range(a.size):
+            a[g] += a0 * first[g] + a1 * second[g]
+            b[g] += b0 * first[g] + b1 * second[g]
+            c[g] += c0 * first[g] + c1 * second[g]
+            d[g] += d0 * first[g] + d1 * second[g]
+        p += 2
+    if p < n_inputs:
+        first = weight_pg[p]
+        a0, b0, c0, d0 = input_ip[0, p], input_ip[1, p], input_ip[2, p], input_ip[3, p]
+        for g in range(a.size):
+            a[g] += a0 * first[g]
+            b[g] += b0 * first[g]
+            c[g] += c0 * first[g]
+            d[g] += d0 * first[g]
+
+
+@njit(**_LOOP)
+def _affine_back(
+    input_ip: Any, weight_pg: Any, row_ig: Any, d_input_ip: Any, d_weight_pg: Any, d_intercept_g: Any
+) -> None:
+    """Gradients of :func:`_affine`, added to what is there."""
+    a, b, c, d = row_ig[0], row_ig[1], row_ig[2], row_ig[3]
+    for g in range(a.size):
+        d_intercept_g[g] += a[g] + b[g] + c[g] + d[g]
+    for p in range(input_ip.shape[1]):
+        weight, d_weight = weight_pg[p], d_weight_pg[p]
+        a0, b0, c0, d0 = input_ip[0, p], input_ip[1, p], input_ip[2, p], input_ip[3, p]
+        sum_a, sum_b, sum_c, sum_d = _F(0), _F(0), _F(0), _F(0)
+        for g in range(a.size):
+            d_weight[g] += a0 * a[g] + b0 * b[g] + c0 * c[g] + d0 * d[g]
+            sum_a += weight[g] * a[g]
+            sum_b += weight[g] * b[g]
+            sum_c += weight[g] * c[g]
+            sum_d += weight[g] * d[g]
+        d_input_ip[0, p] += sum_a
+        d_input_ip[1, p] += sum_b
+        d_input_ip[2, p] += sum_c
+        d_input_ip[3, p] += sum_d
+
+
+@njit(**_LOOP)
+def _thread(start: int, n_rows: int, n_pieces: int) -> int:
+    """Which thread's rows begin at ``start``."""
+    return (start * n_pieces + n_rows - 1) // n_rows
+
+
+@njit(**_LOOP)
+def _most_counts(start: int, stop: int, indptr: Any) -> int:
+    most = 0
+    for n in range(start, stop):
+        most = max(most, indptr[n + 1] - indptr[n])
+    return most
+
+
+@njit(**_LOOP)
+def poisson_head(
+    start: int,
+    stop: int,
+    input_np: Any,
+    weight_pg: Any,
+    intercept_g: Any,
+    library_n: Any,
+    weight_n: Any,
+    indptr: Any,
+    indices: Any,
+    values: Any,
+    loss_n: Any,
+    d_input_np: Any,
+    d_log_library_n: Any,
+    d_weight_tpg: Any,
+    d_intercept_tg: Any,
+) -> None:
+    """Negative log-likelihood of each cell, and ``weight_n`` times its gradient."""
+    (n_cells, n_inputs), n_genes = input_np.shape, intercept_g.size
+    thread = _thread(start, n_cells, d_weight_tpg.shape[0])
+    inputs, d_inputs = np.empty((_TOGETHER, n_inputs), _F), np.empty((_TOGETHER, n_inputs), _F)
+    rows, exp_g = np.empty((_TOGETHER, n_genes), _F), np.empty(n_genes, _F)
+    for first in range(start, stop, _TOGETHER):
+        size = min(_TOGETHER, stop - first)
+        inputs[:], d_inputs[:] = _F(0), _F(0)
+        inputs[:size] = input_np[first : first + size]
+        _affine(inputs, weight_pg, intercept_g, rows)
+        rows[size:] = _F(0)
+        for i in range(size):
+            n = first + i
+            here = slice(indptr[n], indptr[n + 1])
+            loss_n[n], d_log_library_n[n] = poisson(
+                rows[i], library_n[n], weight_n[n], indices[here], values[here], exp_g
+            )
+        _affine_back(inputs, weight_pg, rows, d_inputs, d_weight_tpg[thread], d_intercept_tg[thread])
+        d_input_np[first : first + size] = d_inputs[:size]
+
+
+@njit(**_LOOP)
+def negative_binomial_head(
+    start: int,
+    stop: int,
+    input_np: Any,
+    weight_pg: Any,
+    intercept_g: Any,
+    library_n: Any,
+    weight_n: Any,
+    indptr: Any,
+    indices: Any,
+    values: Any,
+    loss_n: Any,
+    d_input_np: Any,
+    d_log_library_n: Any,
+    d_weight_tpg: Any,
+    d_intercept_tg: Any,
+    code_n: Any,
+    theta_cg: Any,
+    inverse_cg: Any,
+    share_cg: Any,
+    log_gamma_cxg: Any,
+    digamma_cxg: Any,
+    d_theta_tcg: Any,
+) -> None:
+    """As :func:`poisson_head`, with inverse dispersions; see :func:`ldvae_ext.module._kernels.dispersion_tables`."""
+    (n_cells, n_inputs), n_genes = input_np.shape, intercept_g.size
+    thread = _thread(start, n_cells, d_weight_tpg.shape[0])
+    inputs, d_inputs = np.empty((_TOGETHER, n_inputs), _F), np.empty((_TOGETHER, n_inputs), _F)
+    rows, exp_g, slope_g = np.empty((_TOGETHER, n_genes), _F), np.empty(n_genes, _F), np.empty(n_genes, _F)
+    of_counts = np.empty((2, _most_counts(start, stop, indptr)), _F)
+    for first in range(start, stop, _TOGETHER):
+        size = min(_TOGETHER, stop - first)
+        inputs[:], d_inputs[:] = _F(0), _F(0)
+        inputs[:size] = input_np[first : first + size]
+        _affine(inputs, weight_pg, intercept_g, rows)
+        rows[size:] = _F(0)
+        for i in range(size):
+            n = first + i
+            code, here = code_n[n], slice(indptr[n], indptr[n + 1])
+            loss_n[n], d_log_library_n[n] = negative_binomial(
+                rows[i],
+                library_n[n],
+                weight_n[n],
+                indices[here],
+                values[here],
+                theta_cg[code],
+                inverse_cg[code],
+                share_cg[code],
+                log_gamma_cxg[code],
+                digamma_cxg[code],
+                exp_g,
+                slope_g,
+                of_counts,
+                d_theta_tcg[thread, code],
+            )
+        _affine_back(inputs, weight_pg, rows, d_inputs, d_weight_tpg[thread], d_intercept_tg[thread])
+        d_input_np[first : first + size] = d_inputs[:size]
+
+
+@njit(**_LOOP)
+def zero_inflated_head(
+    start: int,
+    stop: int,
+    input_np: Any,
+    weight_pg: Any,
+    intercept_g: Any,
+    library_n: Any,
+    weight_n: Any,
+    indptr: Any,
+    indices: Any,
+    values: Any,
+    loss_n: Any,
+    d_input_np: Any,
+    d_log_library_n: Any,
+    d_weight_tpg: Any,
+    d_intercept_tg: Any,
+    code_n: Any,
+    theta_cg: Any,
+    inverse_cg: Any,
+    share_cg: Any,
+    log_gamma_cxg: Any,
+    digamma_cxg: Any,
+    d_theta_tcg: Any,
+    dropout_weight_pg: Any,
+    dropout_intercept_g: Any,
+    d_dropout_weight_tpg: Any,
+    d_dropout_intercept_tg: Any,
+) -> None:
+    """As :func:`negative_binomial_head`, with a second head for the logits of zero inflation."""
+    (n_cells, n_inputs), n_genes = input_np.shape, intercept_g.size
+    thread = _thread(start, n_cells, d_weight_tpg.shape[0])
+    inputs, d_inputs = np.empty((_TOGETHER, n_inputs), _F), np.empty((_TOGETHER, n_inputs), _F)
+    rows, exp_g, slope_g = np.empty((_TOGETHER, n_genes), _F), np.empty(n_genes, _F), np.empty(n_genes, _F)
+    dropout_rows, d_dropout_rows = np.empty((_TOGETHER, n_genes), _F), np.empty((_TOGETHER, n_genes), _F)
+    of_counts = np.empty((5, _most_counts(start, stop, indptr)), _F)
+    for first in range(start, stop, _TOGETHER):
+        size = min(_TOGETHER, stop - first)
+        inputs[:], d_inputs[:] = _F(0), _F(0)
+        inputs[:size] = input_np[first : first + size]
+        _affine(inputs, weight_pg, intercept_g, rows)
+        _affine(inputs, dropout_weight_pg, dropout_intercept_g, dropout_rows)
+        rows[size:], d_dropout_rows[size:] = _F(0), _F(0)
+        for i in range(size):
+            n = first + i
+            code, here = code_n[n], slice(indptr[n], indptr[n + 1])
+            loss_n[n], d_log_library_n[n] = zero_inflated_negative_binomial(
+                rows[i],
+                library_n[n],
+                weight_n[n],
+                indices[here],
+                values[here],
+                theta_cg[code],
+                inverse_cg[code],
+                share_cg[code],
+                log_gamma_cxg[code],
+                digamma_cxg[code],
+                exp_g,
+                slope_g,
+                of_counts,
+                d_theta_tcg[thread, code],
+                dropout_rows[i],
+                d_dropout_rows[i],
+            )
+        _affine_back(inputs, weight_pg, rows, d_inputs, d_weight_tpg[thread], d_intercept_tg[thread])
+        _affine_back(
+            inputs,
+            dropout_weight_pg,
+            d_dropout_rows,
+            d_inputs,
+            d_dropout_weight_tpg[thread],
+            d_dropout_intercept_tg[thread],
+        )
+        d_input_np[first : first + size] = d_inputs[:size]

@@ -1,0 +1,133 @@
+"""The training plan: scvi-tools' own, with metrics that are gathered over an epoch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from scvi.train import TrainingPlan
+
+
+class GatheringPlan(TrainingPlan):
+    """``scvi.train.TrainingPlan`` whose metrics reach lightning once in an epoch, under the same names and with the same values.
+
+    Each of the metrics is a mean over the epoch, which lightning would take apart and sum up at each step. What is logged at
+    steps (``on_step=True``, the KL weight) is logged at the same steps as ever.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._gathered: dict[str, _Sums] = {"train": _Sums(), "validation": _Sums()}
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """scvi-tools' optimizer, which on a CPU need not ask at each step whether there is a GPU with a graph to capture."""
+        config = super().configure_optimizers()
+        optimizer, check = config["optimizer"], "_accelerator_graph_capture_health_check"
+        on_cpu = all(value.device.type == "cpu" for group in optimizer.param_groups for value in group["params"])
+        if on_cpu and hasattr(optimizer, check):
+            setattr(optimizer, check, _nothing)
+        return config
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        """As in scvi-tools.
+
+        Parameters
+        ----------
+        batch, batch_idx
+            A minibatch and its number.
+        """
+        if self.on_step or not self.on_epoch:
+            return super().training_step(batch, batch_idx)
+        if "kl_weight" in self.loss_kwargs:
+            self.loss_kwargs["kl_weight"] = self.kl_weight
+            if self.trainer.is_last_batch or self._is_step_to_log():
+                self.log("kl_weight", self.loss_kwargs["kl_weight"], on_step=True, on_epoch=False)
+        _, _, losses = self.forward(batch, loss_kwargs=self.loss_kwargs)
+        self._gather("train", losses, is_last=self.trainer.is_last_batch)
+        if losses.extra_metrics:
+            self.prepare_scib_autotune(losses.extra_metrics, "training")
+        return losses.loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """As in scvi-tools.
+
+        Parameters
+        ----------
+        batch, batch_idx
+            A minibatch and its number.
+        """
+        if self.on_step or not self.on_epoch:
+            return super().validation_step(batch, batch_idx)
+        _, _, losses = self.forward(batch, loss_kwargs=self.loss_kwargs)
+        loop = self.trainer.sanity_checking
+        n_batches = (self.trainer.num_sanity_val_batches if loop else self.trainer.num_val_batches)[0]
+        self._gather("validation", losses, is_last=batch_idx + 1 == n_batches)
+        if losses.extra_metrics:
+            self.prepare_scib_autotune(losses.extra_metrics, "validation")
+
+    def on_train_epoch_end(self) -> None:
+        """Log the metrics of an epoch that ended early."""
+        self._tell("train")
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics of a validation whose length was not known."""
+        self._tell("validation")
+
+    def _is_step_to_log(self) -> bool:
+        return self.trainer._logger_connector.should_update_logs
+
+    def _gather(self, mode: str, losses: Any, *, is_last: bool) -> None:
+        sums = self._gathered[mode]
+        sums.add(losses)
+        if is_last:
+            self._tell(mode)
+
+    def _tell(self, mode: str) -> None:
+        sums, self._gathered[mode] = self._gathered[mode], _Sums()
+        if sums.n_batches == 0:
+            return
+        options = {"on_step": False, "on_epoch": True, "sync_dist": self.use_sync_dist, "batch_size": sums.n_obs}
+        self.log(f"{mode}_loss", sums.loss / sums.n_obs, prog_bar=mode == "train", **options)
+        metrics = self.train_metrics if mode == "train" else self.val_metrics
+        metrics[f"elbo_{mode}"].update(
+            reconstruction_loss=sums.reconstruction,
+            kl_local=sums.kl_local,
+            kl_global=sums.kl_global,
+            n_obs_minibatch=sums.n_obs,
+        )
+        for metric in metrics.values():
+            if hasattr(metric, "n_batches"):
+                metric.n_batches += sums.n_batches - 1
+        self.log_dict(metrics, **options)
+        for name, value in sums.extra.items():
+            self.log(f"{name}_{mode}", value / sums.n_obs, **options)
+
+
+class _Sums:
+    """Sums over the minibatches of an epoch."""
+
+    def __init__(self) -> None:
+        self.n_obs = self.n_batches = 0
+        self.loss: Any = 0.0
+        self.reconstruction: Any = 0.0
+        self.kl_local: Any = 0.0
+        self.kl_global: Any = 0.0
+        self.extra: dict[str, Any] = {}
+
+    @torch.no_grad()
+    def add(self, losses: Any) -> None:
+        """Count a minibatch in."""
+        n_obs = losses.n_obs_minibatch
+        self.n_obs += n_obs
+        self.n_batches += 1
+        self.loss = self.loss + losses.loss.detach() * n_obs
+        self.reconstruction = self.reconstruction + losses.reconstruction_loss_sum.detach()
+        self.kl_local = self.kl_local + losses.kl_local_sum.detach()
+        self.kl_global = self.kl_global + losses.kl_global_sum.detach()
+        for name, value in losses.extra_metrics.items():
+            if not isinstance(value, torch.Tensor) or value.ndim == 0:
+                self.extra[name] = self.extra.get(name, 0.0) + value * n_obs
+
+
+def _nothing() -> None:
+    """Stands for a check that does not concern a CPU."""
