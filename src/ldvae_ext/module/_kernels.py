@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from ldvae_ext.core._kernels import _LOOP, exp, log1p
+from ldvae_ext.core._kernels import _LOOP, exp, log, log1p
 
 _F = np.float32
 _LANES = 64
@@ -17,23 +17,6 @@ _EPS = _F(1e-8)
 _BLOCK = 512
 # Counts up to this have their gamma functions in tables, one for each gene.
 N_TABLE = 8
-
-
-@njit(cache=True, error_model="numpy", fastmath={"contract", "nsz"})
-def log(x: Any) -> Any:
-    exponent = np.int32(np.int32(_F(x).view(np.int32) - np.int32(0x3F3504F3)) >> np.int32(23))
-    power = np.int32(np.int32(0x3F800000) - np.int32(exponent << np.int32(23))).view(np.float32)
-    m = x * power - _F(1)
-    p = _F(7.0376836292e-2)
-    p = p * m + _F(-1.1514610310e-1)
-    p = p * m + _F(1.1676998740e-1)
-    p = p * m + _F(-1.2420140846e-1)
-    p = p * m + _F(1.4249322787e-1)
-    p = p * m + _F(-1.6668057665e-1)
-    p = p * m + _F(2.0000714765e-1)
-    p = p * m + _F(-2.4999993993e-1)
-    p = p * m + _F(3.3333331174e-1)
-    return (p * m * m * m - _F(0.5) * m * m) + m + _F(exponent) * _F(0.693147182)
 
 
 @njit(**_LOOP)
