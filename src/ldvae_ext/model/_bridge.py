@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import sparse
 from scvi import REGISTRY_KEYS
 from scvi.nn import FCLayers
 
@@ -14,6 +15,8 @@ from ldvae_ext.core import BatchNorm, Covariate, LinearDecoder, RawLinear
 from ldvae_ext.core.cells import EncodedCells
 from ldvae_ext.core.rotation import Rotation
 from ldvae_ext.module import LDVAEModule
+from ldvae_ext.module._encode import EvaluatedEncoders
+from ldvae_ext.module._likelihood import Counts
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:
@@ -80,6 +83,10 @@ def linear_decoder(
     )
 
 
+def _counts(tensor: torch.Tensor) -> np.ndarray | sparse.csr_array:
+    return tensor.numpy() if tensor.layout is torch.strided else Counts.of(tensor).matrix
+
+
 def _codes(tensor: torch.Tensor) -> np.ndarray:
     return tensor.cpu().numpy().ravel().astype(np.int64)
 
@@ -117,8 +124,10 @@ def encode(
 ) -> Iterator[EncodedCells]:
     """Posteriors of the cells, minibatch by minibatch."""
     n_labels = module.n_labels if module.dispersion == "gene-label" else 1
+    encoders = EvaluatedEncoders(module) if EvaluatedEncoders.fit(module) else None
     for tensors in minibatches:
-        posterior = module.posterior(tensors)
+        is_sparse = tensors[REGISTRY_KEYS.X_KEY].layout is torch.sparse_csr
+        posterior = encoders.posterior(tensors) if encoders is not None and is_sparse else module.posterior(tensors)
         n_cells = len(posterior.mean)
         cells = EncodedCells(
             mean=posterior.mean.cpu().numpy(),
@@ -127,6 +136,6 @@ def encode(
             batch=_codes_or_zero(tensors, REGISTRY_KEYS.BATCH_KEY, module.n_batch, n_cells),
             label=_codes_or_zero(tensors, REGISTRY_KEYS.LABELS_KEY, n_labels, n_cells),
             covariates=_covariate_values(tensors, covariates),
-            counts=tensors[REGISTRY_KEYS.X_KEY].cpu().numpy(),
+            counts=_counts(tensors[REGISTRY_KEYS.X_KEY].cpu()),
         )
         yield cells if rotation is None else rotation.cells(cells)

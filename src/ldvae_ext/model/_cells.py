@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import pandas as pd
+import scvi
 import torch
 from anndata import AnnData
 from scvi import REGISTRY_KEYS
 from scvi.data._utils import _get_adata_minify_type, _validate_adata_dataloader_input
+from torch.utils.data import DataLoader
 
 from ldvae_ext._validate import cell_positions, listed
 from ldvae_ext.core.cells import EncodedCells
@@ -25,6 +27,7 @@ from ldvae_ext.model._counts import (
     counts_of,
     same_counts,
 )
+from ldvae_ext.model._loader import CountsLoader, can_gather
 from ldvae_ext.model._registry import covariates_of, has_size_factors, known_levels
 
 if TYPE_CHECKING:
@@ -78,14 +81,29 @@ def stream_cells(
         raise ValueError(msg)
     with readable_cells(model, adata) as cells:
         positions = cell_positions(indices, cells.n_obs)
-        # A generator of its own, since a torch data loader draws a seed from the global one even if it does not shuffle.
-        loader_kwargs = {"generator": torch.Generator(), **(data_loader_kwargs or {})}
-        loader = model._make_data_loader(cells, indices=positions, batch_size=batch_size, **loader_kwargs)
+        loader = minibatches(model, cells, positions, batch_size, data_loader_kwargs)
         # The obs as the user knows it: scvi-tools adds columns to what it registers.
         obs = cast("pd.DataFrame", (cells if adata is None else adata).obs)
         yield CellStream(
             obs.iloc[positions], encode(model.module, loader, covariates, rotation), len(loader), positions
         )
+
+
+def minibatches(
+    model: LDVAEBase,
+    cells: AnnData,
+    positions: np.ndarray,
+    batch_size: int | None = None,
+    data_loader_kwargs: dict | None = None,
+) -> DataLoader:
+    """Minibatches of cells that are registered with the model, in order; sparse where the counts are in memory."""
+    # A generator of its own, since a torch data loader draws a seed from the global one even if it does not shuffle.
+    generator = torch.Generator()
+    manager = model.get_anndata_manager(cells, required=True)
+    if not data_loader_kwargs and scvi.settings.dl_num_workers == 0 and can_gather(manager):
+        return CountsLoader(manager, positions, batch_size or scvi.settings.batch_size, generator=generator)
+    options = {"generator": generator, **(data_loader_kwargs or {})}
+    return model._make_data_loader(cells, indices=positions, batch_size=batch_size, **options)
 
 
 def with_positions(

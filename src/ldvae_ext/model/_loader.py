@@ -98,6 +98,8 @@ class CountsLoader(DataLoader):
         Positions of the cells, or a mask; all if None.
     batch_size, shuffle, drop_last
         As in scvi-tools.
+    generator
+        What torch's loader draws a seed from even if it does not shuffle; the global one if None.
     """
 
     def __init__(
@@ -107,13 +109,14 @@ class CountsLoader(DataLoader):
         batch_size: int = 128,
         shuffle: bool = False,
         drop_last: bool = False,
+        generator: torch.Generator | None = None,
     ) -> None:
         self.indices = np.arange(manager.adata.n_obs) if indices is None else np.asarray(indices)
         if self.indices.dtype == bool:
             self.indices = np.flatnonzero(self.indices)
         dataset = CountsDataset(manager, self.indices)
         sampler = ChunkSampler(len(dataset), batch_size, shuffle=shuffle, drop_last=drop_last)
-        super().__init__(dataset, batch_size=None, sampler=sampler)
+        super().__init__(dataset, batch_size=None, sampler=sampler, generator=generator)
 
 
 def can_gather(manager: AnnDataManager) -> bool:

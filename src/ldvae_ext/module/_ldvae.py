@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from scvi.module.base import auto_move_data
 from scvi.nn import Encoder
 
 from ldvae_ext.module._decoder import LinearDecoderLayer
+from ldvae_ext.module._encode import CellPosterior
 from ldvae_ext.module._generative import GenerativeModule
 from ldvae_ext.module._loading import StrictLoading
 from ldvae_ext.module._marginal import log_marginal
@@ -23,17 +24,6 @@ from ldvae_ext.module._modes import evaluating
 from ldvae_ext.module._options import batch_norm_where, check_options, layer_norm_in_encoder
 from ldvae_ext.module._query import QueryModule
 from ldvae_ext.module._truncation import TruncationModule
-
-
-class CellPosterior(NamedTuple):
-    """What the encoder says of a minibatch, without sampling."""
-
-    mean: torch.Tensor
-    """Posterior means (of u under ``"ln"``), shape (cells, latents)."""
-    variance: torch.Tensor
-    """Posterior variances, same shape."""
-    log_library: torch.Tensor
-    """Log of the library size: size factor, observed, or the posterior mean of the log library; shape (cells,)."""
 
 
 class LDVAEModule(StrictLoading, QueryModule, TruncationModule, GenerativeModule, ScviLDVAE):
