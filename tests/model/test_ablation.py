@@ -112,7 +112,8 @@ def test_minified_data_keep_their_ablation_with_counts_and_refuse_it_without():
     adata.obsm["X_latent_qzm"], adata.obsm["X_latent_qzv"] = model.get_latent_representation(return_dist=True)
     kept = untrained(adata.copy(), use_observed_lib_size=True)
     kept.minify_adata("latent_posterior_parameters_with_counts")
-    np.testing.assert_allclose(kept.ablate().X, expected, atol=1e-4)
+    # The posteriors of minified data are scvi-tools' own, whose float32 sums have another order.
+    np.testing.assert_allclose(kept.ablate().X, expected, atol=1e-6 * np.abs(expected).max())
     model.minify_adata()
     with pytest.raises(
         ValueError, match=r"needs counts.*`minify_adata\('latent_posterior_parameters_with_counts'\)` keeps them"

@@ -129,7 +129,8 @@ class TestPosteriorMean:
         z = softmax(mean, axis=1) if latent_distribution == "ln" else mean
         batch = adata.obs["batch"].cat.codes.to_numpy().astype(int)
         got = model.get_normalized_expression(use_posterior_mean=True)
-        np.testing.assert_allclose(got, generative(model, z, batch).scale, atol=1e-6)
+        # Latents of this untrained network go up to 30, where float32 is known to 2e-6.
+        np.testing.assert_allclose(got, generative(model, z, batch).scale, atol=2e-6)
         assert got.index.equals(adata.obs_names)
         assert got.columns.equals(adata.var_names)
         with torch.no_grad():
@@ -249,8 +250,8 @@ def test_expression_does_not_depend_on_the_threads_of_torch(n_threads):
     try:
         torch.set_num_threads(n_threads)
         got = model.get_normalized_expression(use_posterior_mean=True, return_numpy=True)
-        np.testing.assert_allclose(got, expected, rtol=1e-5)
-        np.testing.assert_allclose(model.ablate().X, effects, rtol=0, atol=1e-5 * np.abs(effects).max())
+        np.testing.assert_allclose(got, expected, rtol=1e-6)
+        np.testing.assert_allclose(model.ablate().X, effects, rtol=0, atol=1e-6 * np.abs(effects).max())
         assert torch.get_num_threads() == n_threads
     finally:
         torch.set_num_threads(before)

@@ -45,7 +45,8 @@ def test_a_path_splits_the_log_ratio_of_two_populations_over_factors_and_batch(m
         assert table.columns.tolist() == [*model.latent_names, "batch"]
         assert table.index.tolist() == adata.var_names.tolist()
         expected = log_share(logits(group)) - log_share(logits("NK"))
-        np.testing.assert_allclose(table.to_numpy().sum(axis=1), expected, atol=1e-6)
+        # As exact as the latents of the getter, which sums in another order, are known in float32.
+        np.testing.assert_allclose(table.to_numpy().sum(axis=1), expected, atol=1e-6 * max(1, np.abs(z).max()))
 
 
 def test_only_the_named_cells_count_and_groups_without_one_are_left_out(model):

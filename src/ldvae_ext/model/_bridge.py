@@ -126,8 +126,7 @@ def encode(
     n_labels = module.n_labels if module.dispersion == "gene-label" else 1
     encoders = EvaluatedEncoders(module) if EvaluatedEncoders.fit(module) else None
     for tensors in minibatches:
-        is_sparse = tensors[REGISTRY_KEYS.X_KEY].layout is torch.sparse_csr
-        posterior = encoders.posterior(tensors) if encoders is not None and is_sparse else module.posterior(tensors)
+        posterior = module.posterior(tensors) if encoders is None else encoders.posterior(tensors)
         n_cells = len(posterior.mean)
         cells = EncodedCells(
             mean=posterior.mean.cpu().numpy(),

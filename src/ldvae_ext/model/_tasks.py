@@ -20,7 +20,7 @@ from scvi.module._constants import MODULE_KEYS
 
 from ldvae_ext._validate import check_column, check_one_of
 from ldvae_ext.core import LinearDecoder, log_likelihood
-from ldvae_ext.core.cells import EncodedCells
+from ldvae_ext.core.cells import EncodedCells, dense
 from ldvae_ext.core.heads import parameters_given
 from ldvae_ext.core.posterior import deterministic_latent
 from ldvae_ext.model._base import LDVAEBase
@@ -371,4 +371,4 @@ class TasksMixin(FactorsMixin):
 def _log_likelihood_at_mean(decoder: LinearDecoder, cells: EncodedCells) -> np.ndarray:
     z_nk = deterministic_latent(cells.mean.astype(np.float64), decoder.latent_distribution)
     mu_ng, theta, dropout_ng = parameters_given(decoder, z_nk, cells, cells.library)
-    return log_likelihood(decoder.likelihood, cells.counts.astype(np.float64), mu_ng, theta, dropout_ng).sum(axis=1)
+    return log_likelihood(decoder.likelihood, dense(cells.counts), mu_ng, theta, dropout_ng).sum(axis=1)

@@ -13,7 +13,7 @@ from scvi.model.base import VAEMixin
 from ldvae_ext._keys import ABUNDANCE
 from ldvae_ext._validate import check_column
 from ldvae_ext.core import log_likelihood
-from ldvae_ext.core.cells import EncodedCells
+from ldvae_ext.core.cells import EncodedCells, dense
 from ldvae_ext.core.heads import parameters_given
 from ldvae_ext.core.importance import importance_weights, latent_log_density
 from ldvae_ext.model._cells import stream_cells
@@ -109,7 +109,7 @@ class WeightsMixin(TasksMixin):
 
     def _log_px(self, z_nk: np.ndarray, chunks: list[EncodedCells], anchors: np.ndarray) -> np.ndarray:
         """Log-likelihood of each anchor's counts, given each cell's latent in that cell's batch; (cells, anchors)."""
-        counts_ag = np.concatenate([chunk.counts for chunk in chunks])[anchors].astype(np.float64)
+        counts_ag = np.concatenate([dense(chunk.counts) for chunk in chunks])[anchors]
         library_a = np.concatenate([chunk.library for chunk in chunks])[anchors]
         if not self.module.use_size_factor_key:
             library_a = counts_ag.sum(axis=1)

@@ -11,6 +11,7 @@ from scvi.nn import Encoder
 
 from ldvae_ext.core._compiled import kernels
 from ldvae_ext.module._likelihood import Counts
+from ldvae_ext.module._sparse import sparse_rows
 
 
 class CellPosterior(NamedTuple):
@@ -60,16 +61,17 @@ class EvaluatedEncoders:
         )
 
     def posterior(self, tensors: dict[str, torch.Tensor]) -> CellPosterior:
-        """Posterior of the cells of a minibatch, whose counts are a CSR tensor.
+        """Posterior of the cells of a minibatch.
 
         Parameters
         ----------
         tensors
-            The minibatch.
+            The minibatch; its counts may be a CSR tensor.
         """
         from ldvae_ext.module import _row_kernels as loops
 
-        counts = Counts.of(tensors[REGISTRY_KEYS.X_KEY])
+        x_ng = tensors[REGISTRY_KEYS.X_KEY].cpu()
+        counts = Counts.of(sparse_rows(x_ng.float()) if x_ng.layout is torch.strided else x_ng)
         indptr, indices, values = counts.arrays
         hidden_nh = np.tile(self._bias_h, (counts.n_cells, 1))
         seen = np.log1p(values) if self._module.log_variational else values
@@ -77,9 +79,9 @@ class EvaluatedEncoders:
         np.maximum(hidden_nh, 0, out=hidden_nh)
         of_z_nh = hidden_nh[:, : self._n_hidden]
         mean_nk = of_z_nh @ self._mean[0] + self._mean[1]
-        variance_nk = np.exp(of_z_nh @ self._variance[0] + self._variance[1]) + np.float32(
-            self._module.z_encoder.var_eps
-        )
+        with np.errstate(over="ignore"):  # infinite as in torch
+            variance_nk = np.exp(of_z_nh @ self._variance[0] + self._variance[1])
+        variance_nk += np.float32(self._module.z_encoder.var_eps)
         if self._module.use_size_factor_key:
             log_library = torch.log(tensors[REGISTRY_KEYS.SIZE_FACTOR_KEY]).squeeze(-1)
         elif self._library is None:
