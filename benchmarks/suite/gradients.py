@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from statistics import median
 from typing import Any
@@ -92,7 +92,8 @@ def _gradients(module: Any, tensors: dict[str, torch.Tensor], seed: int) -> Grad
     module.zero_grad()
     torch.manual_seed(seed)
     with _float32_draws():
-        loss = module(tensors, loss_kwargs={"kl_weight": 1.0})[2].loss
+        with module.computing("numba") if tensors["X"].layout is torch.sparse_csr else nullcontext():
+            loss = module(tensors, loss_kwargs={"kl_weight": torch.tensor(1.0)})[2].loss
         loss.backward()
     out = {n: p.grad.double().numpy().copy() for n, p in module.named_parameters() if p.grad is not None}
     module.zero_grad()

@@ -211,7 +211,8 @@ def test_genes_are_listed_with_their_share_of_each_latents_effect(genes, model):
     assert set(table["n_cells"]) == {20}
     of_cells = get.ablation_df(model.ablate(), "type").set_index(["group", "factor"])["mean"]
     sums = table.groupby(["group", "factor"])["mean"].sum()
-    pd.testing.assert_series_equal(sums, of_cells.sort_index(), rtol=1e-9)
+    # Genes are computed in float64, cells in float32 where loops are compiled.
+    pd.testing.assert_series_equal(sums, of_cells.sort_index(), rtol=0, atol=1e-6 * of_cells.abs().max())
     whole = sums.loc[pd.MultiIndex.from_frame(table[["group", "factor"]])].to_numpy()
     np.testing.assert_allclose(table["share"], table["mean"] / whole)
     np.testing.assert_allclose(table.groupby(["group", "factor"])["share"].sum(), 1.0)
