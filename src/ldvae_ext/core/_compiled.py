@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -81,7 +81,10 @@ def over_rows(loop: Callable[..., Any], n_rows: int, *arguments: Any) -> None:
     bounds = [n_rows * i // n_pieces for i in range(n_pieces + 1)]
     pieces = list(pairwise(bounds))
     others = [_pool(n_pieces - 1).submit(loop, *piece, *arguments) for piece in pieces[1:]]
-    loop(*pieces[0], *arguments)
+    try:
+        loop(*pieces[0], *arguments)
+    finally:
+        wait(others)
     for other in others:
         other.result()
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ldvae_ext.core._compiled import kernels, over_rows, threads
-from ldvae_ext.core._tables import plain, tables_of
+from ldvae_ext.core._tables import plain
 
 if TYPE_CHECKING:
     from ldvae_ext.core.decoder import LinearDecoder
@@ -48,7 +49,7 @@ def put_scale(
     """
     n_cells, loops = len(z_nk), kernels() if len(z_nk) * len(decoder.genes) >= _FEW else None
     if loops is not None and decoder.link == "softmax" and out_ng.flags.c_contiguous and n_cells:
-        tables = tables_of(decoder)
+        tables = decoder._tables
         over_rows(
             loops.decode,
             n_cells,
@@ -61,19 +62,12 @@ def put_scale(
             out_ng,
         )
         return
-    n_rows = max(1, _BLOCK // len(decoder.genes))
-    for start in range(0, n_cells, n_rows):
-        at = slice(start, start + n_rows)
-        rate_ng = decoder.apply_link(
-            _logits(decoder, z_nk[at], batch_n[at], None if design_nc is None else design_nc[at])
-        )
-        rate_ng *= share * library_n[at, None]
-        if genes is not None:
-            rate_ng = rate_ng[:, genes]
+    for at, rate_ng in _rates(decoder, z_nk, batch_n, design_nc, share * library_n):
+        some_ng = rate_ng if genes is None else rate_ng[:, genes]
         if share == 1.0:
-            out_ng[at] = rate_ng
+            out_ng[at] = some_ng
         else:
-            out_ng[at] += rate_ng
+            out_ng[at] += some_ng
 
 
 def add_group_scale(
@@ -90,7 +84,7 @@ def add_group_scale(
     Parameters
     ----------
     decoder, z_nk, batch_n, design_nc, library_n
-        See :func:`add_scale`.
+        See :func:`put_scale`.
     total_pg
         What is added to.
     group_n
@@ -105,7 +99,7 @@ def add_group_scale(
             n_pieces,
             np.arange(n_pieces + 1) * n_cells // n_pieces,
             plain(z_nk, np.float64),
-            tables_of(decoder).weight_kg,
+            decoder._tables.weight_kg,
             *_offsets(decoder, batch_n, design_nc),
             plain(library_n, np.float64),
             plain(group_n, np.int64),
@@ -113,13 +107,7 @@ def add_group_scale(
         )
         total_pg += parts_ipg.sum(axis=0)
         return
-    n_rows = max(1, _BLOCK // len(decoder.genes))
-    for start in range(0, n_cells, n_rows):
-        at = slice(start, start + n_rows)
-        rate_ng = decoder.apply_link(
-            _logits(decoder, z_nk[at], batch_n[at], None if design_nc is None else design_nc[at])
-        )
-        rate_ng *= library_n[at, None]
+    for at, rate_ng in _rates(decoder, z_nk, batch_n, design_nc, library_n):
         for p in np.unique(group_n[at][group_n[at] >= 0]):
             total_pg[p] += rate_ng[group_n[at] == p].sum(axis=0)
 
@@ -128,15 +116,23 @@ def _offsets(
     decoder: LinearDecoder, batch_n: np.ndarray, design_nc: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Logits at z = 0, and each cell's row of them."""
-    intercept_bg = tables_of(decoder).intercept_bg
+    intercept_bg = decoder._tables.intercept_bg
     if design_nc is None or decoder.covariate_cg is None:
         return intercept_bg, plain(batch_n, np.int64)
     return plain(intercept_bg[batch_n] + design_nc @ decoder.covariate_cg, np.float64), np.arange(len(batch_n))
 
 
-def _logits(decoder: LinearDecoder, z_nk: np.ndarray, batch_n: np.ndarray, design_nc: np.ndarray | None) -> np.ndarray:
-    logits_ng = z_nk @ decoder.weight_gk.T
-    logits_ng += decoder.intercept_bg[batch_n]
-    if design_nc is not None and decoder.covariate_cg is not None:
-        logits_ng += design_nc @ decoder.covariate_cg
-    return logits_ng
+def _rates(
+    decoder: LinearDecoder, z_nk: np.ndarray, batch_n: np.ndarray, design_nc: np.ndarray | None, library_n: np.ndarray
+) -> Iterator[tuple[slice, np.ndarray]]:
+    """``library * scale`` by numpy, for some cells at a time."""
+    n_rows = max(1, _BLOCK // len(decoder.genes))
+    for start in range(0, len(z_nk), n_rows):
+        at = slice(start, start + n_rows)
+        logits_ng = z_nk[at] @ decoder.weight_gk.T
+        logits_ng += decoder.intercept_bg[batch_n[at]]
+        if design_nc is not None and decoder.covariate_cg is not None:
+            logits_ng += design_nc[at] @ decoder.covariate_cg
+        rate_ng = decoder.apply_link(logits_ng)
+        rate_ng *= library_n[at, None]
+        yield at, rate_ng

@@ -13,7 +13,17 @@ import numpy as np
 from numba import njit
 
 from ldvae_ext.core._decoding_loops import decode, decode_groups, weighted_rows
-from ldvae_ext.core._kernels import _LOOP, _parts_of_exp, excess, exp, expm1, log1p, log_of_ratio, parts_of_exp
+from ldvae_ext.core._kernels import (
+    _HIGHEST,
+    _LOOP,
+    _LOWEST,
+    excess,
+    exp,
+    expm1,
+    log1p,
+    log_of_ratio,
+    parts_of_exp,
+)
 
 __all__ = ["ablate", "decode", "decode_groups"]
 
@@ -27,6 +37,8 @@ _WIDTH = 16
 _LEAST, _WIDEST, _LARGEST = _F(1e-30), _F(69.0), 1e7
 # Where latents, or one of several that are replaced, move logits by more, what is left of the others is not enough.
 _FAR = _F(64.0)
+# Where one latent moves them by less, all is well whatever the mean of e^t.
+_NEAR = _F(48.0)
 # Below this mean of e^t its rounding is felt, and t is shifted.
 _SMALL = 0.5
 # A theta that is next to nothing beside the mean would leave nothing of 1 - a in float32.
@@ -115,13 +127,13 @@ def _excess(
 
 @njit(**_LOOP)
 def _gathered(at_i: Any, base_g: Any, scale: Any, latent_g: Any, stretch: Any, shift: Any, out_i: Any) -> None:
-    """The t of :func:`_excess` at some genes."""
+    """The t of :func:`_excess` at some genes, clamped to where their exponential is a normal number."""
     if stretch == 0:
         for i in range(at_i.size):
-            out_i[i] = scale * base_g[at_i[i]] - shift
+            out_i[i] = min(max(scale * base_g[at_i[i]] - shift, _LOWEST), _HIGHEST)
     else:
         for i in range(at_i.size):
-            out_i[i] = scale * base_g[at_i[i]] + (stretch * latent_g[at_i[i]] - shift)
+            out_i[i] = min(max(scale * base_g[at_i[i]] + (stretch * latent_g[at_i[i]] - shift), _LOWEST), _HIGHEST)
 
 
 @njit(**_LOOP)
@@ -144,18 +156,17 @@ def _sum_of_all(e_g: Any, mean: Any, factor: Any, a_g: Any, theta_g: Any) -> flo
 
 
 @njit(**_LOOP)
-def _sum_of_counts(t_i: Any, mean: Any, log_mean: Any, factor: Any, x_i: Any, a_i: Any, rest_i: Any, eps_i: Any) -> Any:
-    """What counts above 0 add; ``t`` is what the log-rate moves by before it is normalised.
-
-    Of each rate there are a, ``rest = 1 - a`` and scvi-tools' eps beside it.
-    """
+def _sum_of_counts(t_i: Any, mean: Any, factor: Any, x_i: Any, part_i: Any, rest_i: Any, eps_i: Any) -> Any:
+    """What counts above 0 add: ``sum x log y``, with y as of :func:`_of_counts` and t as of :func:`_excess`."""
     total = _F(0)
     for i in range(t_i.size):
-        p, power = _parts_of_exp(t_i[i])
+        p, power = parts_of_exp(t_i[i])
         ratio = (p * power + power) * factor
         move = (excess(p, power) - mean) * factor
-        both = log_of_ratio(a_i[i] * move, rest_i[i] + a_i[i] * ratio)
-        total += x_i[i] * (both - (t_i[i] - log_mean) - log1p(eps_i[i] / ratio))
+        inverse = _F(1) / (ratio + eps_i[i])
+        total += x_i[i] * log_of_ratio(
+            -rest_i[i] * move * inverse, (rest_i[i] + eps_i[i] + part_i[i] * ratio) * inverse
+        )
     return total
 
 
@@ -168,19 +179,19 @@ def _of_genes(library: Any, share_g: Any, theta_g: Any, out_g: Any) -> None:
 
 
 @njit(**_LOOP)
-def _of_counts(
-    at_i: Any, x_i: Any, library: Any, share_g: Any, theta_g: Any, a_i: Any, rest_i: Any, eps_i: Any
-) -> float:
-    """What :func:`_sum_of_counts` asks of the rates of some genes; returns ``sum x log1p(eps / mu)``."""
+def _of_counts(at_i: Any, library: Any, share_g: Any, theta_g: Any, part_i: Any, rest_i: Any, eps_i: Any) -> None:
+    """What :func:`_sum_of_counts` asks of the rates of some genes.
+
+    If a rate becomes ``mu ratio``, then ``(mu + eps) / (mu + theta + eps)`` is divided by
+    ``y = (rest + eps / mu + part ratio) / (ratio + eps / mu)``, ``part = (mu + eps) / (mu + theta + eps)``, ``rest = 1 - part``;
+    so ``y - 1 = rest (1 - ratio) / (ratio + eps / mu)``, which keeps its digits where little changes.
+    """
     for i in range(at_i.size):
-        mu, theta = library * share_g[at_i[i]], theta_g[at_i[i]] + _EPS
+        mu, theta = library * share_g[at_i[i]], theta_g[at_i[i]]
+        inverse = _F(1) / (mu + theta + _EPS)
+        part_i[i] = (mu + _EPS) * inverse
+        rest_i[i] = theta * inverse
         eps_i[i] = _EPS / mu
-        rest_i[i] = theta / (mu + theta)
-        a_i[i] = min(mu / (mu + theta), _MOST)
-    total = 0.0
-    for i in range(at_i.size):
-        total += x_i[i] * log1p(eps_i[i])
-    return total
 
 
 @njit(**_LOOP)
@@ -230,11 +241,11 @@ def ablate(
     all_at_i = np.empty(n_most, np.uint32)
     all_x_i = np.empty(n_most, np.float32)
     t_i = np.empty(n_most, np.float32)
-    a_i = np.empty(n_most, np.float32)
+    part_i = np.empty(n_most, np.float32)
     rest_i = np.empty(n_most, np.float32)
     eps_i = np.empty(n_most, np.float32)
     if not is_nb:
-        a_i[:], rest_i[:], eps_i[:] = 0, 1, 0
+        part_i[:], rest_i[:], eps_i[:] = 0, 1, 0
     for n in range(start, stop):
         weighted_rows(z_nk[n], weight_kg, latent_g)
         low, top = _range(latent_g)
@@ -255,11 +266,8 @@ def ablate(
         for i in range(n_given):
             at_i[i] = indices[indptr[n] + i]
             x_i[i] = counts[indptr[n] + i]
-        of_eps = 0.0
         if is_nb:
-            of_eps = _of_counts(
-                at_i, x_i, library, share_g, theta_g, a_i[:n_counts], rest_i[:n_counts], eps_i[:n_counts]
-            )
+            _of_counts(at_i, library, share_g, theta_g, part_i[:n_counts], rest_i[:n_counts], eps_i[:n_counts])
             _of_genes(library, share_g, theta_g, a_g)
         is_near = True
         for s in range(is_fresh_s.size):
@@ -268,7 +276,7 @@ def ablate(
             if is_fresh_s[s] and last == first + 1:
                 base_g = weight_kg[step_k[first]]
                 scale *= delta_nk[n, step_k[first]] * step_sign[first]
-                is_small = abs(scale) * reach_k[step_k[first]] < _FAR
+                is_small = abs(scale) * reach_k[step_k[first]] < _NEAR
             else:
                 base_g, is_small = move_g, False
                 if is_fresh_s[s]:
@@ -293,13 +301,14 @@ def ablate(
             if not (np.isfinite(scale) and 1e-3 <= 1 + mean <= _LARGEST):
                 out_ns[n, s] = np.nan
                 continue
-            factor, log_mean = _F(1 / (1 + mean)), _F(math.log1p(mean))
+            factor = _F(1 / (1 + mean))
             _gathered(at_i, base_g, scale, latent_g, stretch, shift, t_i[:n_counts])
-            low, total = _F(0), of_eps
+            low, total = _F(0), 0.0
+            if not (is_small and stretch == 0 and shift == 0):
+                low = min(low, _range(t_i[:n_counts])[0])
             for j in range(0, n_counts, _BLOCK):
                 at = slice(j, min(j + _BLOCK, n_counts))
-                low = min(low, _range(t_i[at])[0])
-                total += _sum_of_counts(t_i[at], _F(mean), log_mean, factor, x_i[at], a_i[at], rest_i[at], eps_i[at])
+                total += _sum_of_counts(t_i[at], _F(mean), factor, x_i[at], part_i[at], rest_i[at], eps_i[at])
             if is_nb:
                 total += _sum_of_all(e_g, _F(mean), factor, a_g, theta_g)
-            out_ns[n, s] = total if low - log_mean > -_WIDEST else np.nan
+            out_ns[n, s] = total if low - math.log1p(mean) > -_WIDEST else np.nan

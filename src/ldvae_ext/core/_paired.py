@@ -9,7 +9,7 @@ import numpy as np
 
 from ldvae_ext.core._compiled import kernels, over_rows
 from ldvae_ext.core._design import design_matrix
-from ldvae_ext.core._tables import filled_up, plain, tables_of
+from ldvae_ext.core._tables import filled_up, plain
 from ldvae_ext.core.cells import csr_parts
 from ldvae_ext.core.decoder import LinearDecoder
 from ldvae_ext.core.posterior import deterministic_latent
@@ -29,6 +29,9 @@ class Steps(NamedTuple):
     @classmethod
     def of(cls, sets: Sequence[np.ndarray]) -> Steps:
         """The shorter way to each set."""
+        if sets and all(len(members) == 1 for members in sets):
+            n = len(sets)
+            return cls(np.arange(n + 1), np.concatenate(sets), np.ones(n, np.float32), np.ones(n, np.bool_))
         ptr, latents, signs, is_fresh = [0], [], [], []
         before: set[int] = set()
         for members in sets:
@@ -56,6 +59,8 @@ def can_be_compiled(decoder: LinearDecoder) -> bool:
         decoder.link == "softmax"
         and decoder.likelihood in ("nb", "poisson")
         and (decoder.dispersion != "gene-cell" or decoder.likelihood == "poisson")
+        # A simplex of one latent is a point: nothing moves, to the last digit.
+        and (decoder.latent_distribution == "normal" or len(decoder.factors) > 1)
         and kernels() is not None
     )
 
@@ -72,7 +77,7 @@ def compiled_effects(
     label_n: np.ndarray | None,
 ) -> np.ndarray:
     """See :func:`ldvae_ext.core.ablation.set_effects`; NaN where float32 is not enough."""
-    loops, tables = kernels(), tables_of(decoder)
+    loops, tables = kernels(), decoder._tables
     n_cells = len(mean_nk)
     out_ns = np.empty((n_cells, len(sets)))
     if loops is None or not out_ns.size:

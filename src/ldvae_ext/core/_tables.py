@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
-from weakref import WeakKeyDictionary
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.special import softmax
 
-if TYPE_CHECKING:
-    from ldvae_ext.core.decoder import LinearDecoder
+# Numbers in some vectors, as many as a loop works on at once.
+_WIDTH = 64
 
 
 class Single(NamedTuple):
@@ -31,10 +30,20 @@ class Tables(NamedTuple):
     intercept_bg: np.ndarray
     single: Single
 
-
-# Numbers in some vectors, as many as a loop works on at once.
-_WIDTH = 64
-_TABLES: WeakKeyDictionary[LinearDecoder, Tables] = WeakKeyDictionary()
+    @classmethod
+    def of(cls, weight_gk: np.ndarray, intercept_bg: np.ndarray, theta_rg: np.ndarray | None) -> Tables:
+        """The tables of loadings, intercepts and dispersions."""
+        # Loadings are taken relative to their mean in an average cell, so that the mean of e^t is near 1.
+        share_g = softmax(intercept_bg.mean(axis=0))
+        weight_kg = plain((weight_gk - share_g @ weight_gk).T, np.float64)
+        intercept_bg = intercept_bg - intercept_bg.max(axis=1, keepdims=True)
+        single = Single(
+            filled_up(weight_kg),
+            plain(np.abs(weight_kg).max(axis=1), np.float32),
+            filled_up(np.exp(intercept_bg)),
+            filled_up(np.ones((1, len(share_g))) if theta_rg is None else theta_rg),
+        )
+        return cls(weight_kg, intercept_bg, single)
 
 
 def plain(array: Any, dtype: Any) -> np.ndarray:
@@ -45,21 +54,3 @@ def plain(array: Any, dtype: Any) -> np.ndarray:
 def filled_up(array_rg: np.ndarray) -> np.ndarray:
     """The array in float32, with genes of 0 up to whole vectors."""
     return np.pad(array_rg.astype(np.float32), ((0, 0), (0, -array_rg.shape[1] % _WIDTH)))
-
-
-def tables_of(decoder: LinearDecoder) -> Tables:
-    """The tables of a decoder, which are kept as long as it is."""
-    if decoder not in _TABLES:
-        # Loadings are taken relative to their mean in an average cell, so that the mean of e^t is near 1.
-        share_g = softmax(decoder.intercept_bg.mean(axis=0))
-        weight_kg = plain((decoder.weight_gk - share_g @ decoder.weight_gk).T, np.float64)
-        intercept_bg = decoder.intercept_bg - decoder.intercept_bg.max(axis=1, keepdims=True)
-        theta_rg = np.ones((1, len(share_g))) if decoder.theta_bg is None else decoder.theta_bg
-        single = Single(
-            filled_up(weight_kg),
-            plain(np.abs(weight_kg).max(axis=1), np.float32),
-            filled_up(np.exp(intercept_bg)),
-            filled_up(theta_rg),
-        )
-        _TABLES[decoder] = Tables(weight_kg, intercept_bg, single)
-    return _TABLES[decoder]

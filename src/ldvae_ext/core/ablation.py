@@ -151,6 +151,10 @@ def _check(decoder: LinearDecoder, x_ng: Any, batch_n: np.ndarray, label_n: Any,
     for name, (code_n, known) in levels.items():
         if known is None:
             continue
-        if code_n is None or len(code_n) != n_cells or (n_cells and not 0 <= min(code_n) <= max(code_n) < len(known)):
+        if (
+            code_n is None
+            or len(code_n) != n_cells
+            or (n_cells and not 0 <= np.min(code_n) <= np.max(code_n) < len(known))
+        ):
             msg = f"`{name}` must hold a code of each of {n_cells} cells, 0 to {len(known) - 1}; got {code_n}."
             raise ValueError(msg)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from ldvae_ext.core._decode import put_scale
 from ldvae_ext.core._design import Covariate, design_matrix, level_codes
 from ldvae_ext.core._information import fisher_shares
 from ldvae_ext.core._storage import FromArrays
+from ldvae_ext.core._tables import Tables
 from ldvae_ext.core._views import HEADS, DecoderViews
 from ldvae_ext.core.fold import RawLinear
 
@@ -157,6 +159,15 @@ class LinearDecoder(DecoderViews, FromArrays):
             their codes, so that 1 could mean either.
         """
         return level_codes(self.batches, batch, n_cells)
+
+    @cached_property
+    def _tables(self) -> Tables:
+        """Arrays as compiled loops want them; kept as long as the decoder is."""
+        return Tables.of(self.weight_gk, self.intercept_bg, self.theta_bg)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tables are made again where they are needed.
+        return {name: value for name, value in self.__dict__.items() if name != "_tables"}
 
     def _latent(self, z_nk: Any) -> np.ndarray:
         columns = getattr(z_nk, "columns", None)

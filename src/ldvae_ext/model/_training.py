@@ -94,11 +94,11 @@ class TrainingMixin(LDVAEBase):
             plan_kwargs["n_epochs_kl_warmup"] = int(kl_warmup)
         if datamodule is not None and not self.is_trained_:
             self._start_from(datamodule)
-        backend = self._backend_of(backend, accelerator, devices, plan_kwargs, trainer_kwargs)
+        chosen = self._backend_of(backend, accelerator, devices, plan_kwargs, trainer_kwargs)
         with (
             self._axes_of_other_loadings_ended(),
-            self._splitter_of(backend),
-            self.module.computing(backend),
+            self._splitter_of(chosen),
+            self.module.computing(chosen),
         ):
             result = super().train(
                 max_epochs=max_epochs,

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 from anndata import AnnData
+from scipy import sparse
 from scvi.model.base import VAEMixin
 
 from ldvae_ext._keys import ABUNDANCE
@@ -109,7 +110,7 @@ class WeightsMixin(TasksMixin):
 
     def _log_px(self, z_nk: np.ndarray, chunks: list[EncodedCells], anchors: np.ndarray) -> np.ndarray:
         """Log-likelihood of each anchor's counts, given each cell's latent in that cell's batch; (cells, anchors)."""
-        counts_ag = np.concatenate([dense(chunk.counts) for chunk in chunks])[anchors]
+        counts_ag = dense(sparse.vstack([sparse.csr_array(chunk.counts) for chunk in chunks], format="csr")[anchors])
         library_a = np.concatenate([chunk.library for chunk in chunks])[anchors]
         if not self.module.use_size_factor_key:
             library_a = counts_ag.sum(axis=1)

@@ -234,9 +234,9 @@ class _Work:
         """What is replaced by what, after a look at the exported latents."""
         if not self.request.needs_latents:
             return self.request.plan()
-        mean_nk = self.exported.mean_nk
-        seen = LatentSummary(mean_nk.shape[1], len(self.groups), keep=self.request.mode == "permute")
-        seen.add(mean_nk, self.exported.variance_nk, self.code_n, self.exported.axes)
+        exported = self.exported
+        seen = LatentSummary(len(exported.names), len(self.groups), keep=self.request.mode == "permute")
+        seen.add(exported.mean(), exported.variance(), self.code_n, exported.axes())
         return self.request.plan(seen)
 
     def description(self, plan: AblationPlan, groupby: str | None) -> dict[str, Any]:

@@ -34,17 +34,16 @@ class ExportedCells:
             raise KeyError(msg)
         self.names = strings(info["names"]).tolist()
         self.order, self.signs = np.asarray(info["order"]), np.asarray(info["signs"])
-        back = np.argsort(self.order)
-        latent_nk = np.asarray(adata.obsm[keys.logits if is_ln else keys.latent], dtype=np.float64)
-        self.mean_nk = (latent_nk * self.signs)[:, back]
-        self.variance_nk = np.asarray(adata.obsm[keys.variance], dtype=np.float64)[:, back]
-        self.axes = None
+        self._back = np.argsort(self.order)
+        self._latent_nk = np.asarray(adata.obsm[keys.logits if is_ln else keys.latent])
+        self._variance_nk = np.asarray(adata.obsm[keys.variance])
+        self._axes = None
         if "rotation" in info:
             if keys.network_variance not in adata.obsm:
                 msg = f"This export lacks `adata.obsm[{keys.network_variance!r}]`; export again with `LDVAE.export_to_anndata`."
                 raise KeyError(msg)
-            self.axes = PosteriorAxes(
-                np.asarray(adata.obsm[keys.network_variance], dtype=np.float64), np.asarray(info["rotation"]["matrix"])
+            self._axes = PosteriorAxes(
+                np.asarray(adata.obsm[keys.network_variance]), np.asarray(info["rotation"]["matrix"])
             )
         self.library_n = np.asarray(adata.obs[keys.library], dtype=np.float64)
         self._adata = adata
@@ -61,7 +60,9 @@ class ExportedCells:
         if column is None:
             msg = f"The decoder has several levels of `{setup}`, but the export does not say which column of obs holds them."
             raise KeyError(msg)
-        return level_codes(names, self._column(column).astype(str).to_numpy(), self._adata.n_obs, column)
+        # As many strings as there are levels, not cells.
+        code_n, levels = pd.factorize(self._column(column), use_na_sentinel=False)
+        return level_codes(names, levels.astype(str).to_numpy(), len(levels), column)[code_n]
 
     def _column(self, name: str) -> pd.Series:
         if name not in self._adata.obs:
@@ -79,6 +80,20 @@ class ExportedCells:
                 for c in self.decoder.covariates
             }
         )
+
+    def mean(self, at: Any = slice(None)) -> np.ndarray:
+        """Posterior means (of u under ``"ln"``) of some cells, float64."""
+        return (self._latent_nk[at].astype(np.float64) * self.signs)[:, self._back]
+
+    def variance(self, at: Any = slice(None)) -> np.ndarray:
+        """Posterior variances of some cells, float64."""
+        return self._variance_nk[at].astype(np.float64)[:, self._back]
+
+    def axes(self, at: Any = slice(None)) -> PosteriorAxes | None:
+        """What the posterior covariances of some cells are made of, where factors are rotated."""
+        if self._axes is None:
+            return None
+        return self._axes._replace(variance_nk=self._axes.variance_nk[at].astype(np.float64))
 
     def named_batches(self, transform_batch: Any) -> tuple[int | None, ...]:
         """Codes of the batches that cells are to be decoded in; None for their own."""
@@ -140,14 +155,14 @@ class ExportedCells:
             covariates = None if self.covariates is None else self.covariates.iloc[at]
             yield (
                 EncodedCells(
-                    mean=self.mean_nk[at],
-                    variance=self.variance_nk[at],
+                    mean=self.mean(at),
+                    variance=self.variance(at),
                     library=self.library_n[at],
                     batch=self.batch_n[at],
                     label=self.label_n[at],
                     covariates=covariates,
                     counts=x_ng,
-                    axes=None if self.axes is None else self.axes._replace(variance_nk=self.axes.variance_nk[at]),
+                    axes=self.axes(at),
                 ),
                 at,
             )

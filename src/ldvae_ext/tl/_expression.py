@@ -70,12 +70,13 @@ def population_expression(
     decoder = exported.decoder
     positions = cell_positions(indices, adata.n_obs)
     # Groups of the chosen cells only, so that none is empty.
-    groups, code_n = groups_of(cast("pd.DataFrame", adata.obs).iloc[positions], groupby)
+    obs = cast("pd.DataFrame", adata.obs)
+    groups, code_n = groups_of(obs if indices is None else obs.iloc[positions], groupby)
     genes, batches = gene_positions(decoder.genes, gene_list), exported.named_batches(transform_batch)
     sums = GroupExpression(decoder, len(groups))
     for start in range(0, len(positions), chunk_size):
         at, group_n = positions[start : start + chunk_size], code_n[start : start + chunk_size]
-        z_nk = deterministic_latent(exported.mean_nk[at], decoder.latent_distribution)
+        z_nk = deterministic_latent(exported.mean(at), decoder.latent_distribution)
         for batch in batches:
             batch_n = exported.batch_n[at] if batch is None else np.full(len(at), batch)
             sums.add(

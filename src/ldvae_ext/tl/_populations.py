@@ -98,7 +98,7 @@ def population_loadings(
     moments = GroupMoments(decoder, len(groups), request.summed_scale)
     for start in range(0, len(positions), chunk_size):
         at = positions[start : start + chunk_size]
-        z_nk = deterministic_latent(exported.mean_nk[at], decoder.latent_distribution)
+        z_nk = deterministic_latent(exported.mean(at), decoder.latent_distribution)
         covariates = None if exported.covariates is None else exported.covariates.iloc[at]
         moments.add(
             z_nk[:, exported.order] * exported.signs,
