@@ -36,7 +36,8 @@ def hidden(
         row = before_nh[n]
         for h in range(n_hidden):
             mean_h[h] += row[h]
-    mean_h /= n_cells
+    for h in range(n_hidden):
+        mean_h[h] /= n_cells
     for n in range(n_cells):
         row = before_nh[n]
         for h in range(n_hidden):
@@ -45,13 +46,16 @@ def hidden(
         running_mean_h[h] += _F(momentum * (mean_h[h] - running_mean_h[h]))
         running_variance_h[h] += _F(momentum * (variance_h[h] / (n_cells - 1) - running_variance_h[h]))
         inverse_h[h] = 1.0 / np.sqrt(variance_h[h] / n_cells + eps)
-    shift_h = mean_h.astype(np.float32)
+    shift_h = np.empty(n_hidden, _F)
+    for h in range(n_hidden):
+        shift_h[h] = mean_h[h]
     for n in range(n_cells):
         row, normal, kept, out = before_nh[n], normal_nh[n], kept_nh[n], out_nh[n]
         for h in range(n_hidden):
             normal[h] = (row[h] - shift_h[h]) * inverse_h[h]
             value = gamma_h[h] * normal[h] + beta_h[h]
-            out[h] = kept[h] * value if value > _F(0) else _F(0)
+            # What is not a number is not positive: it has to get through.
+            out[h] = _F(0) if value <= _F(0) else kept[h] * value
 
 
 @njit(**_LOOP)

@@ -17,9 +17,11 @@ from scvi.nn import Encoder
 from torch.nn.functional import linear, one_hot
 
 from ldvae_ext.core._compiled import kernels
-from ldvae_ext.module._head import affine, head_inputs, loss_of_head
-from ldvae_ext.module._likelihood import Counts, negative_log_likelihood
-from ldvae_ext.module._sparse import Encoded, Prior, encoded, sparse_rows
+from ldvae_ext.module._decoder import LinearDecoderLayer
+from ldvae_ext.module._head import affine, head_inputs, is_known_head, loss_of_head
+from ldvae_ext.module._likelihood import Counts, check_support, negative_log_likelihood
+from ldvae_ext.module._softmax_likelihood import softmax_negative_log_likelihood
+from ldvae_ext.module._sparse import Encoded, Prior, encoded, is_plain, reads_sparse, sparse_rows
 from ldvae_ext.module._step import Minibatch, Steps
 from ldvae_ext.module._step import Prior as StepPrior
 
@@ -36,6 +38,9 @@ _STEPS = (
     "_likelihood",
     "loss",
 )
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class SummedCounts:
@@ -115,12 +120,13 @@ class GenerativeModule:
             its_own = getattr(type(self), name).__module__.split(".")[0] in ("ldvae_ext", "scvi")
             if name in self.__dict__ or not its_own:
                 return f"`{name}` of the network was replaced"
-        if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in self.modules() if m is not self):
+        if any(getattr(layer, hooks) for layer in self.modules() if layer is not self for hooks in _HOOKS):
             return "a layer of the network has hooks, which would not be called"
         return self._obstacle_to_loops(device) if backend == "numba" else None
 
     def _obstacle_to_loops(self: Any, device: str | None = None) -> str | None:
-        first = self.z_encoder.encoder.fc_layers[0][0]
+        decoder = self.decoder
+        heads = [decoder.factor_regressor, decoder.px_dropout_decoder] if is_plain(decoder, LinearDecoderLayer) else []
         obstacles = {
             "numba is not installed": kernels() is None,
             "the network is not on a CPU": (device or self.device.type) != "cpu",
@@ -128,10 +134,16 @@ class GenerativeModule:
             "size factors come with a softplus, the compiled loops are written for a softmax": self.use_size_factor_key,
             "`dispersion='gene-cell'` is another for each cell": self.dispersion == "gene-cell"
             and self.gene_likelihood != "poisson",
-            "the decoder has too many inputs": self.decoder.factor_regressor.fc_layers[0][0].in_features > _MOST_INPUTS,
-            "the first layer of the encoder is not linear": not isinstance(first, torch.nn.Linear),
+            "an encoder is not scvi-tools' own": not self._reads_sparse(),
+            "the decoder is not linear as scvi-tools' own": not heads or not all(map(is_known_head, heads)),
         }
-        return next((obstacle for obstacle, stands in obstacles.items() if stands), None)
+        if (obstacle := next((obstacle for obstacle, stands in obstacles.items() if stands), None)) is not None:
+            return obstacle
+        n_inputs = heads[0].fc_layers[0][0].in_features
+        return f"the decoder has {n_inputs} inputs, more than {_MOST_INPUTS}" if n_inputs > _MOST_INPUTS else None
+
+    def _reads_sparse(self: Any) -> bool:
+        return reads_sparse(self.z_encoder) and (self.use_observed_lib_size or reads_sparse(self.l_encoder))
 
     def forward(self: Any, tensors: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
         """scvi-tools' forward pass; where a loss is asked for, computed as :meth:`computing` says.
@@ -152,7 +164,8 @@ class GenerativeModule:
         if self._backend == "numba" and x_ng.layout is torch.strided:
             tensors = {**tensors, REGISTRY_KEYS.X_KEY: sparse_rows(x_ng)}
         of_loss = kwargs.get("loss_kwargs") or {}
-        if self._steps is not None and set(of_loss) <= {"kl_weight"} and self._steps.can_run:
+        is_usual = set(of_loss) <= {"kl_weight"} and tensors.get(REGISTRY_KEYS.BATCH_KEY) is not None
+        if self._steps is not None and is_usual and self._steps.can_run:
             outputs = self._stepped(tensors, **of_loss)
             self._check_posterior(outputs)
             return outputs
@@ -174,6 +187,7 @@ class GenerativeModule:
     def _stepped(self: Any, tensors: dict[str, torch.Tensor], kl_weight: torch.Tensor | float = 1.0) -> Any:
         """The forward pass of a training step, without a graph of its own."""
         counts = Counts.of(tensors[REGISTRY_KEYS.X_KEY])
+        check_support(self.gene_likelihood, counts)
         batch_index, labels = tensors[REGISTRY_KEYS.BATCH_KEY], tensors.get(REGISTRY_KEYS.LABELS_KEY)
         prior, covariates = None, None
         continuous, levels = tensors.get(REGISTRY_KEYS.CONT_COVS_KEY), tensors.get(REGISTRY_KEYS.CAT_COVS_KEY)
@@ -182,8 +196,8 @@ class GenerativeModule:
             nothing = counts.values.new_empty(counts.n_cells, 0) if continuous is None else continuous
             covariates = head_inputs(self.decoder.factor_regressor, nothing, categorical).numpy()
         if not self.use_observed_lib_size:
-            codes = batch_index.squeeze(-1)
-            prior = StepPrior(self.library_log_means[0, codes].numpy(), self.library_log_vars[0, codes].sqrt().numpy())
+            known = batch_index.squeeze(-1)
+            prior = StepPrior(self.library_log_means[0, known].numpy(), self.library_log_vars[0, known].sqrt().numpy())
         codes = None if self.gene_likelihood == "poisson" else self._codes_of_dispersion(batch_index, labels)
         batch = Minibatch(
             counts,
@@ -231,8 +245,7 @@ class GenerativeModule:
         """scvi-tools' own, of sparse counts too."""
         if x.layout is torch.strided:
             return super()._regular_inference(x, batch_index, cont_covs, cat_covs, n_samples)  # type: ignore[misc]
-        is_linear = isinstance(self.z_encoder.encoder.fc_layers[0][0], torch.nn.Linear)
-        if n_samples > 1 or x.device.type != "cpu" or not is_linear:
+        if n_samples > 1 or x.device.type != "cpu" or not self._reads_sparse():
             return super()._regular_inference(Counts.of(x).dense(), batch_index, cont_covs, cat_covs, n_samples)  # type: ignore[misc]
         counts = Counts.of(x)
         seen = replace(counts, values=torch.log1p(counts.values)) if self.log_variational else counts
@@ -347,9 +360,17 @@ class GenerativeModule:
         counts: Counts,
     ) -> torch.Tensor:
         """Negative log-likelihood of each cell: what :meth:`_likelihood` makes of counts, without its detours."""
+        check_support(self.gene_likelihood, counts)
         has_theta = self.gene_likelihood != "poisson"
         if self._backend == "torch":
-            _, log_theta, rate, dropout = self.decoder(self.dispersion, inputs, library, *categorical)
+            decoder = self.decoder
+            is_shared = not has_theta or self.dispersion == "gene"
+            if is_shared and is_plain(decoder, LinearDecoderLayer) and not decoder.softplus:
+                logits = decoder.factor_regressor(inputs, *categorical)
+                dropout = decoder.px_dropout_decoder(inputs, *categorical) if self.gene_likelihood == "zinb" else None
+                theta = torch.exp(self.px_r) if has_theta else None
+                return softmax_negative_log_likelihood(self.gene_likelihood, counts, logits, library, theta, dropout)
+            _, log_theta, rate, dropout = decoder(self.dispersion, inputs, library, *categorical)
             if has_theta and log_theta is None:
                 log_theta = self._log_theta(batch_index, y)
             theta = torch.exp(log_theta) if has_theta else None

@@ -13,9 +13,28 @@ from torch.autograd.function import once_differentiable
 
 from ldvae_ext.core._compiled import compiled, over_rows
 from ldvae_ext.module._likelihood import Counts
+from ldvae_ext.module._sparse import is_plain
 
 # Cells x genes below which a second thread costs more than it saves.
 _PER_THREAD = 400_000
+
+
+def is_known_head(layers: Any) -> bool:
+    """Whether a head of the decoder is what :func:`affine` takes it for."""
+    if (
+        not is_plain(layers, FCLayers)
+        or len(layers.fc_layers) != 1
+        or any(layer is not None for layer in layers.fc_layers[0][2:])
+    ):
+        return False
+    linear, norm = layers.fc_layers[0][:2]
+    return is_plain(linear, torch.nn.Linear) and (norm is None or is_known_norm(norm))
+
+
+def is_known_norm(norm: Any) -> bool:
+    """Whether a layer is a batch norm whose running statistics are moving averages."""
+    is_batch_norm = is_plain(norm, torch.nn.BatchNorm1d)
+    return is_batch_norm and norm.affine and norm.track_running_stats and norm.momentum is not None
 
 
 def head_inputs(layers: FCLayers, z: torch.Tensor, categories: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -150,8 +169,8 @@ def unfold(folded: Folded, d_weight_pg: np.ndarray, d_intercept_g: np.ndarray) -
 
 
 @torch.no_grad()
-def update_norm(norm: torch.nn.BatchNorm1d, mean_g: torch.Tensor, variance_g: torch.Tensor, n_cells: int) -> None:
-    """Move the running statistics of a batch norm, as torch does."""
+def update_norm(norm: Any, mean_g: torch.Tensor, variance_g: torch.Tensor, n_cells: int) -> None:
+    """Move the running statistics of a batch norm of which :func:`is_known_norm` holds, as torch does."""
     norm.running_mean.lerp_(mean_g, norm.momentum)
     norm.running_var.lerp_(variance_g * (n_cells / (n_cells - 1)), norm.momentum)
     norm.num_batches_tracked.add_(1)
@@ -169,8 +188,8 @@ class _Fold(Function):
         beta_g: torch.Tensor,
         eps: float,
     ) -> tuple[torch.Tensor, ...]:
-        arrays = (value.detach().contiguous().numpy() for value in (input_np, weight_pg, gamma_g, beta_g))
-        ctx.folded = fold(*arrays, eps)
+        arrays = [value.detach().contiguous().numpy() for value in (input_np, weight_pg, gamma_g, beta_g)]
+        ctx.folded = fold(arrays[0], arrays[1], arrays[2], arrays[3], eps)
         outputs = tuple(map(torch.from_numpy, ctx.folded[:4]))
         ctx.mark_non_differentiable(*outputs[2:])
         return outputs
@@ -202,12 +221,12 @@ class _Head(Function):
 
 
 def weighted_slopes(
-    arrays: Sequence[np.ndarray | None],
+    arrays: Sequence[Any],
     counts: Counts,
     code_n: np.ndarray | None,
-    slopes: Sequence[np.ndarray | None] | None,
+    slopes: Sequence[Any] | None,
     weight_n: np.ndarray,
-) -> Sequence[np.ndarray | None]:
+) -> Sequence[Any]:
     """Slopes of the weighted sum of losses, from those of their plain sum where cells weigh the same."""
     if slopes is None or not (weight_n == weight_n[0]).all():
         return run_head(arrays, counts, code_n, weight_n)[1]
@@ -218,18 +237,18 @@ def weighted_slopes(
 
 
 def run_head(
-    arrays: Sequence[np.ndarray | None],
+    arrays: Sequence[Any],
     counts: Counts,
     code_n: np.ndarray | None,
     weight_n: np.ndarray | None = None,
-) -> tuple[np.ndarray, list[np.ndarray | None]]:
+) -> tuple[np.ndarray, list[Any]]:
     """Loss of each cell, and slopes of its weighted sum in each of the arrays.
 
     Parameters
     ----------
     arrays
         Inputs, weights and intercept of the decoder, log library, log dispersions, weights and intercept of the logits of zero
-        inflation, see :func:`loss_of_head`; float32, contiguous.
+        inflation, see :func:`loss_of_head`; float32, contiguous; None where there is none.
     counts, code_n
         See there.
     weight_n

@@ -51,11 +51,12 @@ def fold(
         for p in range(n_inputs):
             for other in range(n_inputs):
                 covariance_pp[p, other] += float(centred_np[n, p]) * centred_np[n, other]
-    mean_g[:] = _F(0)
-    variance_g[:] = _F(0)
+    for g in range(mean_g.size):
+        mean_g[g] = variance_g[g] = _F(0)
     for p in range(n_inputs):
         spread, weight, mean = spread_pg[p], weight_pg[p], mean_p[p]
-        spread[:] = _F(0)
+        for g in range(spread.size):
+            spread[g] = _F(0)
         for other in range(n_inputs):
             covariance, row = _F(covariance_pp[p, other] / n_cells), weight_pg[other]
             for g in range(spread.size):
@@ -124,6 +125,26 @@ def unfold(
             for other in range(n_inputs):
                 total += _F(2) * centred_np[n, other] * d_covariance_pp[p, other]
             d_input_np[n, p] = total / n_cells
+
+
+# Element by element: an assignment of slices would compile its error messages, too, which takes seconds.
+
+
+@njit(**_LOOP)
+def _load(input_np: Any, first: int, size: int, input_ip: Any, d_input_ip: Any) -> None:
+    """Inputs of up to four cells, zeros for the others, and zeros for their gradients."""
+    for i in range(_TOGETHER):
+        for p in range(input_ip.shape[1]):
+            input_ip[i, p] = input_np[first + i, p] if i < size else _F(0)
+            d_input_ip[i, p] = _F(0)
+
+
+@njit(**_LOOP)
+def _clear(row_ig: Any, first: int) -> None:
+    """Zeros from a row on."""
+    for i in range(first, _TOGETHER):
+        for g in range(row_ig.shape[1]):
+            row_ig[i, g] = _F(0)
 
 
 @njit(**_LOOP)
@@ -217,10 +238,9 @@ def poisson_head(
     rows, exp_g = np.empty((_TOGETHER, n_genes), _F), np.empty(n_genes, _F)
     for first in range(start, stop, _TOGETHER):
         size = min(_TOGETHER, stop - first)
-        inputs[:], d_inputs[:] = _F(0), _F(0)
-        inputs[:size] = input_np[first : first + size]
+        _load(input_np, first, size, inputs, d_inputs)
         _affine(inputs, weight_pg, intercept_g, rows)
-        rows[size:] = _F(0)
+        _clear(rows, size)
         for i in range(size):
             n = first + i
             here = slice(indptr[n], indptr[n + 1])
@@ -228,7 +248,9 @@ def poisson_head(
                 rows[i], library_n[n], weight_n[n], indices[here], values[here], exp_g
             )
         _affine_back(inputs, weight_pg, rows, d_inputs, d_weight_tpg[thread], d_intercept_tg[thread])
-        d_input_np[first : first + size] = d_inputs[:size]
+        for i in range(size):
+            for p in range(n_inputs):
+                d_input_np[first + i, p] = d_inputs[i, p]
 
 
 @njit(**_LOOP)
@@ -264,10 +286,9 @@ def negative_binomial_head(
     of_counts = np.empty((2, _most_counts(start, stop, indptr)), _F)
     for first in range(start, stop, _TOGETHER):
         size = min(_TOGETHER, stop - first)
-        inputs[:], d_inputs[:] = _F(0), _F(0)
-        inputs[:size] = input_np[first : first + size]
+        _load(input_np, first, size, inputs, d_inputs)
         _affine(inputs, weight_pg, intercept_g, rows)
-        rows[size:] = _F(0)
+        _clear(rows, size)
         for i in range(size):
             n = first + i
             code, here = code_n[n], slice(indptr[n], indptr[n + 1])
@@ -288,7 +309,9 @@ def negative_binomial_head(
                 d_theta_tcg[thread, code],
             )
         _affine_back(inputs, weight_pg, rows, d_inputs, d_weight_tpg[thread], d_intercept_tg[thread])
-        d_input_np[first : first + size] = d_inputs[:size]
+        for i in range(size):
+            for p in range(n_inputs):
+                d_input_np[first + i, p] = d_inputs[i, p]
 
 
 @njit(**_LOOP)
@@ -329,11 +352,11 @@ def zero_inflated_head(
     of_counts = np.empty((5, _most_counts(start, stop, indptr)), _F)
     for first in range(start, stop, _TOGETHER):
         size = min(_TOGETHER, stop - first)
-        inputs[:], d_inputs[:] = _F(0), _F(0)
-        inputs[:size] = input_np[first : first + size]
+        _load(input_np, first, size, inputs, d_inputs)
         _affine(inputs, weight_pg, intercept_g, rows)
         _affine(inputs, dropout_weight_pg, dropout_intercept_g, dropout_rows)
-        rows[size:], d_dropout_rows[size:] = _F(0), _F(0)
+        _clear(rows, size)
+        _clear(d_dropout_rows, size)
         for i in range(size):
             n = first + i
             code, here = code_n[n], slice(indptr[n], indptr[n + 1])
@@ -364,4 +387,6 @@ def zero_inflated_head(
             d_dropout_weight_tpg[thread],
             d_dropout_intercept_tg[thread],
         )
-        d_input_np[first : first + size] = d_inputs[:size]
+        for i in range(size):
+            for p in range(n_inputs):
+                d_input_np[first + i, p] = d_inputs[i, p]

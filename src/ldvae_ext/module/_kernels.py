@@ -66,7 +66,9 @@ def dispersion_tables(theta_cg: Any, inverse_cg: Any, share_cg: Any, log_gamma_c
 @njit(**_LOOP)
 def _largest(x_g: Any) -> Any:
     """The largest value; numbers are compared side by side, since a single maximum does not vectorise."""
-    largest = np.full(_LANES, x_g[0])
+    largest = np.empty(_LANES, _F)
+    for lane in range(_LANES):
+        largest[lane] = x_g[0]
     for first in range(0, x_g.size - _LANES + 1, _LANES):
         x = x_g[first : first + _LANES]
         for lane in range(_LANES):
@@ -82,7 +84,8 @@ def _largest(x_g: Any) -> Any:
 @njit(**_LOOP)
 def _to_exponentials(logits_g: Any, exp_g: Any) -> float:
     """``e^(logit - largest)`` of each gene; returns their sum, which is NaN if a logit is."""
-    largest, total = _largest(logits_g), 0.0
+    largest = _largest(logits_g)
+    total: Any = 0.0
     for first in range(0, logits_g.size, _BLOCK):
         # Slices, whose indices are seen not to be negative: only such loops are vectorised.
         x, e = logits_g[first : first + _BLOCK], exp_g[first : first + _BLOCK]
@@ -100,7 +103,8 @@ def _without_counts(
     rate: Any, weight: Any, exp_g: Any, theta_g: Any, inverse_g: Any, share_g: Any, slope_g: Any, d_theta_g: Any
 ) -> tuple[float, float]:
     """Log-likelihood of a cell without counts, and the sum of its slopes in the logs of the means."""
-    log_likelihood, slope_sum = 0.0, 0.0
+    log_likelihood: Any = 0.0
+    slope_sum: Any = 0.0
     for first in range(0, exp_g.size, _BLOCK):
         here = slice(first, first + _BLOCK)
         e, theta, inverse, share = exp_g[here], theta_g[here], inverse_g[here], share_g[here]
@@ -213,7 +217,8 @@ def _zero_inflated_without_counts(
     d_theta_g: Any,
 ) -> tuple[float, float]:
     """As :func:`_without_counts`; writes the slopes in the dropout logits, too."""
-    log_likelihood, slope_sum = 0.0, 0.0
+    log_likelihood: Any = 0.0
+    slope_sum: Any = 0.0
     for first in range(0, exp_g.size, _BLOCK):
         here = slice(first, first + _BLOCK)
         e, theta, inverse, share, dropout = exp_g[here], theta_g[here], inverse_g[here], share_g[here], dropout_g[here]

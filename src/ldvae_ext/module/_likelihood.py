@@ -6,22 +6,32 @@ any device. :mod:`ldvae_ext.module._head` has them compiled.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from scipy import sparse
+from scvi.distributions import Poisson, ZeroInflatedNegativeBinomial
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 EPS = 1e-8
 
 
+@cache
+def note_sparse_tensors() -> None:
+    """Have torch say now, where nobody hears it, what it says of a process's first CSR tensor: that they are in beta."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        torch.sparse_csr_tensor([0, 1], [0], [1.0], size=(1, 1), check_invariants=True)
+
+
 @dataclass(frozen=True, eq=False)
 class Counts:
-    """A minibatch of counts, as the arrays of a CSR matrix; canonical, so that no gene comes twice in a cell."""
+    """A minibatch of counts, as the arrays of a CSR matrix; canonical: no gene comes twice in a cell, no zero is stored."""
 
     indptr: torch.Tensor
     """Where each cell begins, shape (cells + 1,)."""
@@ -34,10 +44,17 @@ class Counts:
 
     @classmethod
     def of(cls, x_ng: torch.Tensor) -> Counts:
-        """Of a CSR tensor, or of the non-zero values of a dense one."""
+        """The non-zero values of a CSR or of a dense tensor."""
         if x_ng.layout is not torch.sparse_csr:
+            note_sparse_tensors()
             x_ng = x_ng.to_sparse_csr()
-        return cls(x_ng.crow_indices(), x_ng.col_indices(), x_ng.values(), x_ng.shape[1])
+        indptr, indices, values = x_ng.crow_indices(), x_ng.col_indices(), x_ng.values()
+        is_there = values != 0
+        if not is_there.all():
+            # A zero that is stored is a zero: dropout may have made it.
+            before = torch.nn.functional.pad(is_there.cumsum(0), (1, 0))
+            indptr, indices, values = before[indptr.long()], indices[is_there], values[is_there]
+        return cls(indptr, indices, values, x_ng.shape[1])
 
     @property
     def n_cells(self) -> int:
@@ -49,6 +66,11 @@ class Counts:
         """Cell of each stored count."""
         numbers = torch.arange(self.n_cells, device=self.indptr.device)
         return torch.repeat_interleave(numbers, self.indptr.diff(), output_size=len(self.indices))
+
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        """Position of each stored count in the dense matrix, cell by cell."""
+        return self.cells * self.n_genes + self.indices
 
     @cached_property
     def matrix(self) -> sparse.csr_array:
@@ -66,8 +88,7 @@ class Counts:
 
     def totals(self) -> torch.Tensor:
         """Total of each cell, shape (cells,)."""
-        zero = self.values.new_zeros(self.n_cells)
-        return zero.index_add(0, self.cells, self.values)
+        return per_cell(self, self.values)
 
     @cached_property
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -88,15 +109,17 @@ def _at(counts: Counts, matrix: torch.Tensor) -> torch.Tensor:
     """Values of a matrix of (cells or 1, genes) where counts are stored."""
     if matrix.ndim == 1 or len(matrix) == 1:
         return matrix.reshape(-1)[counts.indices]
-    return matrix[counts.cells, counts.indices]
+    return matrix.reshape(-1)[counts.positions]
 
 
 def _add_at(counts: Counts, matrix_ng: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    return matrix_ng.index_put_((counts.cells, counts.indices), values, accumulate=True)
+    matrix_ng.view(-1).index_add_(0, counts.positions, values)
+    return matrix_ng
 
 
-def _per_cell(counts: Counts, values: torch.Tensor) -> torch.Tensor:
-    return values.new_zeros(counts.n_cells).index_add(0, counts.cells, values)
+def per_cell(counts: Counts, values: torch.Tensor) -> torch.Tensor:
+    """Sums of values of stored counts over each cell."""
+    return torch.segment_reduce(values, "sum", offsets=counts.indptr, initial=0)
 
 
 class _NegativeBinomial(Function):
@@ -112,7 +135,7 @@ class _NegativeBinomial(Function):
         log_share_ng = (per_total_ng * (theta + EPS)).log_()
         loss_n = -(log_share_ng @ theta if theta.ndim == 1 else (theta * log_share_ng).sum(-1))
         gammas = torch.lgamma(x + at_theta) - torch.lgamma(at_theta) - torch.lgamma(x + 1)
-        loss_n = loss_n - _per_cell(counts, gammas + x * torch.log((mu + EPS) * per_total))
+        loss_n = loss_n - per_cell(counts, gammas + x * torch.log((mu + EPS) * per_total))
         d_mu_ng = per_total_ng.mul_(-theta)
         d_theta_ng = log_share_ng.add_(theta / (theta + EPS)).add_(d_mu_ng)
         _add_at(counts, d_mu_ng, x * ((mu + EPS).reciprocal() - per_total))
@@ -150,7 +173,7 @@ class _ZeroInflatedNegativeBinomial(Function):
         loss_n = (softplus(-dropout_ng) - softplus(stay_zero_ng)).sum(-1)
         # Of a count it is log(1 - dropout) + stay_zero, and not the softplus of the latter: y - softplus(y) = -softplus(-y).
         of_counts = gammas + x * torch.log((mu + EPS) * per_total) - softplus(-_at(counts, stay_zero_ng))
-        loss_n = loss_n - _per_cell(counts, of_counts)
+        loss_n = loss_n - per_cell(counts, of_counts)
         d_mu_ng = -zero_ng * theta * per_total_ng
         d_dropout_ng = torch.sigmoid(-dropout_ng) - zero_ng
         d_theta_ng = zero_ng * slope_ng
@@ -170,6 +193,26 @@ class _ZeroInflatedNegativeBinomial(Function):
         weight_n1 = -weight_n[:, None]
         d_theta = -weight_n @ d_theta_ng if ctx.is_shared else d_theta_ng * weight_n1
         return d_mu_ng * weight_n1, d_theta, d_dropout_ng * weight_n1, None
+
+
+def check_support(likelihood: str, counts: Counts) -> None:
+    """Say of counts that are not whole what scvi-tools' distributions say: Poisson raises, a zero-inflated one warns.
+
+    Parameters
+    ----------
+    likelihood
+        ``"nb"``, ``"zinb"`` or ``"poisson"``.
+    counts
+        The counts.
+    """
+    x = counts.values
+    if likelihood not in ("poisson", "zinb") or bool(((x >= 0) & (x == x.floor())).all()):
+        return
+    one = torch.ones((), device=x.device)
+    if likelihood == "poisson":
+        Poisson(rate=one).log_prob(x)
+    else:
+        ZeroInflatedNegativeBinomial(mu=one, theta=one, zi_logits=one, scale=one).log_prob(x)
 
 
 def negative_log_likelihood(
@@ -204,4 +247,4 @@ def negative_log_likelihood(
         return _ZeroInflatedNegativeBinomial.apply(mu_ng, theta, dropout_ng, counts)
     x = counts.values.to(mu_ng)
     of_counts = torch.xlogy(x, _at(counts, mu_ng)) - torch.lgamma(x + 1)
-    return mu_ng.sum(-1) - _per_cell(counts, of_counts)
+    return mu_ng.sum(-1) - per_cell(counts, of_counts)

@@ -89,7 +89,9 @@ def multiply_turned(indptr: Any, indices: Any, values: Any, matrix_nh: Any, out_
     a, b, c, d, e, f, g, h = tile[0], tile[1], tile[2], tile[3], tile[4], tile[5], tile[6], tile[7]
     for first in range(0, n_genes, 8):
         size = min(8, n_genes - first)
-        tile[:] = np.float32(0)
+        for i in range(8):
+            for row in range(n_hidden):
+                tile[i, row] = np.float32(0)
         for i in range(size):
             _add_products(indptr[first + i], indptr[first + i + 1], indices, values, matrix_nh, tile[i])
         if size == 8:

@@ -12,7 +12,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.distributions import Normal, register_kl
 
-from ldvae_ext.module._likelihood import Counts
+from ldvae_ext.module._likelihood import Counts, note_sparse_tensors
 
 
 class Encoded(Normal):
@@ -80,6 +80,21 @@ class _SparseLinear(Function):
         return d_weight_hg, slope_nh.sum(0) if ctx.has_bias else None, d_more_nc, None
 
 
+def is_plain(layer: Any, kind: type[torch.nn.Module]) -> bool:
+    """Whether a layer computes what its kind does: nobody has put a ``forward`` of another class or of its own there."""
+    is_its_own = isinstance(layer, torch.nn.Module) and "forward" in layer.__dict__
+    return isinstance(layer, kind) and type(layer).forward is kind.forward and not is_its_own
+
+
+def reads_sparse(encoder: Any) -> bool:
+    """Whether :func:`encoded` knows an encoder: scvi-tools' own, whose first layer is linear."""
+    return (
+        is_plain(encoder, Encoder)
+        and is_plain(encoder.encoder, FCLayers)
+        and is_plain(encoder.encoder.fc_layers[0][0], torch.nn.Linear)
+    )
+
+
 def encoded(
     encoder: Encoder, counts: Counts, continuous_nc: torch.Tensor | None, categories: Sequence[torch.Tensor]
 ) -> tuple[Normal, torch.Tensor]:
@@ -137,5 +152,6 @@ def sparse_rows(x_ng: torch.Tensor) -> torch.Tensor:
 
 def csr_tensor(indptr: np.ndarray, indices: np.ndarray, values: np.ndarray, shape: Sequence[int]) -> torch.Tensor:
     """A CSR tensor of arrays that are known to be one."""
+    note_sparse_tensors()
     parts = (torch.from_numpy(indptr), torch.from_numpy(indices), torch.from_numpy(values))
     return torch.sparse_csr_tensor(*parts, size=tuple(shape), check_invariants=False)

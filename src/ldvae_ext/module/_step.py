@@ -14,27 +14,25 @@ import torch
 from scvi.nn import Encoder
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.nn.utils.parametrize import is_parametrized
 
-from ldvae_ext.module._head import Folded, fold, run_head, unfold, update_norm, weighted_slopes
+from ldvae_ext.module._head import Folded, fold, is_known_norm, run_head, unfold, update_norm, weighted_slopes
 from ldvae_ext.module._likelihood import Counts
-
-
-def _is_usual_norm(norm: torch.nn.Module | None) -> bool:
-    """Whether a layer is a batch norm whose running statistics are moving averages."""
-    return type(norm) is torch.nn.BatchNorm1d and norm.affine and norm.track_running_stats and norm.momentum is not None
+from ldvae_ext.module._sparse import is_plain, reads_sparse
 
 
 def _is_usual_encoder(encoder: Encoder) -> bool:
     """Whether an encoder has scvi-tools' one hidden layer."""
-    if len(encoder.encoder.fc_layers) != 1 or encoder.var_activation is not torch.exp:
+    if not reads_sparse(encoder) or len(encoder.encoder.fc_layers) != 1 or encoder.var_activation is not torch.exp:
         return False
     linear_layer, norm, layer_norm, activation, dropout = encoder.encoder.fc_layers[0]
     return (
-        _is_usual_norm(norm)
+        is_known_norm(norm)
+        and all(is_plain(layer, torch.nn.Linear) for layer in (encoder.mean_encoder, encoder.var_encoder))
         and linear_layer.bias is not None
         and layer_norm is None
-        and type(activation) is torch.nn.ReLU
-        and (dropout is None or 0 < dropout.p < 1)
+        and is_plain(activation, torch.nn.ReLU)
+        and (dropout is None or (is_plain(dropout, torch.nn.Dropout) and 0 < dropout.p < 1))
     )
 
 
@@ -192,7 +190,8 @@ class _Affine:
 
     def back(self, d_weight_pg: np.ndarray, d_intercept_g: np.ndarray) -> tuple[np.ndarray | float, list[torch.Tensor]]:
         """What goes into the inputs by way of their statistics, and gradients of the parameters."""
-        d_input, of_norm, d_bias_g = 0.0, [], d_intercept_g
+        d_input: np.ndarray | float = 0.0
+        of_norm, d_bias_g = [], d_intercept_g
         if self._folded is not None:
             d_input, d_weight_pg, d_gamma_g = unfold(self._folded, d_weight_pg, d_intercept_g)
             of_norm, d_bias_g = [d_gamma_g, d_intercept_g], np.zeros_like(d_intercept_g)
@@ -269,20 +268,21 @@ class Steps:
         if module.gene_likelihood == "zinb":
             self.heads.append(_HeadParts(module.decoder.px_dropout_decoder))
         self.log_theta = None if module.gene_likelihood == "poisson" else module.px_r
-        parameters = [value for part in (*self.encoders, *self.heads) for value in part.parameters]
+        parts: list[EncoderParts | _HeadParts] = [*self.encoders, *self.heads]
+        parameters = [value for part in parts for value in part.parameters]
         self._parameters = parameters if self.log_theta is None else [*parameters, self.log_theta]
-        self._modes = [part.norm for part in (*self.encoders, *self.heads) if part.norm is not None]
+        self._modes = [part.norm for part in parts if part.norm is not None]
         self._modes += [part.dropout for part in self.encoders if part.dropout is not None]
 
     @staticmethod
     def fit(module: Any) -> bool:
         """Whether a network is made of the parts that are known here."""
-        decoder_norm = module.decoder.factor_regressor.fc_layers[0][1]
         return (
             module.latent_distribution == "normal"
             and not module.encode_covariates
             and module.batch_representation == "one-hot"
-            and (decoder_norm is None or _is_usual_norm(decoder_norm))
+            # Whose parameters are made anew at each step.
+            and not any(is_parametrized(layer) for layer in module.modules())
             and _is_usual_encoder(module.z_encoder)
             and (module.use_observed_lib_size or _is_usual_encoder(module.l_encoder))
         )
@@ -301,4 +301,5 @@ class Steps:
             The minibatch.
         """
         runs: list[EncoderRun] = []
-        return Losses(*_Step.apply(self, batch, runs, *self._parameters), tuple(runs))
+        reconstruction_n, divergence_z_n, divergence_l_n = _Step.apply(self, batch, runs, *self._parameters)
+        return Losses(reconstruction_n, divergence_z_n, divergence_l_n, tuple(runs))
