@@ -171,7 +171,10 @@ class TrainingMixin(LDVAEBase):
     def _note_kl_weight(self, *, warmup_given: bool) -> None:
         plan = self.trainer.lightning_module
         # What the last training step multiplied with; the plan's own property already speaks of the next epoch.
-        self.kl_weight_ = float(plan.loss_kwargs["kl_weight"])
+        weight = plan.loss_kwargs.get("kl_weight")
+        self.kl_weight_ = None if weight is None else float(weight)
+        if self.kl_weight_ is None:  # a loss of a subclass that takes none
+            return
         if self.kl_weight_ >= _WARMED_UP:
             return
         remedy = (

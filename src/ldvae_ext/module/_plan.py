@@ -59,8 +59,8 @@ class GatheringPlan(TrainingPlan):
         if self.on_step or not self.on_epoch:
             return super().validation_step(batch, batch_idx)
         _, _, losses = self.forward(batch, loss_kwargs=self.loss_kwargs)
-        loop = self.trainer.sanity_checking
-        n_batches = (self.trainer.num_sanity_val_batches if loop else self.trainer.num_val_batches)[0]
+        is_check = self.trainer.sanity_checking
+        n_batches = (self.trainer.num_sanity_val_batches if is_check else self.trainer.num_val_batches)[0]
         self._gather("validation", losses, is_last=batch_idx + 1 == n_batches)
         if losses.extra_metrics:
             self.prepare_scib_autotune(losses.extra_metrics, "validation")
