@@ -81,7 +81,7 @@ def nmf(lab: Lab, rows: tuple[Row, ...]) -> Found:
         of_class(LDVAE, adata, n_latent=10).train(N_EPOCHS, batch_size=LARGE_BATCH, plan_kwargs=plan, **TRAIN)
 
     options = {"nmf": {}, "nmf-kl": {"solver": "mu", "beta_loss": "kullback-leibler"}}
-    note = "LDVAE with minibatches of 512 and a learning rate of 2e-2."
+    note = "LDVAE with minibatches of 256 and a learning rate of 2e-2."
     out = {}
     with threads(1):
         for row in rows:

@@ -1,4 +1,4 @@
-"""Compiled loops over cells and genes, in float32. The one file of `core` that imports numba; opened on first use.
+"""Exponentials and logarithms for compiled loops, and how these are compiled. Opened on first use.
 
 Exponentials and logarithms are polynomials (Cephes, S. L. Moshier, expf.c and logf.c), which unlike calls of a library the
 compiler turns into vector instructions. Both are written for small arguments: the relative error is 1e-7 everywhere.
@@ -28,15 +28,26 @@ _LN2_HIGH_64, _LN2_LOW_64 = 6.93147180369123816490e-01, 1.90821492927058770002e-
 _TAYLOR_12, *_REST = (1.0 / math.factorial(i) for i in range(12, -1, -1))
 _TAYLOR = tuple(_REST)
 
+
+def _can_cache() -> bool:
+    """Whether what is compiled can be kept: not where neither the package's folder nor the user's can be written."""
+    try:
+        njit(cache=True)(_can_cache)
+    except RuntimeError:
+        return False
+    return True
+
+
+_CACHE = _can_cache()
 # Sums may be taken in any order, or they cannot be vectorised; a division by zero is IEEE's.
 _LOOP: dict[str, Any] = {
     "nogil": True,
-    "cache": True,
+    "cache": _CACHE,
     "error_model": "numpy",
     "fastmath": {"reassoc", "contract", "nsz", "arcp"},
 }
 # Here the order of operations is what makes the result exact.
-_EXACT: dict[str, Any] = {"cache": True, "error_model": "numpy", "fastmath": {"contract", "nsz"}}
+_EXACT: dict[str, Any] = {"cache": _CACHE, "error_model": "numpy", "fastmath": {"contract", "nsz"}}
 
 
 @njit(**_EXACT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -14,7 +15,8 @@ from scvi.train._config import merge_kwargs
 from ldvae_ext._validate import check_one_of, check_positive_int, warn
 from ldvae_ext.model._base import LDVAEBase
 from ldvae_ext.model._loader import CountsSplitter
-from ldvae_ext.module._generative import BACKENDS
+from ldvae_ext.module._backends import BACKENDS
+from ldvae_ext.module._plan import GatheringPlan
 
 _WARMED_UP = 0.95
 
@@ -94,7 +96,8 @@ class TrainingMixin(LDVAEBase):
             plan_kwargs["n_epochs_kl_warmup"] = int(kl_warmup)
         if datamodule is not None and not self.is_trained_:
             self._start_from(datamodule)
-        chosen = self._backend_of(backend, accelerator, devices, plan_kwargs, trainer_kwargs)
+        trainer_options = merge_kwargs(trainer_config, trainer_kwargs, name="trainer")
+        chosen = self._backend_of(backend, accelerator, devices, plan_kwargs, trainer_options)
         with (
             self._axes_of_other_loadings_ended(),
             self._splitter_of(chosen),
@@ -123,12 +126,24 @@ class TrainingMixin(LDVAEBase):
         self, backend: str, accelerator: str, devices: Any, plan_kwargs: dict[str, Any], trainer_kwargs: dict[str, Any]
     ) -> str:
         check_one_of("backend", backend, ("auto", *BACKENDS))
-        _, _, device = parse_device_args(accelerator=accelerator, devices=devices, return_device="torch")
-        if plan_kwargs.get("compile") or use_distributed_sampler(trainer_kwargs.get("strategy")):
-            if backend not in ("auto", "scvi"):
-                msg = f"`backend={backend!r}` goes neither with `compile=True` nor with a distributed strategy."
-                raise ValueError(msg)
-            return "scvi"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # scvi-tools says it once more
+            _, _, device = parse_device_args(accelerator=accelerator, devices=devices, return_device="torch")
+        plan, precision = self._training_plan_cls, trainer_kwargs.get("precision")
+        obstacles = {
+            "`compile=True`": bool(plan_kwargs.get("compile")),
+            "a distributed strategy": use_distributed_sampler(trainer_kwargs.get("strategy")),
+            f"`precision={precision!r}` or plugins": precision not in (None, 32, "32", "32-true")
+            or bool(trainer_kwargs.get("plugins")),
+            # One that asks for more than the loss would find no distributions, and latents without a graph.
+            f"the training plan `{plan.__name__}`": plan.training_step is not GatheringPlan.training_step,
+        }
+        for obstacle, stands in obstacles.items():
+            if stands:
+                if backend not in ("auto", "scvi"):
+                    msg = f"`backend={backend!r}` does not go with {obstacle}."
+                    raise ValueError(msg)
+                return "scvi"
         return self.module.backend(backend, torch.device(device).type)
 
     @contextmanager

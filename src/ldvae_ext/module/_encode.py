@@ -10,8 +10,11 @@ from scvi import REGISTRY_KEYS
 from scvi.nn import Encoder
 
 from ldvae_ext.core._compiled import kernels
-from ldvae_ext.module._likelihood import Counts
+from ldvae_ext.module._likelihood import Counts, check_genes
 from ldvae_ext.module._sparse import sparse_rows
+
+# What scvi-tools' way to a posterior passes through.
+_STEPS = ("_get_inference_input", "inference", "_regular_inference", "posterior")
 
 
 class CellPosterior(NamedTuple):
@@ -57,7 +60,10 @@ class EvaluatedEncoders:
             and module.minified_data_type is None
             and not module.encode_covariates
             and module.device.type == "cpu"
-            and all(map(_is_usual, (module.z_encoder, module.l_encoder)))
+            and module.replaced(_STEPS) is None
+            and module.reads_sparse()
+            and _is_usual(module.z_encoder)
+            and (module.use_observed_lib_size or _is_usual(module.l_encoder))
         )
 
     def posterior(self, tensors: dict[str, torch.Tensor]) -> CellPosterior:
@@ -71,6 +77,7 @@ class EvaluatedEncoders:
         from ldvae_ext.module import _row_kernels as loops
 
         x_ng = tensors[REGISTRY_KEYS.X_KEY].cpu()
+        check_genes(x_ng, self._module.n_input)
         counts = Counts.of(sparse_rows(x_ng.float()) if x_ng.layout is torch.strided else x_ng)
         indptr, indices, values = counts.arrays
         hidden_nh = np.tile(self._bias_h, (counts.n_cells, 1))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,31 +15,14 @@ from scvi.module.base import LossOutput, auto_move_data
 from scvi.nn import Encoder
 from torch.nn.functional import linear, one_hot
 
-from ldvae_ext.core._compiled import kernels
+from ldvae_ext.module._backends import BackendModule
 from ldvae_ext.module._decoder import LinearDecoderLayer
-from ldvae_ext.module._head import affine, head_inputs, is_known_head, loss_of_head
-from ldvae_ext.module._likelihood import Counts, check_support, negative_log_likelihood
+from ldvae_ext.module._head import affine, head_inputs, loss_of_head
+from ldvae_ext.module._likelihood import Counts, check_genes, check_support, negative_log_likelihood
 from ldvae_ext.module._softmax_likelihood import softmax_negative_log_likelihood
-from ldvae_ext.module._sparse import Encoded, Prior, encoded, is_plain, reads_sparse, sparse_rows
-from ldvae_ext.module._step import Minibatch, Steps
+from ldvae_ext.module._sparse import Encoded, Prior, encoded, is_plain, sparse_rows
+from ldvae_ext.module._step import Minibatch
 from ldvae_ext.module._step import Prior as StepPrior
-
-BACKENDS = ("numba", "torch", "scvi")
-# Of a decoder: the covariance of its inputs takes the place of passes over cells x genes.
-_MOST_INPUTS = 256
-# What a minibatch passes through; where a subclass or a user has put something else, scvi-tools' own way is taken.
-_STEPS = (
-    "_get_inference_input",
-    "inference",
-    "_regular_inference",
-    "_get_generative_input",
-    "generative",
-    "_likelihood",
-    "loss",
-)
-
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class SummedCounts:
@@ -60,90 +42,10 @@ class SummedCounts:
         return -self._loss(Counts.of(x_ng)).unsqueeze(-1)
 
 
-class GenerativeModule:
-    """Stands before scvi-tools' network, whose decoder it replaces; encoders of sparse counts besides.
+class GenerativeModule(BackendModule):
+    """Stands before scvi-tools' network, whose decoder it replaces; encoders of sparse counts besides."""
 
-    A minibatch is computed in one of three ways: ``"scvi"`` is scvi-tools' own; ``"torch"`` evaluates gamma functions on
-    non-zero counts only and knows its gradients; ``"numba"`` does that in compiled loops, which read sparse counts in the
-    first layer too. All give the same numbers but for rounding.
-    """
-
-    _backend: str = "scvi"
     _sums_genes: bool = False
-    _steps: Steps | None = None
-
-    @contextmanager
-    def computing(self, backend: str) -> Iterator[None]:
-        """How minibatches with a loss are computed inside.
-
-        Parameters
-        ----------
-        backend
-            One that :meth:`backend` gave.
-        """
-        before = self._backend, self._steps
-        self._backend, self._steps = backend, Steps(self) if backend == "numba" and Steps.fit(self) else None
-        try:
-            yield
-        finally:
-            self._backend, self._steps = before
-
-    def backend(self, backend: str = "auto", device: str | None = None) -> str:
-        """The backend that is asked for, or with ``"auto"`` the first of numba, torch and scvi that the network allows.
-
-        Parameters
-        ----------
-        backend
-            ``"auto"``, ``"numba"``, ``"torch"`` or ``"scvi"``.
-        device
-            Type of the device; the network's own if None.
-
-        Raises
-        ------
-        ValueError
-            If the network does not allow it, with the reason.
-        """
-        if backend == "auto":
-            return next(known for known in BACKENDS if self._obstacle(known, device) is None)
-        if (obstacle := self._obstacle(backend, device)) is not None:
-            msg = f"`backend={backend!r}`: {obstacle}."
-            raise ValueError(msg)
-        return backend
-
-    def _obstacle(self: Any, backend: str, device: str | None) -> str | None:
-        """Why a backend cannot compute this network; None if it can."""
-        if backend == "scvi":
-            return None
-        if self.gene_likelihood == "normal":
-            return "`gene_likelihood='normal'` has no gamma functions; scvi-tools' own way is the only one"
-        for name in _STEPS:
-            its_own = getattr(type(self), name).__module__.split(".")[0] in ("ldvae_ext", "scvi")
-            if name in self.__dict__ or not its_own:
-                return f"`{name}` of the network was replaced"
-        if any(getattr(layer, hooks) for layer in self.modules() if layer is not self for hooks in _HOOKS):
-            return "a layer of the network has hooks, which would not be called"
-        return self._obstacle_to_loops(device) if backend == "numba" else None
-
-    def _obstacle_to_loops(self: Any, device: str | None = None) -> str | None:
-        decoder = self.decoder
-        heads = [decoder.factor_regressor, decoder.px_dropout_decoder] if is_plain(decoder, LinearDecoderLayer) else []
-        obstacles = {
-            "numba is not installed": kernels() is None,
-            "the network is not on a CPU": (device or self.device.type) != "cpu",
-            "the network is not in float32": any(p.dtype != torch.float32 for p in self.parameters()),
-            "size factors come with a softplus, the compiled loops are written for a softmax": self.use_size_factor_key,
-            "`dispersion='gene-cell'` is another for each cell": self.dispersion == "gene-cell"
-            and self.gene_likelihood != "poisson",
-            "an encoder is not scvi-tools' own": not self._reads_sparse(),
-            "the decoder is not linear as scvi-tools' own": not heads or not all(map(is_known_head, heads)),
-        }
-        if (obstacle := next((obstacle for obstacle, stands in obstacles.items() if stands), None)) is not None:
-            return obstacle
-        n_inputs = heads[0].fc_layers[0][0].in_features
-        return f"the decoder has {n_inputs} inputs, more than {_MOST_INPUTS}" if n_inputs > _MOST_INPUTS else None
-
-    def _reads_sparse(self: Any) -> bool:
-        return reads_sparse(self.z_encoder) and (self.use_observed_lib_size or reads_sparse(self.l_encoder))
 
     def forward(self: Any, tensors: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
         """scvi-tools' forward pass; where a loss is asked for, computed as :meth:`computing` says.
@@ -161,6 +63,7 @@ class GenerativeModule:
             if x_ng.layout is not torch.strided:
                 tensors = {**tensors, REGISTRY_KEYS.X_KEY: Counts.of(x_ng).dense()}
             return super().forward(tensors, *args, **kwargs)  # type: ignore[misc]
+        check_genes(x_ng, self.n_input)
         if self._backend == "numba" and x_ng.layout is torch.strided:
             tensors = {**tensors, REGISTRY_KEYS.X_KEY: sparse_rows(x_ng)}
         of_loss = kwargs.get("loss_kwargs") or {}
@@ -245,8 +148,9 @@ class GenerativeModule:
         """scvi-tools' own, of sparse counts too."""
         if x.layout is torch.strided:
             return super()._regular_inference(x, batch_index, cont_covs, cat_covs, n_samples)  # type: ignore[misc]
-        if n_samples > 1 or x.device.type != "cpu" or not self._reads_sparse():
+        if n_samples > 1 or x.device.type != "cpu" or not self.reads_sparse():
             return super()._regular_inference(Counts.of(x).dense(), batch_index, cont_covs, cat_covs, n_samples)  # type: ignore[misc]
+        check_genes(x, self.n_input)
         counts = Counts.of(x)
         seen = replace(counts, values=torch.log1p(counts.values)) if self.log_variational else counts
         continuous, categories = [], []
@@ -391,6 +295,11 @@ class GenerativeModule:
         if codes is None:
             msg = "`dispersion='gene-label'` needs labels; register them with `labels_key`."
             raise ValueError(msg)
+        if self._sums_genes or self._steps is not None:
+            lowest, highest = (int(extreme) for extreme in codes.aminmax())
+            if lowest < 0 or highest >= self.px_r.shape[1]:
+                msg = f"Codes must be 0 to {self.px_r.shape[1] - 1}, of which there are dispersions; got {lowest} to {highest}."
+                raise ValueError(msg)
         return codes.squeeze(-1)
 
     def _log_theta(self: Any, batch_index: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:

@@ -37,7 +37,7 @@ def fold(
     mean_g: Any,
     variance_g: Any,
 ) -> None:
-    """A linear layer and its batch norm in training as one affine map; see :mod:`ldvae_ext.module._fold`."""
+    """A linear layer and its batch norm in training as one affine map; see :func:`ldvae_ext.module._head.affine`."""
     n_cells, n_inputs = input_np.shape
     covariance_pp = np.zeros((n_inputs, n_inputs))
     for p in range(n_inputs):

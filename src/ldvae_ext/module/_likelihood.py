@@ -195,6 +195,26 @@ class _ZeroInflatedNegativeBinomial(Function):
         return d_mu_ng * weight_n1, d_theta, d_dropout_ng * weight_n1, None
 
 
+def check_genes(x_ng: torch.Tensor, n_genes: int) -> None:
+    """Raise unless a minibatch has the genes of the network: loops do not look where they read.
+
+    Parameters
+    ----------
+    x_ng
+        Counts, shape (cells, genes).
+    n_genes
+        Number of genes of the network.
+    """
+    if x_ng.shape[1] != n_genes:
+        msg = f"A minibatch must have the {n_genes} genes of the network; got {x_ng.shape[1]}."
+        raise ValueError(msg)
+    if x_ng.layout is torch.sparse_csr and (columns := x_ng.col_indices()).numel():
+        lowest, highest = (int(extreme) for extreme in columns.aminmax())
+        if lowest < 0 or highest >= n_genes:
+            msg = f"The columns of sparse counts must be 0 to {n_genes - 1}; got {lowest} to {highest}."
+            raise ValueError(msg)
+
+
 def check_support(likelihood: str, counts: Counts) -> None:
     """Say of counts that are not whole what scvi-tools' distributions say: Poisson raises, a zero-inflated one warns.
 

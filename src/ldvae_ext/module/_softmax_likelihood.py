@@ -25,7 +25,11 @@ def _gamma_terms(counts: Counts, x: torch.Tensor, theta_g: torch.Tensor) -> tupl
     """
     i_x1 = torch.arange(_N_TABLE, dtype=x.dtype, device=x.device)[:, None]
     theta_xg = theta_g + i_x1
-    tables = torch.log(theta_xg / (i_x1 + 1)).cumsum_(0), theta_xg.reciprocal().cumsum_(0)
+    tables = torch.log(theta_xg / (i_x1 + 1)), theta_xg.reciprocal_()
+    for table in tables:
+        # Row by row: torch's own sums up to each row are not deterministic under CUDA.
+        for i in range(1, _N_TABLE):
+            table[i] += table[i - 1]
     is_small = (x <= _N_TABLE) & (x == x.floor()) & (x >= 1)
     at = torch.where(is_small, x - 1, 0).long() * len(theta_g) + counts.indices
     log_gamma, slope = (table.view(-1)[at] for table in tables)

@@ -290,7 +290,11 @@ class Steps:
     @property
     def can_run(self) -> bool:
         """Whether everything is in training mode, and nothing else is asked for."""
-        return self._module.training and not self._module.truncates and all(layer.training for layer in self._modes)
+        is_training = self._module.training and all(layer.training for layer in self._modes)
+        # A callback may have put something else in their place.
+        parts: list[Any] = [*self.encoders, *self.heads]
+        are_there = all(part.linear.weight is part.parameters[0] for part in parts)
+        return is_training and are_there and not self._module.truncates
 
     def run(self, batch: Minibatch) -> Losses:
         """The terms of the loss of a minibatch, with the random draws and gradients of the network's own forward pass.
