@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import scvi
 import torch
+from lightning.pytorch.callbacks import Callback
 from scipy import sparse
 from scvi.dataloaders import AnnDataLoader
 
@@ -30,15 +31,12 @@ def built(adata=None, setup=None, cls=LDVAE, **kwargs):
 def used(model, **kwargs):
     """The backend of a training."""
     found = set()
-    plan = scvi.train.TrainingPlan.training_step
 
-    def watch(self, batch, batch_idx):
-        found.add(self.module._backend)
-        return plan(self, batch, batch_idx)
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, plan, *_):
+            found.add(plan.module._backend)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model._training_plan_cls, "training_step", watch)
-        model.train(1, **TRAIN, **kwargs)
+    model.train(1, callbacks=[Watch()], **TRAIN, **kwargs)
     (backend,) = found
     return backend
 
@@ -77,7 +75,7 @@ def test_an_unknown_backend_is_named():
 
 
 def test_without_numba_torch_is_taken(monkeypatch):
-    monkeypatch.setattr("ldvae_ext.module._generative.kernels", lambda: None)
+    monkeypatch.setattr("ldvae_ext.module._backends.kernels", lambda: None)
     model = built()
     assert used(model) == "torch"
     with pytest.raises(ValueError, match="numba is not installed"):
