@@ -1,17 +1,14 @@
-"""Where the time of a training step goes, LDVAE beside LinearSCVI, and what the arithmetic alone would take.
+"""Where the time of a training step goes: LinearSCVI beside LDVAE, what is left inside of LDVAE's step, and the arithmetic alone.
 
-Epochs of `train` take turns, with torch's profiler and without it. Run `python benchmarks/profile_step.py --help`; see
-benchmarks/README.md.
+Run `python benchmarks/profile_step.py --help`; see benchmarks/README.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
-import math
-import re
-from collections import Counter
-from collections.abc import Callable, Iterator
+import time
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,136 +18,112 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from scvi.model import LinearSCVI
 from suite.lab import TRAIN, of_class, simulated
-from suite.measure import Clock, quiet, threads, timed
-from suite.report import markdown
-from torch.profiler import ProfilerActivity, profile, record_function
+from suite.measure import quiet, threads, timed
 
 from ldvae_ext.model import LDVAE
+from ldvae_ext.module import _encoder_kernels, _head_kernels, _kernels, _row_kernels
 
-N_HIDDEN = 128
-FIRST, ENCODERS, LINEAR, UNUSED, RATE, LIKELIHOOD, METRICS, ADAM, LOADING, ELSE, REST = (
-    "encoders: first layers",
-    "encoders: the rest",
-    "decoder: linear map, batch norm",
-    "decoder: dropout logits, which nobody uses",
-    "softmax, rate, dispersion",
-    "likelihood and KL",
-    "metrics",
-    "Adam",
-    "data loading",
-    "all else in torch",
-    "Python, Lightning (by difference)",
-)
-STAGES = (FIRST, ENCODERS, LINEAR, UNUSED, RATE, LIKELIHOOD, METRICS, ADAM, LOADING, ELSE)
-# An autograd function written in Python goes by the name of its class; those of torch have a number at their end.
-OWN_FUNCTION = re.compile(r"_?[A-Z][A-Za-z_]*")
+N_HIDDEN, N_EPOCHS = 128, 4
+FORWARD, BACKWARD, ADAM = "forward pass", "backward pass", "optimizer"
+STAGES = {
+    FORWARD: "`module.forward`: encoders, decoder, likelihood",
+    BACKWARD: "backward pass",
+    ADAM: "fused Adam, hooks after it",
+    "loading": "minibatch: gathering, Lightning's hooks",
+    "rest": "metrics, closures, `zero_grad`, Lightning",
+}
+# Compiled loops of LDVAE's step, in words.
+LOOPS: dict[str, list[tuple[Any, str]]] = {
+    "first layers, forward": [(_row_kernels, "turn"), (_row_kernels, "multiply")],
+    "first layers, gradient of the weights": [(_row_kernels, "multiply_turned"), (_row_kernels, "transpose")],
+    "batch norm, ReLU, dropout, posteriors, KL": [
+        (_encoder_kernels, name) for name in ("hidden", "posterior", "hidden_back", "posterior_back")
+    ],
+    "batch norm of the decoder": [(_head_kernels, "fold"), (_head_kernels, "unfold")],
+    "linear decoder, softmax, likelihood, all gradients": [
+        (_head_kernels, "negative_binomial_head"),
+        (_kernels, "dispersion_tables"),
+    ],
+}
 
 
-class Profiler(Callback):
-    """Every other epoch with torch's profiler."""
+class Watch(Callback):
+    """Seconds between the hooks of a step."""
 
     def __init__(self) -> None:
-        self.profiles: list[profile] = []
+        self.seconds: dict[str, list[float]] = defaultdict(list)
+        self._last = time.perf_counter()
 
-    def on_train_epoch_start(self, trainer: Any, *_: object) -> None:
-        if trainer.current_epoch % 2:
-            # Not with the shapes of tensors: that alone makes an epoch take three times as long.
-            self.profiles.append(profile(activities=[ProfilerActivity.CPU]))
-            self.profiles[-1].__enter__()
+    def mark(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.seconds[stage].append(now - self._last)
+        self._last = now
 
-    def on_train_epoch_end(self, trainer: Any, *_: object) -> None:
-        if trainer.current_epoch % 2:
-            self.profiles[-1].__exit__(None, None, None)
+    def on_train_batch_start(self, *_: object) -> None:
+        self.mark("loading")
 
-    def on_train_start(self, trainer: Any, plan: Any) -> None:
-        """Give the stages their names: methods of the network, and layers inside them."""
-        module = plan.module
-        for name, stage in (("inference", ENCODERS), ("generative", RATE), ("loss", LIKELIHOOD)):
-            _name(module, name, stage)
-        _name(plan, "compute_and_log_metrics", METRICS)
-        for encoder in (module.z_encoder, module.l_encoder):
-            _name(encoder.encoder.fc_layers[0][0], "forward", FIRST)
-        _name(module.decoder.factor_regressor, "forward", LINEAR)
-        if getattr(module.decoder, "px_dropout_decoder", None) is not None:
-            _name(module.decoder.px_dropout_decoder, "forward", UNUSED)
+    def on_before_zero_grad(self, *_: object) -> None:
+        self.mark("rest")
 
+    def on_before_backward(self, *_: object) -> None:
+        self.mark("rest")
 
-def _name(owner: Any, method: str, stage: str) -> None:
-    inner = getattr(owner, method)
+    def on_after_backward(self, *_: object) -> None:
+        self.mark(BACKWARD)
 
-    @functools.wraps(inner)
-    def named(*args: Any, **kwargs: Any) -> Any:
-        with record_function(stage):
-            return inner(*args, **kwargs)
+    def on_before_optimizer_step(self, *_: object) -> None:
+        self.mark("rest")
 
-    setattr(owner, method, named)
+    def on_train_batch_end(self, *_: object) -> None:
+        self.mark(ADAM)
 
 
-def above(event: Any) -> Iterator[Any]:
-    """The event, and those that called it."""
-    while event is not None:
-        yield event
-        event = event.cpu_parent
+def timing(function: Callable[..., Any], into: list[float]) -> Callable[..., Any]:
+    def timed_call(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            into.append(time.perf_counter() - start)
+
+    return timed_call
 
 
-def stages(events: list[Any]) -> Iterator[tuple[Any, str | None]]:
-    """Which line of the table each event belongs to; None for what is found by difference."""
-    backward_ends: dict[int, float] = {}
-    stage_of_forward: dict[int, str] = {}
-    for event in events:
-        callers = list(above(event))
-        if event.name.startswith("autograd::engine"):
-            for caller in callers:
-                if caller.name.startswith("Optimizer.step"):
-                    backward_ends[caller.id] = max(backward_ends.get(caller.id, 0), event.time_range.end)
-        elif event.sequence_nr >= 0 and not any(caller.name.startswith("autograd::engine") for caller in callers):
-            # The last operator with a number is the one that the backward pass calls by that number.
-            stage_of_forward[event.sequence_nr] = _stage(callers) or ELSE
-    for event in events:
-        callers = list(above(event))
-        numbers = [e.sequence_nr for e in callers if e.name.startswith("autograd::engine")]
-        stage = _stage(callers) or (stage_of_forward.get(numbers[0], ELSE) if numbers else None)
-        if stage is None:
-            # Lightning runs the whole step inside the optimizer's: what follows the backward pass is the optimizer's own.
-            steps = [e for e in callers[1:] if e.name.startswith("Optimizer.step")]
-            if steps and event.time_range.start >= backward_ends.get(steps[0].id, np.inf):
-                stage = ADAM
-            elif event.name.startswith("aten::"):
-                stage = ELSE
-        yield event, stage
+def per_step(model: Any, batch_size: int) -> dict[str, float]:
+    """Milliseconds of each stage in a step: medians; forward is taken out of the rest."""
+    watch = Watch()
+    model.module.forward = timing(model.module.forward, watch.seconds[FORWARD])
+    model.train(N_EPOCHS, batch_size=batch_size, callbacks=[watch], plan_kwargs={"lr": 5e-3}, **TRAIN)
+    del model.module.forward
+    n_steps = len(watch.seconds[FORWARD])
+    half = {stage: values[len(values) // 2 :] for stage, values in watch.seconds.items()}
+    of_step = {
+        s: float(np.median(v)) * 1e3 * round(len(watch.seconds[s]) / n_steps) for s, v in half.items() if s != "rest"
+    }
+    rest = np.array(watch.seconds["rest"]).reshape(n_steps, -1).sum(axis=1)
+    of_step["rest"] = float(np.median(rest[n_steps // 2 :])) * 1e3 - of_step[FORWARD]
+    return of_step
 
 
-def _stage(callers: list[Any]) -> str | None:
-    """The innermost stage that has a name."""
-    for event in callers:
-        if event.name in STAGES:
-            return event.name
-        if event.name.startswith("enumerate(DataLoader)"):
-            return LOADING
-        if event.name.startswith("Optimizer.zero_grad") or "_fused_adam" in event.name:
-            return ADAM
-        if OWN_FUNCTION.fullmatch(event.name):
-            return f"`{event.name.removesuffix('Backward')}`"
-    return None
-
-
-def per_step(model: Any, batch_size: int) -> tuple[dict[str, float], float]:
-    """Milliseconds of each stage, in the quieter of the epochs that were profiled, and of the whole, in the others."""
-    clock, profiler = Clock(), Profiler()
-    model.train(5, batch_size=batch_size, callbacks=[clock, profiler], plan_kwargs={"lr": 5e-3}, **TRAIN)
-    n_steps = math.ceil(len(model.train_indices) / batch_size)
-    quieter = min(map(_of_stages, profiler.profiles), key=lambda found: sum(found.values()))
-    # The first epoch is dropped already, so that these are the third and the fifth.
-    whole = min(times.cpu for times in clock.epochs()[1::2]) * 1e3 / n_steps
-    return {stage: spent / n_steps for stage, spent in quieter.items()}, whole
-
-
-def _of_stages(profiler: profile) -> dict[str, float]:
-    found: Counter[str] = Counter()
-    for event, stage in stages(profiler.events()):
-        if stage is not None:
-            found[stage] += event.self_cpu_time_total / 1e3
-    return found
+def loops(adata: Any, batch_size: int) -> dict[str, float]:
+    """Milliseconds of the compiled loops in a step of LDVAE."""
+    found: dict[str, dict[str, list[float]]] = {stage: {} for stage in LOOPS}
+    before = []
+    for stage, functions in LOOPS.items():
+        for room, name in functions:
+            before.append((room, name, getattr(room, name)))
+            found[stage][name] = []
+            setattr(room, name, timing(getattr(room, name), found[stage][name]))
+    try:
+        of_class(LDVAE, adata, n_latent=10).train(N_EPOCHS, batch_size=batch_size, plan_kwargs={"lr": 5e-3}, **TRAIN)
+    finally:
+        for room, name, function in before:
+            setattr(room, name, function)
+    n_steps = len(found["linear decoder, softmax, likelihood, all gradients"]["negative_binomial_head"])
+    return {
+        stage: sum(float(np.median(v[len(v) // 2 :])) * 1e3 * round(len(v) / n_steps) for v in functions.values())
+        for stage, functions in found.items()
+    }
 
 
 @numba.njit(fastmath=True, error_model="numpy")
@@ -170,7 +143,7 @@ def _sparse_layer(indptr, indices, data, weight_gh, out_nh, gradient_gh):
 
 
 def floor(counts: Any, n_latent: int, batch_size: int) -> dict[str, float]:
-    """Milliseconds that the arithmetic of a step cannot do without, at the rates of this machine's own primitives."""
+    """Milliseconds of the arithmetic of a step, one operation of torch, or one plain loop, after another."""
     part = counts[:batch_size]
     n_genes = part.shape[1]
     dense = torch.rand(batch_size, n_genes) + 0.5
@@ -193,9 +166,8 @@ def floor(counts: Any, n_latent: int, batch_size: int) -> dict[str, float]:
         dense.T @ z
 
     tasks: dict[str, Callable[[], object]] = {
-        LIKELIHOOD: lambda: (sweep(), of_non_zeros()),
-        FIRST: lambda: _sparse_layer(part.indptr, part.indices, part.data, weight_gh, out_nh, gradient_gh),
-        LINEAR: decoder,
+        "linear decoder, softmax, likelihood, all gradients": lambda: (sweep(), of_non_zeros(), decoder()),
+        "first layers": lambda: _sparse_layer(part.indptr, part.indices, part.data, weight_gh, out_nh, gradient_gh),
         ADAM: adam.step,
     }
     for task in tasks.values():
@@ -203,20 +175,18 @@ def floor(counts: Any, n_latent: int, batch_size: int) -> dict[str, float]:
     return {name: float(np.median([timed(task).wall for _ in range(50)])) * 1e3 for name, task in tasks.items()}
 
 
-def table(stock: tuple[dict[str, float], float], ours: tuple[dict[str, float], float], least: dict[str, float]) -> str:
-    lines = ["| stage | LinearSCVI, ms | LDVAE, ms | floor, ms |", "|---|---|---|---|"]
-    own = sorted({name for found in (stock[0], ours[0]) for name in found} - set(STAGES))
-    lines += [
-        markdown([stage, *(_ms(found.get(stage)) for found in (stock[0], ours[0], least))]) for stage in (*STAGES, *own)
-    ]
-    rests = [whole - sum(found.values()) for found, whole in (stock, ours)]
-    lines.append(markdown([REST, *map(_ms, rests), ""]))
-    lines.append(markdown(["a step of `train`", _ms(stock[1]), _ms(ours[1]), _ms(sum(least.values()))]))
+def table(stock: dict[str, float], ours: dict[str, float], inside: dict[str, float], least: dict[str, float]) -> str:
+    lines = ["| stage of a step | LinearSCVI, ms | LDVAE, ms |", "|---|---|---|"]
+    lines += [f"| {title} | {stock[s]:.2f} | {ours[s]:.2f} |" for s, title in STAGES.items()]
+    lines += [f"| sum | {sum(stock.values()):.2f} | {sum(ours.values()):.2f} |", ""]
+    lines += ["| compiled loops inside of LDVAE's step | ms | one primitive after another, ms |", "|---|---|---|"]
+    at_least = {"first layers, forward": "", "first layers, gradient of the weights": "first layers"}
+    for stage, value in inside.items():
+        known = least.get(at_least.get(stage, stage))
+        lines.append(f"| {stage} | {value:.2f} | {'' if known is None else f'{known:.2f}'} |")
+    lines.append(f"| fused Adam, alone | | {least[ADAM]:.2f} |")
+    lines.append(f"| sum | {sum(inside.values()):.2f} | {sum(least.values()):.2f} |")
     return "\n".join(lines)
-
-
-def _ms(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
 
 
 def main() -> None:
@@ -224,14 +194,13 @@ def main() -> None:
     parser.add_argument("--cells", type=int, default=7000)
     parser.add_argument("--genes", type=int, default=2000)
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--page", type=Path, help="write the table for the documentation to this file, too")
+    parser.add_argument("--page", type=Path, help="write the tables for the documentation to this file, too")
     args = parser.parse_args()
     quiet()
     adata = simulated(args.cells, args.genes)
     with threads(1):
         found = [per_step(of_class(cls, adata, n_latent=10), args.batch_size) for cls in (LinearSCVI, LDVAE)]
-        least = floor(adata.X, 10, args.batch_size)
-    text = table(*found, least)
+        text = table(*found, loops(adata, args.batch_size), floor(adata.X, 10, args.batch_size))
     print(text)
     if args.page:
         note = f"{args.cells:,} simulated cells x {args.genes:,} genes, 10 latents, minibatches of {args.batch_size}, one thread."
