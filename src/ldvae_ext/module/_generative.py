@@ -21,8 +21,7 @@ from ldvae_ext.module._head import affine, head_inputs, loss_of_head
 from ldvae_ext.module._likelihood import Counts, check_genes, check_support, negative_log_likelihood
 from ldvae_ext.module._softmax_likelihood import softmax_negative_log_likelihood
 from ldvae_ext.module._sparse import Encoded, Prior, encoded, is_plain, sparse_rows
-from ldvae_ext.module._step import Minibatch
-from ldvae_ext.module._step import Prior as StepPrior
+from ldvae_ext.module._step import LatentPrior, Minibatch
 
 
 class SummedCounts:
@@ -95,12 +94,14 @@ class GenerativeModule(BackendModule):
         prior, covariates = None, None
         continuous, levels = tensors.get(REGISTRY_KEYS.CONT_COVS_KEY), tensors.get(REGISTRY_KEYS.CAT_COVS_KEY)
         if self.n_batch > 1 or continuous is not None or levels is not None:
-            categorical = [batch_index, *(() if levels is None else torch.split(levels, 1, dim=1))]
-            nothing = counts.values.new_empty(counts.n_cells, 0) if continuous is None else continuous
-            covariates = head_inputs(self.decoder.factor_regressor, nothing, categorical).numpy()
+            values, categorical = self._conditions(batch_index, continuous, levels)
+            beside_z = values[0] if values else counts.values.new_empty(counts.n_cells, 0)
+            covariates = head_inputs(self.decoder.factor_regressor, beside_z, categorical).numpy()
         if not self.use_observed_lib_size:
             known = batch_index.squeeze(-1)
-            prior = StepPrior(self.library_log_means[0, known].numpy(), self.library_log_vars[0, known].sqrt().numpy())
+            prior = LatentPrior(
+                self.library_log_means[0, known].numpy(), self.library_log_vars[0, known].sqrt().numpy()
+            )
         codes = None if self.gene_likelihood == "poisson" else self._codes_of_dispersion(batch_index, labels)
         batch = Minibatch(
             counts,
@@ -136,6 +137,16 @@ class GenerativeModule(BackendModule):
             ),
         )
 
+    def _conditions(
+        self: Any, batch_index: torch.Tensor, cont_covs: torch.Tensor | None, cat_covs: torch.Tensor | None
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """What a network conditions on: continuous values, embedded batches among them, and codes of levels."""
+        continuous = [] if cont_covs is None else [cont_covs]
+        categorical = [] if cat_covs is None else list(torch.split(cat_covs, 1, dim=1))
+        if self.batch_representation == "embedding":
+            return [*continuous, self.compute_embedding(REGISTRY_KEYS.BATCH_KEY, batch_index)], categorical
+        return continuous, [batch_index, *categorical]
+
     @auto_move_data
     def _regular_inference(
         self: Any,
@@ -155,12 +166,7 @@ class GenerativeModule(BackendModule):
         seen = replace(counts, values=torch.log1p(counts.values)) if self.log_variational else counts
         continuous, categories = [], []
         if self.encode_covariates:
-            continuous = [] if cont_covs is None else [cont_covs]
-            categories = [] if cat_covs is None else list(torch.split(cat_covs, 1, dim=1))
-            if self.batch_representation == "embedding":
-                continuous.append(self.compute_embedding(REGISTRY_KEYS.BATCH_KEY, batch_index))
-            else:
-                categories.insert(0, batch_index)
+            continuous, categories = self._conditions(batch_index, cont_covs, cat_covs)
         continuous_nc = torch.cat(continuous, dim=-1) if continuous else None
 
         def encode(encoder: Encoder) -> tuple[Any, torch.Tensor]:
@@ -213,12 +219,7 @@ class GenerativeModule(BackendModule):
             batch_index = torch.zeros(z.shape[-2], 1, dtype=torch.int64, device=z.device)
         if transform_batch is not None:
             batch_index = torch.ones_like(batch_index) * transform_batch
-        continuous = [] if cont_covs is None else [cont_covs]
-        categorical = [] if cat_covs is None else list(torch.split(cat_covs, 1, dim=1))
-        if self.batch_representation == "embedding":
-            continuous.append(self.compute_embedding(REGISTRY_KEYS.BATCH_KEY, batch_index))
-        else:
-            categorical.insert(0, batch_index)
+        continuous, categorical = self._conditions(batch_index, cont_covs, cat_covs)
         inputs = torch.cat([z, *(value.expand(*z.shape[:-1], -1) for value in continuous)], dim=-1) if continuous else z
         scale = size_factor if self.use_size_factor_key else library
         if self._sums_genes:

@@ -36,7 +36,7 @@ def _is_usual_encoder(encoder: Encoder) -> bool:
     )
 
 
-class Prior(NamedTuple):
+class LatentPrior(NamedTuple):
     """Normal prior of the latents of each cell, the same for all of a cell."""
 
     mean_n: np.ndarray
@@ -84,7 +84,7 @@ class EncoderRun:
         Of what it encodes.
     """
 
-    def __init__(self, parts: EncoderParts, seen: Counts, prior: Prior) -> None:
+    def __init__(self, parts: EncoderParts, seen: Counts, prior: LatentPrior) -> None:
         from ldvae_ext.module import _encoder_kernels as loops
 
         self._parts, self._seen, self._prior = parts, seen, prior
@@ -144,7 +144,7 @@ class Minibatch:
     """Continuous covariates and one-hot levels, float32."""
     code_n: np.ndarray | None
     """Codes of the dispersions."""
-    library_prior: Prior | None
+    library_prior: LatentPrior | None
     """Prior of the log library, where it is latent."""
 
 
@@ -205,7 +205,7 @@ class _Step(Function):
     @staticmethod
     def forward(ctx: Any, steps: Steps, batch: Minibatch, runs: list, *_: torch.Tensor) -> tuple[torch.Tensor, ...]:
         n_cells = batch.counts.n_cells
-        standard = Prior(np.zeros(n_cells, np.float32), np.ones(n_cells, np.float32))
+        standard = LatentPrior(np.zeros(n_cells, np.float32), np.ones(n_cells, np.float32))
         runs.append(EncoderRun(steps.encoders[0], batch.seen, standard))
         latent = runs[0].sample_nk
         if batch.library_prior is None:
