@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scvi.train import TrainingPlan
@@ -140,3 +141,18 @@ assert kernels() is not None
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_readers_call_the_hooks_of_encoders_and_need_none_of_what_comes_later():
+    model = fresh(latent_distribution="ln")
+    model.train(2, accelerator="cpu", enable_progress_bar=False)
+    module, called = model.module, []
+    before = model.get_latent_kl()
+    later = (module.z_encoder.z_transformation, module.decoder.factor_regressor)
+    for layer in later:
+        layer.register_forward_pre_hook(lambda *_: called.append(1))
+    pd.testing.assert_frame_equal(model.get_latent_kl(), before, check_exact=True)
+    assert not called
+    module.z_encoder.mean_encoder.register_forward_pre_hook(lambda *_: called.append(1))
+    pd.testing.assert_frame_equal(model.get_latent_kl(), before, rtol=1e-4)
+    assert called

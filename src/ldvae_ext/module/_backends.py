@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -93,19 +93,24 @@ class BackendModule:
             return obstacle
         return self._obstacle_to_loops(device) if backend == "numba" else None
 
-    def replaced(self: Any, steps: Sequence[str] = _STEPS) -> str | None:
+    def replaced(
+        self: Any, steps: Sequence[str] = _STEPS, layers: Iterable[torch.nn.Module] | None = None
+    ) -> str | None:
         """What of the network is not what it was written as, and would be passed by; None if nothing is.
 
         Parameters
         ----------
         steps
             Names of the methods to look at.
+        layers
+            Layers that are passed by; all of the network if None.
         """
+        layers = (layer for layer in self.modules() if layer is not self) if layers is None else layers
         for name in steps:
             its_own = getattr(type(self), name).__module__.split(".")[0] in ("ldvae_ext", "scvi")
             if name in self.__dict__ or not its_own:
                 return f"`{name}` of the network was replaced"
-        if any(getattr(layer, hooks) for layer in self.modules() if layer is not self for hooks in _HOOKS):
+        if any(getattr(layer, hooks) for layer in layers for hooks in _HOOKS):
             return "a layer of the network has hooks, which would not be called"
         return None
 

@@ -39,7 +39,7 @@ class EvaluatedEncoders:
 
     def __init__(self, module: Any) -> None:
         self._module = module
-        encoders = [module.z_encoder] if module.use_observed_lib_size else [module.z_encoder, module.l_encoder]
+        encoders = _encoders(module)
         first = [_folded(encoder) for encoder in encoders]
         # Gene by gene in memory, the hidden units of both encoders side by side.
         self._weight_gh = np.ascontiguousarray(np.concatenate([weight_hg for weight_hg, _ in first]).T)
@@ -60,7 +60,7 @@ class EvaluatedEncoders:
             and module.minified_data_type is None
             and not module.encode_covariates
             and module.device.type == "cpu"
-            and module.replaced(_STEPS) is None
+            and module.replaced(_STEPS, _layers(module)) is None
             and module.reads_sparse()
             and _is_usual(module.z_encoder)
             and (module.use_observed_lib_size or _is_usual(module.l_encoder))
@@ -96,6 +96,17 @@ class EvaluatedEncoders:
         else:
             log_library = torch.from_numpy((hidden_nh[:, self._n_hidden :] @ self._library[0] + self._library[1])[:, 0])
         return CellPosterior(torch.from_numpy(mean_nk), torch.from_numpy(variance_nk), log_library)
+
+
+def _encoders(module: Any) -> list[Encoder]:
+    return [module.z_encoder] if module.use_observed_lib_size else [module.z_encoder, module.l_encoder]
+
+
+def _layers(module: Any) -> list[torch.nn.Module]:
+    """The layers between a cell's counts and its posterior; what is made of a draw comes later."""
+    return [
+        layer for encoder in _encoders(module) for layer in encoder.modules() if layer is not encoder.z_transformation
+    ]
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:
