@@ -18,7 +18,7 @@ from torch.nn.functional import linear, one_hot
 from ldvae_ext.module._backends import BackendModule
 from ldvae_ext.module._decoder import LinearDecoderLayer
 from ldvae_ext.module._head import affine, head_inputs, loss_of_head
-from ldvae_ext.module._likelihood import Counts, check_genes, check_support, negative_log_likelihood
+from ldvae_ext.module._likelihood import Counts, check_genes, check_support, log1p, negative_log_likelihood
 from ldvae_ext.module._softmax_likelihood import softmax_negative_log_likelihood
 from ldvae_ext.module._sparse import Encoded, Prior, encoded, is_plain, sparse_rows
 from ldvae_ext.module._step import LatentPrior, Minibatch
@@ -105,7 +105,7 @@ class GenerativeModule(BackendModule):
         codes = None if self.gene_likelihood == "poisson" else self._codes_of_dispersion(batch_index, labels)
         batch = Minibatch(
             counts,
-            replace(counts, values=torch.log1p(counts.values)) if self.log_variational else counts,
+            replace(counts, values=log1p(counts.values)) if self.log_variational else counts,
             covariates,
             None if codes is None else codes.numpy(),
             prior,
@@ -163,7 +163,7 @@ class GenerativeModule(BackendModule):
             return super()._regular_inference(Counts.of(x).dense(), batch_index, cont_covs, cat_covs, n_samples)  # type: ignore[misc]
         check_genes(x, self.n_input)
         counts = Counts.of(x)
-        seen = replace(counts, values=torch.log1p(counts.values)) if self.log_variational else counts
+        seen = replace(counts, values=log1p(counts.values)) if self.log_variational else counts
         continuous, categories = [], []
         if self.encode_covariates:
             continuous, categories = self._conditions(batch_index, cont_covs, cat_covs)

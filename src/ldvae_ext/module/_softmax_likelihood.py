@@ -12,7 +12,7 @@ import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from ldvae_ext.module._likelihood import EPS, Counts, per_cell
+from ldvae_ext.module._likelihood import EPS, Counts, log1p, per_cell, softplus
 
 # Counts up to this have their gamma functions in tables, one for each gene.
 _N_TABLE = 8
@@ -56,7 +56,7 @@ class _NegativeBinomial(Function):
         mu_ng = torch.softmax(logits_ng, dim=-1).mul_(library_n1)
         inverse_g = (theta_g + EPS).reciprocal()
         ratio_ng = mu_ng * inverse_g
-        grown_ng = torch.log1p(ratio_ng)
+        grown_ng = log1p(ratio_ng)
         x, mu = counts.values.to(mu_ng), mu_ng.view(-1)[counts.positions]
         per_total = inverse_g[counts.indices] / (1 + ratio_ng.view(-1)[counts.positions])
         # r / (1 + r), in place: at this size it is new memory that costs.
@@ -124,12 +124,12 @@ class _ZeroInflatedNegativeBinomial(Function):
         dropout_ng: torch.Tensor,
         counts: Counts,
     ) -> torch.Tensor:
-        softplus, at = torch.nn.functional.softplus, counts.positions
+        at = counts.positions
         library_n1 = torch.exp(log_library_n1)
         mu_ng = torch.softmax(logits_ng, dim=-1).mul_(library_n1)
         inverse_g = (theta_g + EPS).reciprocal()
         ratio_ng = mu_ng * inverse_g
-        grown_ng = torch.log1p(ratio_ng)
+        grown_ng = log1p(ratio_ng)
         stay_zero_ng = torch.addcmul(dropout_ng, grown_ng, theta_g).neg_()
         x, mu, stay_zero = counts.values.to(mu_ng), mu_ng.view(-1)[at], stay_zero_ng.view(-1)[at]
         per_total = inverse_g[counts.indices] / (1 + ratio_ng.view(-1)[at])
