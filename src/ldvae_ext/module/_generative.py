@@ -110,7 +110,7 @@ class GenerativeModule(BackendModule):
             None if codes is None else codes.numpy(),
             prior,
         )
-        losses = self._steps.run(batch)
+        losses = self._steps.run(batch, float(kl_weight))
         posteriors = [Encoded(torch.from_numpy(run.mean_nk), torch.from_numpy(run.scale_nk)) for run in losses.runs]
         z = torch.from_numpy(losses.runs[0].sample_nk)
         inferred = {
@@ -121,13 +121,12 @@ class GenerativeModule(BackendModule):
             if len(posteriors) > 1
             else torch.log(counts.totals()).unsqueeze(1),
         }
-        per_cell = losses.reconstruction_n + kl_weight * losses.divergence_z_n + losses.divergence_l_n
         payload = {"z": z, "batch": batch_index, "labels": labels} if self.extra_payload_autotune else {}
         return (
             inferred,
             {},
             LossOutput(
-                loss=torch.mean(per_cell),
+                loss=losses.loss,
                 reconstruction_loss=losses.reconstruction_n,
                 kl_local={
                     MODULE_KEYS.KL_L_KEY: losses.divergence_l_n,

@@ -50,8 +50,9 @@ class Counts:
             note_sparse_tensors()
             x_ng = x_ng.to_sparse_csr()
         indptr, indices, values = x_ng.crow_indices(), x_ng.col_indices(), x_ng.values()
-        is_there = values != 0
-        if not is_there.all():
+        # numpy looks at once at all of them, several times as fast.
+        is_there = values != 0 if values.device.type != "cpu" or not values.numpy().all() else None
+        if is_there is not None and not is_there.all():
             # A zero that is stored is a zero: dropout may have made it.
             before = torch.nn.functional.pad(is_there.cumsum(0), (1, 0))
             indptr, indices, values = before[indptr.long()], indices[is_there], values[is_there]
@@ -219,7 +220,8 @@ def check_genes(x_ng: torch.Tensor, n_genes: int) -> None:
         msg = f"A minibatch must have the {n_genes} genes of the network; got {x_ng.shape[1]}."
         raise ValueError(msg)
     if x_ng.layout is torch.sparse_csr and (columns := x_ng.col_indices()).numel():
-        lowest, highest = (int(extreme) for extreme in columns.aminmax())
+        columns = columns.numpy() if columns.device.type == "cpu" else columns
+        lowest, highest = int(columns.min()), int(columns.max())
         if lowest < 0 or highest >= n_genes:
             msg = f"The columns of sparse counts must be 0 to {n_genes - 1}; got {lowest} to {highest}."
             raise ValueError(msg)

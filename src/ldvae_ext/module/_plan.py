@@ -19,6 +19,13 @@ class GatheringPlan(TrainingPlan):
         super().__init__(*args, **kwargs)
         self._gathered: dict[str, _Sums] = {"train": _Sums(), "validation": _Sums()}
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_current_fx_name":
+            # Lightning notes the name of each hook, forty times in a step; torch would look each time what kind of value it is.
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
     def configure_optimizers(self) -> dict[str, Any]:
         """scvi-tools' optimizer, which on a CPU need not ask at each step whether there is a GPU with a graph to capture."""
         config = super().configure_optimizers()

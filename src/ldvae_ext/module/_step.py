@@ -149,8 +149,9 @@ class Minibatch:
 
 
 class Losses(NamedTuple):
-    """Terms of the loss of each cell; differentiable."""
+    """The loss, which has a graph, and its terms for each cell, which have none."""
 
+    loss: torch.Tensor
     reconstruction_n: torch.Tensor
     divergence_z_n: torch.Tensor
     divergence_l_n: torch.Tensor
@@ -203,7 +204,9 @@ class _Step(Function):
     """See :func:`step`."""
 
     @staticmethod
-    def forward(ctx: Any, steps: Steps, batch: Minibatch, runs: list, *_: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(
+        ctx: Any, steps: Steps, batch: Minibatch, kl_weight: float, runs: list, *_: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
         n_cells = batch.counts.n_cells
         standard = LatentPrior(np.zeros(n_cells, np.float32), np.ones(n_cells, np.float32))
         runs.append(EncoderRun(steps.encoders[0], batch.seen, standard))
@@ -224,15 +227,19 @@ class _Step(Function):
         ctx.arrays = [inputs, *ctx.affine[0].map, log_library_n, log_theta_cg, *dropout]
         ctx.batch, ctx.runs, ctx.is_shared = batch, runs, steps.log_theta is not None and steps.log_theta.ndim == 1
         loss_n, ctx.slopes = run_head(ctx.arrays, batch.counts, batch.code_n)
-        return tuple(map(torch.from_numpy, (loss_n, runs[0].divergence_n, divergence_l_n)))
+        ctx.kl_weight = kl_weight
+        terms = tuple(map(torch.from_numpy, (loss_n, runs[0].divergence_n, divergence_l_n)))
+        ctx.mark_non_differentiable(*terms)
+        return torch.mean(terms[0] + kl_weight * terms[1] + terms[2]), *terms
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *weights: torch.Tensor) -> Any:
-        loss_weight_n, z_weight_n, l_weight_n = (value.contiguous().numpy() for value in weights)
+    def backward(ctx: Any, weight: torch.Tensor, *_: torch.Tensor) -> Any:
+        n_cells = ctx.batch.counts.n_cells
+        weight_n = np.full(n_cells, float(weight) / n_cells, np.float32)
         slopes, ctx.slopes = ctx.slopes, None
         d_input_np, d_weight_pg, d_intercept_g, d_log_library_n, d_log_theta_cg, *of_dropout = weighted_slopes(
-            ctx.arrays, ctx.batch.counts, ctx.batch.code_n, slopes, loss_weight_n
+            ctx.arrays, ctx.batch.counts, ctx.batch.code_n, slopes, weight_n
         )
         gradients: list[torch.Tensor] = []
         of_heads = [(d_weight_pg, d_intercept_g), of_dropout]
@@ -242,12 +249,12 @@ class _Step(Function):
             gradients += of_parameters
         n_latent = ctx.runs[0].sample_nk.shape[1]
         d_latent_nk = np.ascontiguousarray(d_input_np[:, :n_latent])
-        of_encoders = ctx.runs[0].back(d_latent_nk, z_weight_n)
+        of_encoders = ctx.runs[0].back(d_latent_nk, ctx.kl_weight * weight_n)
         if len(ctx.runs) > 1:
-            of_encoders += ctx.runs[1].back(d_log_library_n[:, None], l_weight_n)
+            of_encoders += ctx.runs[1].back(d_log_library_n[:, None], weight_n)
         if d_log_theta_cg is not None:
             gradients.append(torch.from_numpy(d_log_theta_cg[0] if ctx.is_shared else d_log_theta_cg.T))
-        return None, None, None, *of_encoders, *gradients
+        return None, None, None, None, *of_encoders, *gradients
 
 
 class Steps:
@@ -296,14 +303,15 @@ class Steps:
         are_there = all(part.linear.weight is part.parameters[0] for part in parts)
         return is_training and are_there and not self._module.truncates
 
-    def run(self, batch: Minibatch) -> Losses:
-        """The terms of the loss of a minibatch, with the random draws and gradients of the network's own forward pass.
+    def run(self, batch: Minibatch, kl_weight: float) -> Losses:
+        """The loss of a minibatch, with the random draws and gradients of the network's own forward pass.
 
         Parameters
         ----------
         batch
             The minibatch.
+        kl_weight
+            Weight of the latents' divergence.
         """
         runs: list[EncoderRun] = []
-        reconstruction_n, divergence_z_n, divergence_l_n = _Step.apply(self, batch, runs, *self._parameters)
-        return Losses(reconstruction_n, divergence_z_n, divergence_l_n, tuple(runs))
+        return Losses(*_Step.apply(self, batch, kl_weight, runs, *self._parameters), tuple(runs))
