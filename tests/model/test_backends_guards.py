@@ -156,3 +156,13 @@ def test_readers_call_the_hooks_of_encoders_and_need_none_of_what_comes_later():
     module.z_encoder.mean_encoder.register_forward_pre_hook(lambda *_: called.append(1))
     pd.testing.assert_frame_equal(model.get_latent_kl(), before, rtol=1e-4)
     assert called
+
+
+def test_the_device_is_that_of_all_parameters():
+    module = fresh().module
+    assert module.device == torch.device("cpu")
+    module.l_encoder.to("meta")
+    with pytest.raises(RuntimeError, match="multiple devices"):
+        _ = module.device
+    module.to("meta")
+    assert module.device == torch.device("meta")

@@ -42,12 +42,21 @@ _CACHE = _can_cache()
 # Sums may be taken in any order, or they cannot be vectorised; a division by zero is IEEE's.
 _LOOP: dict[str, Any] = {
     "nogil": True,
+    # Nothing in C calls them, and what is not compiled takes no time.
+    "no_cfunc_wrapper": True,
     "cache": _CACHE,
     "error_model": "numpy",
     "fastmath": {"reassoc", "contract", "nsz", "arcp"},
 }
+# Part of a larger loop, called in one place: compiled there and nowhere else, which takes less time.
+_PART: dict[str, Any] = _LOOP | {"inline": "always"}
 # Here the order of operations is what makes the result exact.
-_EXACT: dict[str, Any] = {"cache": _CACHE, "error_model": "numpy", "fastmath": {"contract", "nsz"}}
+_EXACT: dict[str, Any] = {
+    "no_cfunc_wrapper": True,
+    "cache": _CACHE,
+    "error_model": "numpy",
+    "fastmath": {"contract", "nsz"},
+}
 
 
 @njit(**_EXACT)

@@ -17,6 +17,7 @@ from ldvae_ext.core._kernels import (
     _HIGHEST,
     _LOOP,
     _LOWEST,
+    _PART,
     excess,
     exp,
     expm1,
@@ -61,7 +62,7 @@ def _ordered(bits: Any) -> Any:
     return np.int32(bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
 
 
-@njit(**_LOOP)
+@njit(**_PART)
 def _shares(latent_g: Any, base_g: Any, out_g: Any) -> None:
     """``base e^latent``, divided by its sum: rounded less than e to the power of a sum of both would be."""
     total = 0.0
@@ -73,7 +74,7 @@ def _shares(latent_g: Any, base_g: Any, out_g: Any) -> None:
         out_g[g] *= factor
 
 
-@njit(**_LOOP)
+@njit(**_PART)
 def _products(latent_g: Any, base_g: Any, out_g: Any) -> Any:
     """``base e^latent``; returns the sum."""
     total = _F(0)
@@ -84,7 +85,7 @@ def _products(latent_g: Any, base_g: Any, out_g: Any) -> Any:
     return total
 
 
-@njit(**_LOOP)
+@njit(**_PART)
 def _excess_of_one(base_g: Any, scale: Any, share_g: Any, out_g: Any) -> Any:
     """See :func:`_excess`, without stretch and shift, where no t is too large to be the exponent of a float32."""
     mean = _F(0)
@@ -96,7 +97,7 @@ def _excess_of_one(base_g: Any, scale: Any, share_g: Any, out_g: Any) -> Any:
     return mean
 
 
-@njit(**_LOOP)
+@njit(**_PART)
 def _excess_of_two(base_g: Any, scale: Any, latent_g: Any, stretch: Any, shift: Any, share_g: Any, out_g: Any) -> Any:
     """See :func:`_excess`."""
     mean = _F(0)
@@ -125,7 +126,7 @@ def _excess(
     return mean
 
 
-@njit(**_LOOP)
+@njit(**_PART)
 def _gathered(at_i: Any, base_g: Any, scale: Any, latent_g: Any, stretch: Any, shift: Any, out_i: Any) -> None:
     """The t of :func:`_excess` at some genes, clamped to where their exponential is a normal number."""
     if stretch == 0:
@@ -136,7 +137,7 @@ def _gathered(at_i: Any, base_g: Any, scale: Any, latent_g: Any, stretch: Any, s
             out_i[i] = min(max(scale * base_g[at_i[i]] + (stretch * latent_g[at_i[i]] - shift), _LOWEST), _HIGHEST)
 
 
-@njit(**_LOOP)
+@njit(**_PART)
 def _sum_of_some(e_g: Any, mean: Any, factor: Any, a_g: Any, theta_g: Any) -> Any:
     """See :func:`_sum_of_all`."""
     total, less = _F(0), mean * factor
@@ -145,7 +146,7 @@ def _sum_of_some(e_g: Any, mean: Any, factor: Any, a_g: Any, theta_g: Any) -> An
     return total
 
 
-@njit(**_LOOP)
+@njit(**_PART)
 def _sum_of_all(e_g: Any, mean: Any, factor: Any, a_g: Any, theta_g: Any) -> float:
     """``sum_g theta log1p(r a)``, with ``r = (e - mean) factor``."""
     total = 0.0
@@ -155,7 +156,7 @@ def _sum_of_all(e_g: Any, mean: Any, factor: Any, a_g: Any, theta_g: Any) -> flo
     return total
 
 
-@njit(**_LOOP)
+@njit(**_PART)
 def _sum_of_counts(t_i: Any, mean: Any, factor: Any, x_i: Any, part_i: Any, rest_i: Any, eps_i: Any) -> Any:
     """What counts above 0 add: ``sum x log y``, with y as of :func:`_of_counts` and t as of :func:`_excess`."""
     total = _F(0)
@@ -170,7 +171,7 @@ def _sum_of_counts(t_i: Any, mean: Any, factor: Any, x_i: Any, part_i: Any, rest
     return total
 
 
-@njit(**_LOOP)
+@njit(**_PART)
 def _of_genes(library: Any, share_g: Any, theta_g: Any, out_g: Any) -> None:
     """``a = mu / (mu + theta + eps)``: what of the change of a rate goes through the dispersion."""
     for g in range(share_g.size):
@@ -178,7 +179,7 @@ def _of_genes(library: Any, share_g: Any, theta_g: Any, out_g: Any) -> None:
         out_g[g] = min(mu / (mu + theta_g[g] + _EPS), _MOST)
 
 
-@njit(**_LOOP)
+@njit(**_PART)
 def _of_counts(at_i: Any, library: Any, share_g: Any, theta_g: Any, part_i: Any, rest_i: Any, eps_i: Any) -> None:
     """What :func:`_sum_of_counts` asks of the rates of some genes.
 
@@ -228,7 +229,8 @@ def ablate(
     vector: nothing is expected of them, and their base and theta are 0.
     """
     n_genes = weight_kg.shape[1]
-    # One by one: of the rows of one array LLVM does not see that they are apart, and vectorises nothing.
+    # Values one by one: an assignment to a slice compiles its error messages, too.
+    # Arrays one by one: of the rows of one array LLVM does not see that they are apart, and vectorises nothing.
     latent_g = np.empty(n_genes, np.float32)
     share_g = np.empty(n_genes, np.float32)
     a_g = np.empty(n_genes, np.float32)
@@ -245,7 +247,8 @@ def ablate(
     rest_i = np.empty(n_most, np.float32)
     eps_i = np.empty(n_most, np.float32)
     if not is_nb:
-        part_i[:], rest_i[:], eps_i[:] = 0, 1, 0
+        for i in range(n_most):
+            part_i[i], rest_i[i], eps_i[i] = 0, 1, 0
     for n in range(start, stop):
         weighted_rows(z_nk[n], weight_kg, latent_g)
         low, top = _range(latent_g)
@@ -261,11 +264,12 @@ def ablate(
         n_given = indptr[n + 1] - indptr[n]
         n_counts = (n_given + _WIDTH - 1) // _WIDTH * _WIDTH
         at_i, x_i = all_at_i[:n_counts], all_x_i[:n_counts]
-        at_i[n_given:] = 0
-        x_i[n_given:] = 0
         for i in range(n_given):
             at_i[i] = indices[indptr[n] + i]
             x_i[i] = counts[indptr[n] + i]
+        for i in range(n_given, n_counts):
+            at_i[i] = 0
+            x_i[i] = 0
         if is_nb:
             _of_counts(at_i, library, share_g, theta_g, part_i[:n_counts], rest_i[:n_counts], eps_i[:n_counts])
             _of_genes(library, share_g, theta_g, a_g)
@@ -280,7 +284,8 @@ def ablate(
             else:
                 base_g, is_small = move_g, False
                 if is_fresh_s[s]:
-                    move_g[:] = 0
+                    for g in range(n_genes):
+                        move_g[g] = 0
                     is_near = True
                 for j in range(first, last):
                     d, w_g = delta_nk[n, step_k[j]] * step_sign[j], weight_kg[step_k[j]]

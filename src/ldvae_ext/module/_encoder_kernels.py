@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -41,11 +42,12 @@ def hidden(
     for n in range(n_cells):
         row = before_nh[n]
         for h in range(n_hidden):
-            variance_h[h] += (row[h] - mean_h[h]) ** 2
+            apart = row[h] - mean_h[h]
+            variance_h[h] += apart * apart
     for h in range(n_hidden):
         running_mean_h[h] += _F(momentum * (mean_h[h] - running_mean_h[h]))
         running_variance_h[h] += _F(momentum * (variance_h[h] / (n_cells - 1) - running_variance_h[h]))
-        inverse_h[h] = 1.0 / np.sqrt(variance_h[h] / n_cells + eps)
+        inverse_h[h] = 1.0 / math.sqrt(variance_h[h] / n_cells + eps)
     shift_h = np.empty(n_hidden, _F)
     for h in range(n_hidden):
         shift_h[h] = mean_h[h]
@@ -120,13 +122,14 @@ def posterior(
                 mean += row[h] * mean_weight[h]
                 free += row[h] * variance_weight[h]
             mean += mean_bias_k[k]
-            variance = np.exp(free + variance_bias_k[k]) + _F(least_variance)
-            scale = np.sqrt(variance)
+            variance = math.exp(free + variance_bias_k[k]) + _F(least_variance)
+            scale = math.sqrt(variance)
             mean_nk[n, k], scale_nk[n, k] = mean, scale
             sample_nk[n, k] = mean + draw_nk[n, k] * scale
             distance = (mean - prior_mean_n[n]) / prior_scale_n[n]
-            ratio = (scale / prior_scale_n[n]) ** 2
-            total += 0.5 * (ratio + distance * distance - 1.0 - np.log(ratio))
+            ratio = scale / prior_scale_n[n]
+            ratio *= ratio
+            total += 0.5 * (ratio + distance * distance - 1.0 - math.log(ratio))
         divergence_n[n] = total
 
 

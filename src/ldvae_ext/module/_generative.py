@@ -146,7 +146,6 @@ class GenerativeModule(BackendModule):
             return [*continuous, self.compute_embedding(REGISTRY_KEYS.BATCH_KEY, batch_index)], categorical
         return continuous, [batch_index, *categorical]
 
-    @auto_move_data
     def _regular_inference(
         self: Any,
         x: torch.Tensor,

@@ -149,10 +149,12 @@ def fold(input_np: np.ndarray, weight_pg: np.ndarray, gamma_g: np.ndarray, beta_
     """See :func:`affine`; arrays of float32, contiguous."""
     from ldvae_ext.module import _head_kernels as loops
 
-    centred_np, mean_p = np.empty_like(input_np), np.empty(input_np.shape[1], np.float32)
+    n_inputs = input_np.shape[1]
+    centred_np, mean_p = np.empty_like(input_np), np.empty(n_inputs, np.float32)
     spread_pg, folded_pg = np.empty((2, *weight_pg.shape), np.float32)
     inverse_g, intercept_g, mean_g, variance_g = np.empty((4, len(gamma_g)), np.float32)
-    made = centred_np, mean_p, spread_pg, inverse_g, folded_pg, intercept_g, mean_g, variance_g
+    covariance_pp = np.zeros((n_inputs, n_inputs))
+    made = covariance_pp, centred_np, mean_p, spread_pg, inverse_g, folded_pg, intercept_g, mean_g, variance_g
     loops.fold(input_np, weight_pg, gamma_g, beta_g, eps, *made)
     kept = centred_np, mean_p, weight_pg, gamma_g, inverse_g, spread_pg, folded_pg
     return Folded(folded_pg, intercept_g, mean_g, variance_g, kept)
@@ -163,8 +165,10 @@ def unfold(folded: Folded, d_weight_pg: np.ndarray, d_intercept_g: np.ndarray) -
     from ldvae_ext.module import _head_kernels as loops
 
     d_input_np, d_raw_pg = np.empty_like(folded.kept[0]), np.empty_like(d_weight_pg)
-    d_gamma_g = np.empty_like(d_intercept_g)
-    loops.unfold(*folded.kept, d_weight_pg, d_intercept_g, d_input_np, d_raw_pg, d_gamma_g)
+    d_gamma_g, along_g, d_variance_g = np.empty((3, len(d_intercept_g)), np.float32)
+    d_mean_p = np.empty(len(d_weight_pg), np.float32)
+    between = np.empty((len(d_mean_p), len(d_mean_p)), np.float32), d_mean_p, along_g, d_variance_g
+    loops.unfold(*folded.kept, d_weight_pg, d_intercept_g, *between, d_input_np, d_raw_pg, d_gamma_g)
     return d_input_np, d_raw_pg, d_gamma_g
 
 

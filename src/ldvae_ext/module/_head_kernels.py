@@ -8,12 +8,13 @@ of a CSR matrix.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 from numba import njit
 
-from ldvae_ext.core._kernels import _LOOP
+from ldvae_ext.core._kernels import _LOOP, _PART
 from ldvae_ext.module._kernels import negative_binomial, poisson, zero_inflated_negative_binomial
 
 _F = np.float32
@@ -28,6 +29,7 @@ def fold(
     gamma_g: Any,
     beta_g: Any,
     eps: float,
+    covariance_pp: Any,
     centred_np: Any,
     mean_p: Any,
     spread_pg: Any,
@@ -37,9 +39,11 @@ def fold(
     mean_g: Any,
     variance_g: Any,
 ) -> None:
-    """A linear layer and its batch norm in training as one affine map; see :func:`ldvae_ext.module._head.affine`."""
+    """A linear layer and its batch norm in training as one affine map; see :func:`ldvae_ext.module._head.affine`.
+
+    Covariances come in as float64 zeros.
+    """
     n_cells, n_inputs = input_np.shape
-    covariance_pp = np.zeros((n_inputs, n_inputs))
     for p in range(n_inputs):
         total = 0.0
         for n in range(n_cells):
@@ -66,7 +70,7 @@ def fold(
             mean_g[g] += mean * weight[g]
     for g in range(mean_g.size):
         variance_g[g] = max(variance_g[g], _F(0))
-        inverse_g[g] = _F(1) / np.sqrt(variance_g[g] + _F(eps))
+        inverse_g[g] = _F(1) / math.sqrt(variance_g[g] + _F(eps))
         intercept_g[g] = beta_g[g] - gamma_g[g] * inverse_g[g] * mean_g[g]
     for p in range(n_inputs):
         folded, weight = folded_pg[p], weight_pg[p]
@@ -85,13 +89,18 @@ def unfold(
     folded_pg: Any,
     d_folded_pg: Any,
     d_intercept_g: Any,
+    d_covariance_pp: Any,
+    d_mean_p: Any,
+    along_g: Any,
+    d_variance_g: Any,
     d_input_np: Any,
     d_weight_pg: Any,
     d_gamma_g: Any,
 ) -> None:
     """Gradients of :func:`fold`."""
     n_cells, n_inputs = centred_np.shape
-    along_g, d_variance_g = np.zeros(gamma_g.size, _F), np.empty(gamma_g.size, _F)
+    for g in range(along_g.size):
+        along_g[g] = _F(0)
     for p in range(n_inputs):
         d_folded, weight, mean = d_folded_pg[p], weight_pg[p], mean_p[p]
         for g in range(along_g.size):
@@ -100,7 +109,6 @@ def unfold(
     for g in range(along_g.size):
         d_gamma_g[g] = inverse_g[g] * along_g[g]
         d_variance_g[g] = _F(-0.5) * inverse_g[g] * inverse_g[g] * inverse_g[g] * gamma_g[g] * along_g[g]
-    d_mean_p, d_covariance_pp = np.zeros(n_inputs, _F), np.zeros((n_inputs, n_inputs), _F)
     for p in range(n_inputs):
         d_weight, d_folded, spread, folded, weight = (
             d_weight_pg[p],
@@ -130,7 +138,7 @@ def unfold(
 # Element by element: an assignment of slices would compile its error messages, too, which takes seconds.
 
 
-@njit(**_LOOP)
+@njit(**_PART)
 def _load(input_np: Any, first: int, size: int, input_ip: Any, d_input_ip: Any) -> None:
     """Inputs of up to four cells, zeros for the others, and zeros for their gradients."""
     for i in range(_TOGETHER):
@@ -139,7 +147,7 @@ def _load(input_np: Any, first: int, size: int, input_ip: Any, d_input_ip: Any) 
             d_input_ip[i, p] = _F(0)
 
 
-@njit(**_LOOP)
+@njit(**_PART)
 def _clear(row_ig: Any, first: int) -> None:
     """Zeros from a row on."""
     for i in range(first, _TOGETHER):
@@ -147,7 +155,7 @@ def _clear(row_ig: Any, first: int) -> None:
             row_ig[i, g] = _F(0)
 
 
-@njit(**_LOOP)
+@njit(**_PART)
 def _affine(input_ip: Any, weight_pg: Any, intercept_g: Any, row_ig: Any) -> None:
     """Logits of four cells."""
     a, b, c, d = row_ig[0], row_ig[1], row_ig[2], row_ig[3]
@@ -175,7 +183,7 @@ def _affine(input_ip: Any, weight_pg: Any, intercept_g: Any, row_ig: Any) -> Non
             d[g] += d0 * first[g]
 
 
-@njit(**_LOOP)
+@njit(**_PART)
 def _affine_back(
     input_ip: Any, weight_pg: Any, row_ig: Any, d_input_ip: Any, d_weight_pg: Any, d_intercept_g: Any
 ) -> None:
@@ -199,13 +207,13 @@ def _affine_back(
         d_input_ip[3, p] += sum_d
 
 
-@njit(**_LOOP)
+@njit(**_PART)
 def _thread(start: int, n_rows: int, n_pieces: int) -> int:
     """Which thread's rows begin at ``start``."""
     return (start * n_pieces + n_rows - 1) // n_rows
 
 
-@njit(**_LOOP)
+@njit(**_PART)
 def _most_counts(start: int, stop: int, indptr: Any) -> int:
     most = 0
     for n in range(start, stop):

@@ -50,10 +50,11 @@ class Counts:
             note_sparse_tensors()
             x_ng = x_ng.to_sparse_csr()
         indptr, indices, values = x_ng.crow_indices(), x_ng.col_indices(), x_ng.values()
-        # numpy looks at once at all of them, several times as fast.
-        is_there = values != 0 if values.device.type != "cpu" or not values.numpy().all() else None
-        if is_there is not None and not is_there.all():
+        # On a CPU numpy looks at them several times as fast.
+        are_there = values.numpy().all() if values.device.type == "cpu" else (values != 0).all()
+        if not are_there:
             # A zero that is stored is a zero: dropout may have made it.
+            is_there = values != 0
             before = torch.nn.functional.pad(is_there.cumsum(0), (1, 0))
             indptr, indices, values = before[indptr.long()], indices[is_there], values[is_there]
         return cls(indptr, indices, values, x_ng.shape[1])
@@ -220,8 +221,8 @@ def check_genes(x_ng: torch.Tensor, n_genes: int) -> None:
         msg = f"A minibatch must have the {n_genes} genes of the network; got {x_ng.shape[1]}."
         raise ValueError(msg)
     if x_ng.layout is torch.sparse_csr and (columns := x_ng.col_indices()).numel():
-        columns = columns.numpy() if columns.device.type == "cpu" else columns
-        lowest, highest = int(columns.min()), int(columns.max())
+        seen: Any = columns.numpy() if columns.device.type == "cpu" else columns
+        lowest, highest = int(seen.min()), int(seen.max())
         if lowest < 0 or highest >= n_genes:
             msg = f"The columns of sparse counts must be 0 to {n_genes - 1}; got {lowest} to {highest}."
             raise ValueError(msg)

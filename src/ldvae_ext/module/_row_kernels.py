@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from ldvae_ext.core._kernels import _LOOP
+from ldvae_ext.core._kernels import _LOOP, _PART
 
 _F = np.float32
 
@@ -55,7 +55,7 @@ def transpose(indptr: Any, indices: Any, values: Any, out_indptr: Any, out_indic
     out_indptr[0] = 0
 
 
-@njit(**_LOOP)
+@njit(**_PART)
 def _add_products(begin: int, end: int, indices: Any, values: Any, matrix_gh: Any, out: Any) -> None:
     """A row of a sparse matrix times a dense one, added to ``out``."""
     j = begin

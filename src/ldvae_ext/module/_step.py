@@ -149,7 +149,7 @@ class Minibatch:
 
 
 class Losses(NamedTuple):
-    """The loss, which has a graph, and its terms for each cell, which have none."""
+    """The loss and its terms for each cell; differentiable."""
 
     loss: torch.Tensor
     reconstruction_n: torch.Tensor
@@ -228,18 +228,23 @@ class _Step(Function):
         ctx.batch, ctx.runs, ctx.is_shared = batch, runs, steps.log_theta is not None and steps.log_theta.ndim == 1
         loss_n, ctx.slopes = run_head(ctx.arrays, batch.counts, batch.code_n)
         ctx.kl_weight = kl_weight
+        # Nearly always it is the loss alone that has a gradient.
+        ctx.set_materialize_grads(False)
         terms = tuple(map(torch.from_numpy, (loss_n, runs[0].divergence_n, divergence_l_n)))
-        ctx.mark_non_differentiable(*terms)
         return torch.mean(terms[0] + kl_weight * terms[1] + terms[2]), *terms
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, weight: torch.Tensor, *_: torch.Tensor) -> Any:
+    def backward(ctx: Any, weight: torch.Tensor | None, *of_terms: torch.Tensor | None) -> Any:
         n_cells = ctx.batch.counts.n_cells
-        weight_n = np.full(n_cells, float(weight) / n_cells, np.float32)
+        of_loss = 0.0 if weight is None else float(weight) / n_cells
+        loss_weight_n, z_weight_n, l_weight_n = (
+            np.full(n_cells, of_loss * share, np.float32) + (0 if own is None else own.numpy())
+            for share, own in zip((1.0, ctx.kl_weight, 1.0), of_terms, strict=True)
+        )
         slopes, ctx.slopes = ctx.slopes, None
         d_input_np, d_weight_pg, d_intercept_g, d_log_library_n, d_log_theta_cg, *of_dropout = weighted_slopes(
-            ctx.arrays, ctx.batch.counts, ctx.batch.code_n, slopes, weight_n
+            ctx.arrays, ctx.batch.counts, ctx.batch.code_n, slopes, loss_weight_n
         )
         gradients: list[torch.Tensor] = []
         of_heads = [(d_weight_pg, d_intercept_g), of_dropout]
@@ -249,9 +254,9 @@ class _Step(Function):
             gradients += of_parameters
         n_latent = ctx.runs[0].sample_nk.shape[1]
         d_latent_nk = np.ascontiguousarray(d_input_np[:, :n_latent])
-        of_encoders = ctx.runs[0].back(d_latent_nk, ctx.kl_weight * weight_n)
+        of_encoders = ctx.runs[0].back(d_latent_nk, z_weight_n)
         if len(ctx.runs) > 1:
-            of_encoders += ctx.runs[1].back(d_log_library_n[:, None], weight_n)
+            of_encoders += ctx.runs[1].back(d_log_library_n[:, None], l_weight_n)
         if d_log_theta_cg is not None:
             gradients.append(torch.from_numpy(d_log_theta_cg[0] if ctx.is_shared else d_log_theta_cg.T))
         return None, None, None, None, *of_encoders, *gradients
@@ -314,4 +319,7 @@ class Steps:
             Weight of the latents' divergence.
         """
         runs: list[EncoderRun] = []
-        return Losses(*_Step.apply(self, batch, kl_weight, runs, *self._parameters), tuple(runs))
+        loss, reconstruction_n, divergence_z_n, divergence_l_n = _Step.apply(
+            self, batch, kl_weight, runs, *self._parameters
+        )
+        return Losses(loss, reconstruction_n, divergence_z_n, divergence_l_n, tuple(runs))
