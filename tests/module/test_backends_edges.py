@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from ldvae_ext.module._likelihood import log1p, softplus
 from tests.module.backends import (
     assert_as_exact,
     assert_same_in_double,
@@ -189,3 +190,17 @@ def test_counts_that_are_not_finite_are_not_hidden(backend):
         tensors["X"][2, 3] = torch.nan
         with pytest.raises(ValueError, match="distribution Normal"):
             step(model.module, tensors, backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_logarithms_of_tensors_are_those_of_torch(dtype):
+    small = torch.logspace(-30, 4, 400, dtype=dtype)
+    x = torch.cat([small, -small, torch.tensor([0.0, 19.9, 20.1, 88.0, 1e4, torch.inf, -torch.inf], dtype=dtype)])
+    rtol = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(log1p(small), torch.log1p(small), rtol=rtol, atol=0)
+    torch.testing.assert_close(softplus(x), torch.nn.functional.softplus(x), rtol=rtol, atol=0)
+
+
+def test_counts_below_what_a_logarithm_takes_are_left_to_others_to_find():
+    found = log1p(torch.tensor([-1.0, -2.0, torch.nan]))
+    np.testing.assert_array_equal(found, [-np.inf, np.nan, np.nan])
