@@ -158,11 +158,47 @@ def test_readers_call_the_hooks_of_encoders_and_need_none_of_what_comes_later():
     assert called
 
 
-def test_the_device_is_that_of_all_parameters():
-    module = fresh().module
-    assert module.device == torch.device("cpu")
-    module.l_encoder.to("meta")
-    with pytest.raises(RuntimeError, match="multiple devices"):
-        _ = module.device
-    module.to("meta")
-    assert module.device == torch.device("meta")
+class Half(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+class HalfNorm(torch.nn.BatchNorm1d):
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+@pytest.mark.parametrize(
+    ("layer", "kind"),
+    [("mean_encoder", Half), ("var_encoder", Half), ("encoder.fc_layers.Layer 0.0", Half),
+     ("encoder.fc_layers.Layer 0.1", HalfNorm), ("encoder.fc_layers.Layer 0.3", None)],
+)  # fmt: skip
+def test_a_layer_of_another_kind_is_the_one_that_is_read(layer, kind):
+    model = fresh()
+    model.train(2, accelerator="cpu", enable_progress_bar=False)
+    before, replaced = model.get_latent_kl(), model.module.z_encoder.get_submodule(layer)
+    if kind is None:
+        replaced.forward = lambda x: torch.relu(x) / 2
+    else:
+        replaced.__class__ = kind
+    mean, variance = model.get_latent_representation(return_dist=True)
+    expected = (variance + mean**2 - 1 - np.log(variance)) / 2
+    np.testing.assert_allclose(model.get_latent_kl(), expected, rtol=1e-3, atol=1e-6)
+    assert not np.allclose(before, expected, rtol=1e-2)
+
+
+@pytest.mark.parametrize("is_per_cell", [True, False])
+def test_a_weight_of_the_divergence_may_be_another_for_each_cell_and_may_learn(is_per_cell):
+    model = fresh()
+    tensors, losses, gradients = minibatch(model), [], []
+    for backend in ("scvi", *BACKENDS):
+        weight = torch.linspace(0, 1, 20) if is_per_cell else torch.tensor(0.3, requires_grad=True)
+        torch.manual_seed(0)
+        with model.module.train().computing(backend):
+            *_, loss = model.module(tensors, loss_kwargs={"kl_weight": weight})
+        losses.append(float(loss.loss.detach()))
+        if not is_per_cell:
+            loss.loss.backward()
+            gradients.append(float(weight.grad))
+    np.testing.assert_allclose(losses[1:], losses[0], rtol=1e-5)
+    np.testing.assert_allclose(gradients[1:], gradients[:1] * len(gradients[1:]), rtol=1e-4)

@@ -15,8 +15,10 @@ from tests.module.backends import (
     assert_same_in_double,
     build,
     error,
+    in_type,
     minibatch,
     one_normal_draw,
+    prepared,
     routes_of,
     step,
     without_effect,
@@ -206,3 +208,22 @@ def test_losses_and_latents_are_those_of_scvi_tools(backend):
         np.testing.assert_allclose(ours[0][key].scale, theirs[0][key].scale, rtol=1e-4, atol=1e-5)
     assert ours[2].n_obs_minibatch == theirs[2].n_obs_minibatch
     assert ours[2].kl_local.keys() == theirs[2].kl_local.keys()
+
+
+@pytest.mark.parametrize("case", ["nb", "covariates"])
+def test_the_loss_and_one_of_its_terms_may_be_taken_together(case):
+    model = build(case)
+    tensors, found = minibatch(model), []
+    for backend in ("scvi", "numba"):
+        module = in_type(model.module, torch.float32).train()
+        scvi.settings.seed = 3
+        with module.computing(backend):
+            assert (module._steps is not None) == (backend == "numba")
+            *_, losses = module(
+                prepared(tensors, torch.float32, is_sparse=backend == "numba"), loss_kwargs={"kl_weight": 0.7}
+            )
+        (2 * losses.loss + 0.01 * losses.kl_local["kl_divergence_z"].sum()).backward()
+        found.append({name: value.grad for name, value in module.named_parameters() if value.grad is not None})
+    largest = max(float(value.abs().max()) for value in found[0].values())
+    for name, value in found[1].items():
+        torch.testing.assert_close(value, found[0][name], rtol=1e-3, atol=1e-5 * largest, msg=name)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ldvae_ext.module._likelihood import log1p, softplus
+from ldvae_ext.module._likelihood import Counts, log1p, softplus
 from tests.module.backends import (
     assert_as_exact,
     assert_same_in_double,
@@ -204,3 +204,11 @@ def test_logarithms_of_tensors_are_those_of_torch(dtype):
 def test_counts_below_what_a_logarithm_takes_are_left_to_others_to_find():
     found = log1p(torch.tensor([-1.0, -2.0, torch.nan]))
     np.testing.assert_array_equal(found, [-np.inf, np.nan, np.nan])
+
+
+def test_what_numpy_does_not_know_is_left_to_torch():
+    x_ng = torch.tensor([[0.0, 3.0], [1.0, 0.0]], dtype=torch.bfloat16)
+    counts = Counts.of(x_ng)
+    assert counts.values.tolist() == [3.0, 1.0]
+    torch.testing.assert_close(log1p(counts.values), torch.log1p(counts.values))
+    torch.testing.assert_close(softplus(x_ng), torch.nn.functional.softplus(x_ng))

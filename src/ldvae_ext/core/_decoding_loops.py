@@ -24,7 +24,8 @@ def _largest64(x_g: Any) -> float:
 def weighted_rows(value_k: Any, weight_kg: Any, out_g: Any) -> None:
     """``value @ weight``, four rows at a time."""
     n_latent, n_genes = weight_kg.shape
-    out_g[:] = 0
+    for g in range(n_genes):
+        out_g[g] = 0
     whole = n_latent - n_latent % 4
     for k in range(0, whole, 4):
         a, b, c, d = value_k[k], value_k[k + 1], value_k[k + 2], value_k[k + 3]

@@ -48,7 +48,7 @@ _LOOP: dict[str, Any] = {
     "error_model": "numpy",
     "fastmath": {"reassoc", "contract", "nsz", "arcp"},
 }
-# Part of a larger loop, called in one place: compiled there and nowhere else, which takes less time.
+# Parts of a larger loop: compiled there and not by themselves, too, which takes less time if they are called once or twice.
 _PART: dict[str, Any] = _LOOP | {"inline": "always"}
 # Here the order of operations is what makes the result exact.
 _EXACT: dict[str, Any] = {

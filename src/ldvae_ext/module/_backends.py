@@ -43,23 +43,6 @@ class BackendModule:
     _backend: str = "scvi"
     _steps: Steps | None = None
 
-    @property
-    def device(self: Any) -> torch.device:
-        """Device of the parameters; raises RuntimeError if there are several.
-
-        scvi-tools asks several times for each minibatch, and torch's own iterator over the parameters is slow.
-        """
-        devices: set[torch.device] = set()
-        layers = [self]
-        while layers:
-            layer = layers.pop()
-            devices.update(value.device for value in layer._parameters.values() if value is not None)
-            layers += [child for child in layer._modules.values() if child is not None]
-        if len(devices) > 1:
-            msg = "Module tensors on multiple devices."
-            raise RuntimeError(msg)
-        return devices.pop()
-
     @contextmanager
     def computing(self, backend: str) -> Iterator[None]:
         """How minibatches with a loss are computed inside.

@@ -11,7 +11,7 @@ from scvi.nn import Encoder
 
 from ldvae_ext.core._compiled import kernels
 from ldvae_ext.module._likelihood import Counts, check_genes
-from ldvae_ext.module._sparse import sparse_rows
+from ldvae_ext.module._sparse import is_plain, sparse_rows
 
 # What scvi-tools' way to a posterior passes through.
 _STEPS = ("_get_inference_input", "inference", "_regular_inference", "posterior")
@@ -117,14 +117,15 @@ def _is_usual(encoder: Encoder) -> bool:
     if len(encoder.encoder.fc_layers) != 1 or encoder.var_activation is not torch.exp:
         return False
     linear, norm, layer_norm, activation, _ = encoder.encoder.fc_layers[0]
-    is_norm = norm is None or (type(norm) is torch.nn.BatchNorm1d and norm.affine and norm.track_running_stats)
+    is_norm = is_plain(norm, torch.nn.BatchNorm1d) and norm.affine and norm.track_running_stats
     return (
-        is_norm
+        (norm is None or is_norm)
         and layer_norm is None
-        and type(activation) is torch.nn.ReLU
-        and type(linear) is torch.nn.Linear
-        and linear.bias is not None
-        and linear.weight.dtype is torch.float32
+        and is_plain(activation, torch.nn.ReLU)
+        and all(
+            is_plain(layer, torch.nn.Linear) and layer.bias is not None and layer.weight.dtype is torch.float32
+            for layer in (linear, encoder.mean_encoder, encoder.var_encoder)
+        )
     )
 
 

@@ -66,9 +66,15 @@ class GenerativeModule(BackendModule):
         if self._backend == "numba" and x_ng.layout is torch.strided:
             tensors = {**tensors, REGISTRY_KEYS.X_KEY: sparse_rows(x_ng)}
         of_loss = kwargs.get("loss_kwargs") or {}
-        is_usual = set(of_loss) <= {"kl_weight"} and tensors.get(REGISTRY_KEYS.BATCH_KEY) is not None
+        weight = torch.as_tensor(of_loss.get("kl_weight", 1.0))
+        is_usual = (
+            set(of_loss) <= {"kl_weight"}
+            and weight.numel() == 1
+            and not weight.requires_grad
+            and tensors.get(REGISTRY_KEYS.BATCH_KEY) is not None
+        )
         if self._steps is not None and is_usual and self._steps.can_run:
-            outputs = self._stepped(tensors, **of_loss)
+            outputs = self._stepped(tensors, float(weight))
             self._check_posterior(outputs)
             return outputs
         self._sums_genes = True
@@ -86,7 +92,7 @@ class GenerativeModule(BackendModule):
             posterior = outputs[0][MODULE_KEYS.QZ_KEY]
             Normal(posterior.loc, posterior.scale, validate_args=True)
 
-    def _stepped(self: Any, tensors: dict[str, torch.Tensor], kl_weight: torch.Tensor | float = 1.0) -> Any:
+    def _stepped(self: Any, tensors: dict[str, torch.Tensor], kl_weight: float) -> Any:
         """The forward pass of a training step, without a graph of its own."""
         counts = Counts.of(tensors[REGISTRY_KEYS.X_KEY])
         check_support(self.gene_likelihood, counts)
@@ -110,7 +116,7 @@ class GenerativeModule(BackendModule):
             None if codes is None else codes.numpy(),
             prior,
         )
-        losses = self._steps.run(batch, float(kl_weight))
+        losses = self._steps.run(batch, kl_weight)
         posteriors = [Encoded(torch.from_numpy(run.mean_nk), torch.from_numpy(run.scale_nk)) for run in losses.runs]
         z = torch.from_numpy(losses.runs[0].sample_nk)
         inferred = {

@@ -201,7 +201,7 @@ class _Affine:
 
 
 class _Step(Function):
-    """See :func:`step`."""
+    """See :meth:`Steps.run`."""
 
     @staticmethod
     def forward(
