@@ -158,6 +158,22 @@ def test_readers_call_the_hooks_of_encoders_and_need_none_of_what_comes_later():
     assert called
 
 
+def test_an_encoder_of_the_library_needs_no_more_than_a_forward():
+    class Wrapped(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, *args):
+            return self.inner(*args)
+
+    model = fresh()
+    model.train(1, accelerator="cpu", enable_progress_bar=False)
+    before = model.get_latent_kl()
+    model.module.l_encoder = Wrapped(model.module.l_encoder)
+    pd.testing.assert_frame_equal(model.get_latent_kl(), before, rtol=1e-4)
+
+
 class Half(torch.nn.Linear):
     def forward(self, x):
         return super().forward(x) / 2

@@ -11,7 +11,7 @@ import torch
 from ldvae_ext.core._compiled import kernels
 from ldvae_ext.module._decoder import LinearDecoderLayer
 from ldvae_ext.module._head import is_known_head
-from ldvae_ext.module._sparse import is_plain
+from ldvae_ext.module._sparse import encoders_in_use, is_plain
 from ldvae_ext.module._sparse import reads_sparse as can_read
 from ldvae_ext.module._step import Steps
 
@@ -134,4 +134,4 @@ class BackendModule:
 
     def reads_sparse(self: Any) -> bool:
         """Whether the encoders in use are scvi-tools' own, whose first layer can take sparse counts."""
-        return can_read(self.z_encoder) and (self.use_observed_lib_size or can_read(self.l_encoder))
+        return all(map(can_read, encoders_in_use(self)))

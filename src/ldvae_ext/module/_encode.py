@@ -11,7 +11,7 @@ from scvi.nn import Encoder
 
 from ldvae_ext.core._compiled import kernels
 from ldvae_ext.module._likelihood import Counts, check_genes
-from ldvae_ext.module._sparse import is_plain, sparse_rows
+from ldvae_ext.module._sparse import encoders_in_use, has_one_hidden_layer, is_plain, sparse_rows
 
 # What scvi-tools' way to a posterior passes through.
 _STEPS = ("_get_inference_input", "inference", "_regular_inference", "posterior")
@@ -39,7 +39,7 @@ class EvaluatedEncoders:
 
     def __init__(self, module: Any) -> None:
         self._module = module
-        encoders = _encoders(module)
+        encoders = encoders_in_use(module)
         first = [_folded(encoder) for encoder in encoders]
         # Gene by gene in memory, the hidden units of both encoders side by side.
         self._weight_gh = np.ascontiguousarray(np.concatenate([weight_hg for weight_hg, _ in first]).T)
@@ -60,10 +60,8 @@ class EvaluatedEncoders:
             and module.minified_data_type is None
             and not module.encode_covariates
             and module.device.type == "cpu"
+            and all(map(_is_usual, encoders_in_use(module)))
             and module.replaced(_STEPS, _layers(module)) is None
-            and module.reads_sparse()
-            and _is_usual(module.z_encoder)
-            and (module.use_observed_lib_size or _is_usual(module.l_encoder))
         )
 
     def posterior(self, tensors: dict[str, torch.Tensor]) -> CellPosterior:
@@ -98,14 +96,13 @@ class EvaluatedEncoders:
         return CellPosterior(torch.from_numpy(mean_nk), torch.from_numpy(variance_nk), log_library)
 
 
-def _encoders(module: Any) -> list[Encoder]:
-    return [module.z_encoder] if module.use_observed_lib_size else [module.z_encoder, module.l_encoder]
-
-
 def _layers(module: Any) -> list[torch.nn.Module]:
     """The layers between a cell's counts and its posterior; what is made of a draw comes later."""
     return [
-        layer for encoder in _encoders(module) for layer in encoder.modules() if layer is not encoder.z_transformation
+        layer
+        for encoder in encoders_in_use(module)
+        for layer in encoder.modules()
+        if layer is not encoder.z_transformation
     ]
 
 
@@ -114,19 +111,11 @@ def _array(tensor: torch.Tensor) -> np.ndarray:
 
 
 def _is_usual(encoder: Encoder) -> bool:
-    if len(encoder.encoder.fc_layers) != 1 or encoder.var_activation is not torch.exp:
+    if not has_one_hidden_layer(encoder):
         return False
-    linear, norm, layer_norm, activation, _ = encoder.encoder.fc_layers[0]
-    is_norm = is_plain(norm, torch.nn.BatchNorm1d) and norm.affine and norm.track_running_stats
-    return (
-        (norm is None or is_norm)
-        and layer_norm is None
-        and is_plain(activation, torch.nn.ReLU)
-        and all(
-            is_plain(layer, torch.nn.Linear) and layer.bias is not None and layer.weight.dtype is torch.float32
-            for layer in (linear, encoder.mean_encoder, encoder.var_encoder)
-        )
-    )
+    norm = encoder.encoder.fc_layers[0][1]
+    is_norm = norm is None or (is_plain(norm, torch.nn.BatchNorm1d) and norm.affine and norm.track_running_stats)
+    return is_norm and all(value.dtype is torch.float32 for value in encoder.parameters())
 
 
 def _folded(encoder: Encoder) -> tuple[np.ndarray, np.ndarray]:

@@ -95,6 +95,26 @@ def reads_sparse(encoder: Any) -> bool:
     )
 
 
+def encoders_in_use(module: Any) -> list[Encoder]:
+    """That of the latents, and that of the library where it is latent, too."""
+    return [module.z_encoder] if module.use_observed_lib_size else [module.z_encoder, module.l_encoder]
+
+
+def has_one_hidden_layer(encoder: Any) -> bool:
+    """Whether an encoder is scvi-tools' usual one, no layer of which is of another kind; what norm it has is left open."""
+    if not reads_sparse(encoder) or len(encoder.encoder.fc_layers) != 1 or encoder.var_activation is not torch.exp:
+        return False
+    linear, _, layer_norm, activation, _ = encoder.encoder.fc_layers[0]
+    return (
+        layer_norm is None
+        and is_plain(activation, torch.nn.ReLU)
+        and all(
+            is_plain(layer, torch.nn.Linear) and layer.bias is not None
+            for layer in (linear, encoder.mean_encoder, encoder.var_encoder)
+        )
+    )
+
+
 def encoded(
     encoder: Encoder, counts: Counts, continuous_nc: torch.Tensor | None, categories: Sequence[torch.Tensor]
 ) -> tuple[Normal, torch.Tensor]:

@@ -18,22 +18,14 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ldvae_ext.module._head import Folded, fold, is_known_norm, run_head, unfold, update_norm, weighted_slopes
 from ldvae_ext.module._likelihood import Counts
-from ldvae_ext.module._sparse import is_plain, reads_sparse
+from ldvae_ext.module._sparse import encoders_in_use, has_one_hidden_layer, is_plain
 
 
-def _is_usual_encoder(encoder: Encoder) -> bool:
-    """Whether an encoder has scvi-tools' one hidden layer."""
-    if not reads_sparse(encoder) or len(encoder.encoder.fc_layers) != 1 or encoder.var_activation is not torch.exp:
+def _is_usual(encoder: Encoder) -> bool:
+    if not has_one_hidden_layer(encoder):
         return False
-    linear_layer, norm, layer_norm, activation, dropout = encoder.encoder.fc_layers[0]
-    return (
-        is_known_norm(norm)
-        and all(is_plain(layer, torch.nn.Linear) for layer in (encoder.mean_encoder, encoder.var_encoder))
-        and linear_layer.bias is not None
-        and layer_norm is None
-        and is_plain(activation, torch.nn.ReLU)
-        and (dropout is None or (is_plain(dropout, torch.nn.Dropout) and 0 < dropout.p < 1))
-    )
+    _, norm, _, _, dropout = encoder.encoder.fc_layers[0]
+    return is_known_norm(norm) and (dropout is None or (is_plain(dropout, torch.nn.Dropout) and 0 < dropout.p < 1))
 
 
 class LatentPrior(NamedTuple):
@@ -273,9 +265,7 @@ class Steps:
 
     def __init__(self, module: Any) -> None:
         self._module = module
-        self.encoders = [EncoderParts(module.z_encoder)]
-        if not module.use_observed_lib_size:
-            self.encoders.append(EncoderParts(module.l_encoder))
+        self.encoders = [EncoderParts(encoder) for encoder in encoders_in_use(module)]
         self.heads = [_HeadParts(module.decoder.factor_regressor)]
         if module.gene_likelihood == "zinb":
             self.heads.append(_HeadParts(module.decoder.px_dropout_decoder))
@@ -295,8 +285,7 @@ class Steps:
             and module.batch_representation == "one-hot"
             # Whose parameters are made anew at each step.
             and not any(is_parametrized(layer) for layer in module.modules())
-            and _is_usual_encoder(module.z_encoder)
-            and (module.use_observed_lib_size or _is_usual_encoder(module.l_encoder))
+            and all(map(_is_usual, encoders_in_use(module)))
         )
 
     @property
