@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
-from ldvae_ext.core._compiled import kernels, over_rows, threads
-from ldvae_ext.core._tables import plain
-
-if TYPE_CHECKING:
-    from ldvae_ext.core.decoder import LinearDecoder
+from ldvae_ext.core._tables import Tables, plain
+from ldvae_ext.kernels.threads import is_compiled, over_rows, threads
 
 # Fewer numbers than these are numpy's, since compiled loops take a second to load.
 _FEW = 2**16
@@ -19,8 +16,25 @@ _FEW = 2**16
 _BLOCK = 2**16
 
 
+class AffineDecoder(Protocol):
+    """The parts of a :class:`ldvae_ext.core.LinearDecoder` that decoding reads."""
+
+    link: str
+    genes: np.ndarray
+    weight_gk: np.ndarray
+    intercept_bg: np.ndarray
+    covariate_cg: np.ndarray | None
+
+    @property
+    def _tables(self) -> Tables: ...
+
+    def apply_link(self, logits_ng: np.ndarray) -> np.ndarray:
+        """Scale of given logits."""
+        ...
+
+
 def put_scale(
-    decoder: LinearDecoder,
+    decoder: AffineDecoder,
     out_ng: np.ndarray,
     z_nk: np.ndarray,
     batch_n: np.ndarray,
@@ -47,11 +61,13 @@ def put_scale(
     share
         If less than 1, this share is added.
     """
-    n_cells, loops = len(z_nk), kernels() if len(z_nk) * len(decoder.genes) >= _FEW else None
-    if loops is not None and decoder.link == "softmax" and out_ng.flags.c_contiguous and n_cells:
+    n_cells = len(z_nk)
+    if _is_for_loops(decoder, n_cells) and out_ng.flags.c_contiguous:
+        from ldvae_ext.kernels import decoding
+
         tables = decoder._tables
         over_rows(
-            loops.decode,
+            decoding.decode,
             n_cells,
             plain(z_nk, np.float64),
             tables.weight_kg,
@@ -71,7 +87,7 @@ def put_scale(
 
 
 def add_group_scale(
-    decoder: LinearDecoder,
+    decoder: AffineDecoder,
     total_pg: np.ndarray,
     z_nk: np.ndarray,
     batch_n: np.ndarray,
@@ -90,12 +106,14 @@ def add_group_scale(
     group_n
         Group codes.
     """
-    n_cells, loops = len(z_nk), kernels() if len(z_nk) * len(decoder.genes) >= _FEW else None
-    if loops is not None and decoder.link == "softmax":
+    n_cells = len(z_nk)
+    if _is_for_loops(decoder, n_cells):
+        from ldvae_ext.kernels import decoding
+
         n_pieces = max(1, min(threads(), n_cells))
         parts_ipg = np.zeros((n_pieces, *total_pg.shape))
         over_rows(
-            loops.decode_groups,
+            decoding.decode_groups,
             n_pieces,
             np.arange(n_pieces + 1) * n_cells // n_pieces,
             plain(z_nk, np.float64),
@@ -112,8 +130,13 @@ def add_group_scale(
             total_pg[p] += rate_ng[group_n[at] == p].sum(axis=0)
 
 
+def _is_for_loops(decoder: AffineDecoder, n_cells: int) -> bool:
+    """True if compiled loops can decode, and are worth the second that it takes to load them."""
+    return is_compiled() and decoder.link == "softmax" and n_cells * len(decoder.genes) >= _FEW
+
+
 def _offsets(
-    decoder: LinearDecoder, batch_n: np.ndarray, design_nc: np.ndarray | None
+    decoder: AffineDecoder, batch_n: np.ndarray, design_nc: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Logits at z = 0, and each cell's row of them."""
     intercept_bg = decoder._tables.intercept_bg
@@ -123,7 +146,7 @@ def _offsets(
 
 
 def _rates(
-    decoder: LinearDecoder, z_nk: np.ndarray, batch_n: np.ndarray, design_nc: np.ndarray | None, library_n: np.ndarray
+    decoder: AffineDecoder, z_nk: np.ndarray, batch_n: np.ndarray, design_nc: np.ndarray | None, library_n: np.ndarray
 ) -> Iterator[tuple[slice, np.ndarray]]:
     """``library * scale`` by numpy, for some cells at a time."""
     n_rows = max(1, _BLOCK // len(decoder.genes))

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ldvae_ext.core._compiled import kernels, over_rows
 from ldvae_ext.core._design import design_matrix
 from ldvae_ext.core._tables import filled_up, plain
 from ldvae_ext.core.cells import csr_parts
 from ldvae_ext.core.decoder import LinearDecoder
 from ldvae_ext.core.posterior import deterministic_latent
+from ldvae_ext.kernels.threads import is_compiled, over_rows
 
 # On the simplex the other latents grow where one goes; beyond this too little was left of them for float32.
 _MOST_STRETCHED = 16.0
@@ -61,7 +61,7 @@ def can_be_compiled(decoder: LinearDecoder) -> bool:
         and (decoder.dispersion != "gene-cell" or decoder.likelihood == "poisson")
         # A simplex of one latent is a point: nothing moves, to the last digit.
         and (decoder.latent_distribution == "normal" or len(decoder.factors) > 1)
-        and kernels() is not None
+        and is_compiled()
     )
 
 
@@ -77,10 +77,11 @@ def compiled_effects(
     label_n: np.ndarray | None,
 ) -> np.ndarray:
     """See :func:`ldvae_ext.core.ablation.set_effects`; NaN where float32 is not enough."""
-    loops, tables = kernels(), decoder._tables
-    n_cells = len(mean_nk)
+    from ldvae_ext.kernels import ablation
+
+    tables, n_cells = decoder._tables, len(mean_nk)
     out_ns = np.empty((n_cells, len(sets)))
-    if loops is None or not out_ns.size:
+    if not out_ns.size:
         return out_ns
     base_rg, row_n = tables.single.base_bg, batch_n
     if decoder.covariates or covariates is not None:
@@ -93,7 +94,7 @@ def compiled_effects(
     by_cell = decoder.dispersion in ("gene-batch", "gene-label") and decoder.likelihood != "poisson"
     theta_row_n = (batch_n if decoder.dispersion == "gene-batch" else label_n) if by_cell else np.zeros(n_cells)
     over_rows(
-        loops.ablate,
+        ablation.ablate,
         n_cells,
         plain(deterministic_latent(mean_nk, decoder.latent_distribution), np.float32),
         tables.single.weight_kg,

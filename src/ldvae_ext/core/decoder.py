@@ -7,16 +7,17 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from scipy.special import expit
 
 from ldvae_ext._validate import check_one_of, listed
 from ldvae_ext.core._arrays import names_array
 from ldvae_ext.core._decode import put_scale
 from ldvae_ext.core._design import Covariate, design_matrix, level_codes
-from ldvae_ext.core._information import fisher_shares
 from ldvae_ext.core._storage import FromArrays
 from ldvae_ext.core._tables import Tables
 from ldvae_ext.core._views import HEADS, DecoderViews
 from ldvae_ext.core.fold import RawLinear
+from ldvae_ext.core.posterior import deterministic_latent
 
 LIKELIHOODS = ("nb", "zinb", "poisson", "normal")
 DISPERSIONS = ("gene", "gene-batch", "gene-label", "gene-cell")
@@ -341,4 +342,17 @@ class LinearDecoder(DecoderViews, FromArrays):
         Shape (genes, factors), float64; each column sums to 1, absolutely. The sign says whether the gene's share of
         expression rises or falls with the factor.
         """
-        return fisher_shares(self)
+        origin_k = deterministic_latent(np.zeros((1, len(self.factors))), self.latent_distribution)[0]
+        logits_bg = self.intercept_bg + self.weight_gk @ origin_k
+        if self.covariate_cg is not None:
+            levels = [np.zeros(1) if c.levels is None else np.full(c.n_columns, 1 / c.n_columns) for c in self.covariates]
+            logits_bg = logits_bg + np.concatenate(levels) @ self.covariate_cg
+        rho_g = self.apply_link(logits_bg).mean(axis=0)
+        weight_gk = self.centered().weight_gk
+        if self.link == "softmax":
+            gradient_gk = weight_gk - rho_g @ weight_gk
+        else:
+            gradient_gk = weight_gk * (expit(logits_bg).mean(axis=0) / rho_g)[:, None]
+        information_gk = rho_g[:, None] * gradient_gk * np.abs(gradient_gk)
+        total_k = np.abs(information_gk).sum(axis=0)
+        return np.divide(information_gk, total_k, out=np.zeros_like(information_gk), where=total_k > 0)

@@ -7,7 +7,7 @@ from functools import wraps
 
 import torch
 
-from ldvae_ext.core._compiled import compiled
+from ldvae_ext.kernels.threads import compiled
 
 
 def with_torch_threads[**P, T](method: Callable[P, T]) -> Callable[P, T]:

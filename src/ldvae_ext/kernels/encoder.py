@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from ldvae_ext.core._kernels import _LOOP
+from ldvae_ext.kernels.jit import LOOP
 
 _F = np.float32
 
 
-@njit(**_LOOP)
-def hidden(
+@njit(**LOOP)
+def hidden_layer(
     before_nh: Any,
     gamma_h: Any,
     beta_h: Any,
@@ -60,8 +60,8 @@ def hidden(
             out[h] = _F(0) if value <= _F(0) else kept[h] * value
 
 
-@njit(**_LOOP)
-def hidden_back(
+@njit(**LOOP)
+def hidden_layer_backward(
     d_out_nh: Any,
     gamma_h: Any,
     beta_h: Any,
@@ -72,7 +72,7 @@ def hidden_back(
     d_gamma_h: Any,
     d_beta_h: Any,
 ) -> None:
-    """Gradients of :func:`hidden`; those of gamma and beta come in as zeros."""
+    """Gradients of :func:`hidden_layer`; those of gamma and beta come in as zeros."""
     n_cells, n_hidden = d_out_nh.shape
     for n in range(n_cells):
         d_out, kept, normal, d_before = d_out_nh[n], kept_nh[n], normal_nh[n], d_before_nh[n]
@@ -92,7 +92,7 @@ def hidden_back(
             d_before[h] = scale_h[h] * (d_before[h] - mean_h[h] - normal[h] * along_h[h])
 
 
-@njit(**_LOOP)
+@njit(**LOOP)
 def posterior(
     hidden_nh: Any,
     mean_weight_kh: Any,
@@ -133,8 +133,8 @@ def posterior(
         divergence_n[n] = total
 
 
-@njit(**_LOOP)
-def posterior_back(
+@njit(**LOOP)
+def posterior_backward(
     hidden_nh: Any,
     mean_weight_kh: Any,
     variance_weight_kh: Any,

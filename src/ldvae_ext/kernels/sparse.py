@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from ldvae_ext.core._kernels import _LOOP, _PART
+from ldvae_ext.kernels.jit import LOOP, PART
 
 _F = np.float32
 
 
-@njit(**_LOOP)
-def n_nonzero(x_ng: Any, out_indptr: Any) -> None:
+@njit(**LOOP)
+def count_nonzero(x_ng: Any, out_indptr: Any) -> None:
     """Where each row of a dense matrix will begin."""
     out_indptr[0] = 0
     for n in range(x_ng.shape[0]):
@@ -23,9 +23,9 @@ def n_nonzero(x_ng: Any, out_indptr: Any) -> None:
         out_indptr[n + 1] = out_indptr[n] + found
 
 
-@njit(**_LOOP)
-def compress(x_ng: Any, out_indptr: Any, out_indices: Any, out_values: Any) -> None:
-    """The non-zero values of a dense matrix, after :func:`n_nonzero`."""
+@njit(**LOOP)
+def dense_to_csr(x_ng: Any, out_indptr: Any, out_indices: Any, out_values: Any) -> None:
+    """The non-zero values of a dense matrix, after :func:`count_nonzero`."""
     for n in range(x_ng.shape[0]):
         at = out_indptr[n]
         for g in range(x_ng.shape[1]):
@@ -35,8 +35,8 @@ def compress(x_ng: Any, out_indptr: Any, out_indices: Any, out_values: Any) -> N
                 at += 1
 
 
-@njit(**_LOOP)
-def transpose(indptr: Any, indices: Any, values: Any, out_indptr: Any, out_indices: Any, out_values: Any) -> None:
+@njit(**LOOP)
+def csr_to_csc(indptr: Any, indices: Any, values: Any, out_indptr: Any, out_indices: Any, out_values: Any) -> None:
     """The CSC arrays of a CSR matrix; ``out_indptr`` comes in as zeros."""
     n_genes = out_indptr.size - 1
     for j in range(indices.size):
@@ -55,7 +55,7 @@ def transpose(indptr: Any, indices: Any, values: Any, out_indptr: Any, out_indic
     out_indptr[0] = 0
 
 
-@njit(**_PART)
+@njit(**PART)
 def _add_products(begin: int, end: int, indices: Any, values: Any, matrix_gh: Any, out: Any) -> None:
     """A row of a sparse matrix times a dense one, added to ``out``."""
     j = begin
@@ -74,15 +74,15 @@ def _add_products(begin: int, end: int, indices: Any, values: Any, matrix_gh: An
         j += 1
 
 
-@njit(**_LOOP)
-def multiply(indptr: Any, indices: Any, values: Any, matrix_gh: Any, out_nh: Any) -> None:
+@njit(**LOOP)
+def sparse_dense_product(indptr: Any, indices: Any, values: Any, matrix_gh: Any, out_nh: Any) -> None:
     """A sparse matrix times a dense one, added to ``out_nh``."""
     for n in range(out_nh.shape[0]):
         _add_products(indptr[n], indptr[n + 1], indices, values, matrix_gh, out_nh[n])
 
 
-@njit(**_LOOP)
-def multiply_turned(indptr: Any, indices: Any, values: Any, matrix_nh: Any, out_hg: Any) -> None:
+@njit(**LOOP)
+def sparse_dense_product_transposed(indptr: Any, indices: Any, values: Any, matrix_nh: Any, out_hg: Any) -> None:
     """A sparse matrix of genes x cells times a dense one, turned: ``out`` has a column for each gene."""
     n_hidden, n_genes = out_hg.shape
     tile = np.empty((8, n_hidden), np.float32)
@@ -105,8 +105,8 @@ def multiply_turned(indptr: Any, indices: Any, values: Any, matrix_nh: Any, out_
                     out_hg[row, first + i] = tile[i, row]
 
 
-@njit(**_LOOP)
-def turn(matrix_hg: Any, out_gh: Any) -> None:
+@njit(**LOOP)
+def transpose_dense(matrix_hg: Any, out_gh: Any) -> None:
     """The transpose of a matrix, laid out row by row; eight of its rows are read side by side."""
     n_rows, n_columns = matrix_hg.shape
     for top in range(0, n_rows - 7, 8):

@@ -1,7 +1,7 @@
 """Compiled loops over cells and genes: decoding, and the paired differences of an ablation. Opened on first use.
 
 Each takes ``start`` and ``stop``, the rows that it works on, so that threads can share them (see
-:func:`ldvae_ext.core._compiled.over_rows`). Arrays are contiguous and writeable, or numba compiles them once more.
+:func:`ldvae_ext.kernels.threads.over_rows`). Arrays are contiguous and writeable, or numba compiles them once more.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from ldvae_ext.core._decoding_loops import decode, decode_groups, weighted_rows
-from ldvae_ext.core._kernels import (
-    _HIGHEST,
-    _LOOP,
-    _LOWEST,
-    _PART,
+from ldvae_ext.kernels.decoding import weighted_rows
+from ldvae_ext.kernels.jit import LOOP, PART
+from ldvae_ext.kernels.vector_math import (
+    HIGHEST,
+    LOWEST,
     excess,
     exp,
     expm1,
@@ -25,8 +24,6 @@ from ldvae_ext.core._kernels import (
     log_of_ratio,
     parts_of_exp,
 )
-
-__all__ = ["ablate", "decode", "decode_groups"]
 
 _F = np.float32
 _EPS = _F(1e-8)
@@ -46,7 +43,7 @@ _SMALL = 0.5
 _MOST = _F(1 - 1e-6)
 
 
-@njit(**_LOOP)
+@njit(**LOOP)
 def _range(x_g: Any) -> Any:
     """Smallest and largest of some float32, found as integers in the same order: those of floats are not vectorised."""
     low, top = np.int32(0x7FFFFFFF), np.int32(-0x7FFFFFFF)
@@ -56,13 +53,13 @@ def _range(x_g: Any) -> Any:
     return np.int32(_ordered(low)).view(np.float32), np.int32(_ordered(top)).view(np.float32)
 
 
-@njit(**_LOOP)
+@njit(**LOOP)
 def _ordered(bits: Any) -> Any:
     """Bits of a float32 as an integer in its order, and back."""
     return np.int32(bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
 
 
-@njit(**_PART)
+@njit(**PART)
 def _shares(latent_g: Any, base_g: Any, out_g: Any) -> None:
     """``base e^latent``, divided by its sum: rounded less than e to the power of a sum of both would be."""
     total = 0.0
@@ -74,7 +71,7 @@ def _shares(latent_g: Any, base_g: Any, out_g: Any) -> None:
         out_g[g] *= factor
 
 
-@njit(**_PART)
+@njit(**PART)
 def _products(latent_g: Any, base_g: Any, out_g: Any) -> Any:
     """``base e^latent``; returns the sum."""
     total = _F(0)
@@ -85,7 +82,7 @@ def _products(latent_g: Any, base_g: Any, out_g: Any) -> Any:
     return total
 
 
-@njit(**_PART)
+@njit(**PART)
 def _excess_of_one(base_g: Any, scale: Any, share_g: Any, out_g: Any) -> Any:
     """See :func:`_excess`, without stretch and shift, where no t is too large to be the exponent of a float32."""
     mean = _F(0)
@@ -97,7 +94,7 @@ def _excess_of_one(base_g: Any, scale: Any, share_g: Any, out_g: Any) -> Any:
     return mean
 
 
-@njit(**_PART)
+@njit(**PART)
 def _excess_of_two(base_g: Any, scale: Any, latent_g: Any, stretch: Any, shift: Any, share_g: Any, out_g: Any) -> Any:
     """See :func:`_excess`."""
     mean = _F(0)
@@ -111,7 +108,7 @@ def _excess_of_two(base_g: Any, scale: Any, latent_g: Any, stretch: Any, shift: 
 # Genes are cut into blocks by slices, since numba asks of an index that does not begin at 0 whether it is negative.
 
 
-@njit(**_LOOP)
+@njit(**LOOP)
 def _excess(
     base_g: Any, scale: Any, is_small: bool, latent_g: Any, stretch: Any, shift: Any, share_g: Any, out_g: Any
 ) -> float:
@@ -126,18 +123,18 @@ def _excess(
     return mean
 
 
-@njit(**_PART)
+@njit(**PART)
 def _gathered(at_i: Any, base_g: Any, scale: Any, latent_g: Any, stretch: Any, shift: Any, out_i: Any) -> None:
     """The t of :func:`_excess` at some genes, clamped to where their exponential is a normal number."""
     if stretch == 0:
         for i in range(at_i.size):
-            out_i[i] = min(max(scale * base_g[at_i[i]] - shift, _LOWEST), _HIGHEST)
+            out_i[i] = min(max(scale * base_g[at_i[i]] - shift, LOWEST), HIGHEST)
     else:
         for i in range(at_i.size):
-            out_i[i] = min(max(scale * base_g[at_i[i]] + (stretch * latent_g[at_i[i]] - shift), _LOWEST), _HIGHEST)
+            out_i[i] = min(max(scale * base_g[at_i[i]] + (stretch * latent_g[at_i[i]] - shift), LOWEST), HIGHEST)
 
 
-@njit(**_PART)
+@njit(**PART)
 def _sum_of_some(e_g: Any, mean: Any, factor: Any, a_g: Any, theta_g: Any) -> Any:
     """See :func:`_sum_of_all`."""
     total, less = _F(0), mean * factor
@@ -146,7 +143,7 @@ def _sum_of_some(e_g: Any, mean: Any, factor: Any, a_g: Any, theta_g: Any) -> An
     return total
 
 
-@njit(**_PART)
+@njit(**PART)
 def _sum_of_all(e_g: Any, mean: Any, factor: Any, a_g: Any, theta_g: Any) -> float:
     """``sum_g theta log1p(r a)``, with ``r = (e - mean) factor``."""
     total = 0.0
@@ -156,7 +153,7 @@ def _sum_of_all(e_g: Any, mean: Any, factor: Any, a_g: Any, theta_g: Any) -> flo
     return total
 
 
-@njit(**_PART)
+@njit(**PART)
 def _sum_of_counts(t_i: Any, mean: Any, factor: Any, x_i: Any, part_i: Any, rest_i: Any, eps_i: Any) -> Any:
     """What counts above 0 add: ``sum x log y``, with y as of :func:`_of_counts` and t as of :func:`_excess`."""
     total = _F(0)
@@ -171,7 +168,7 @@ def _sum_of_counts(t_i: Any, mean: Any, factor: Any, x_i: Any, part_i: Any, rest
     return total
 
 
-@njit(**_PART)
+@njit(**PART)
 def _of_genes(library: Any, share_g: Any, theta_g: Any, out_g: Any) -> None:
     """``a = mu / (mu + theta + eps)``: what of the change of a rate goes through the dispersion."""
     for g in range(share_g.size):
@@ -179,7 +176,7 @@ def _of_genes(library: Any, share_g: Any, theta_g: Any, out_g: Any) -> None:
         out_g[g] = min(mu / (mu + theta_g[g] + _EPS), _MOST)
 
 
-@njit(**_PART)
+@njit(**PART)
 def _of_counts(at_i: Any, library: Any, share_g: Any, theta_g: Any, part_i: Any, rest_i: Any, eps_i: Any) -> None:
     """What :func:`_sum_of_counts` asks of the rates of some genes.
 
@@ -195,7 +192,7 @@ def _of_counts(at_i: Any, library: Any, share_g: Any, theta_g: Any, part_i: Any,
         eps_i[i] = _EPS / mu
 
 
-@njit(**_LOOP)
+@njit(**LOOP)
 def ablate(
     start: int,
     stop: int,

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from ldvae_ext.core._kernels import _LOOP, _PART, exp, log, log1p
+from ldvae_ext.kernels.jit import LOOP, PART
+from ldvae_ext.kernels.vector_math import exp, log, log1p
 
 _F = np.float32
 _LANES = 64
@@ -19,7 +20,7 @@ _BLOCK = 512
 N_TABLE = 8
 
 
-@njit(**_LOOP)
+@njit(**LOOP)
 def _digamma(x: float) -> float:
     """Digamma function for x > 0: the recurrence up to 6, beyond it the asymptotic series (DLMF 5.11.2)."""
     shift = 0.0
@@ -31,7 +32,7 @@ def _digamma(x: float) -> float:
     return shift + math.log(x) - 0.5 / x - series
 
 
-@njit(**_LOOP)
+@njit(**LOOP)
 def _gamma_terms(x: float, theta: float) -> tuple[float, Any]:
     """What :func:`dispersion_tables` holds, for any count."""
     x, theta = float(x), float(theta)
@@ -39,7 +40,7 @@ def _gamma_terms(x: float, theta: float) -> tuple[float, Any]:
     return log_gamma, _F(_digamma(x + theta) - _digamma(theta))
 
 
-@njit(**_LOOP)
+@njit(**LOOP)
 def dispersion_tables(theta_cg: Any, inverse_cg: Any, share_cg: Any, log_gamma_cxg: Any, digamma_cxg: Any) -> None:
     """What the likelihood needs of the dispersions alone.
 
@@ -63,7 +64,7 @@ def dispersion_tables(theta_cg: Any, inverse_cg: Any, share_cg: Any, log_gamma_c
                 digamma[g] = before[g] + _F(1) / (theta[g] + _F(x - 1))
 
 
-@njit(**_PART)
+@njit(**PART)
 def _largest(x_g: Any) -> Any:
     """The largest value; numbers are compared side by side, since a single maximum does not vectorise."""
     largest = np.empty(_LANES, _F)
@@ -81,7 +82,7 @@ def _largest(x_g: Any) -> Any:
     return result
 
 
-@njit(**_PART)
+@njit(**PART)
 def _to_exponentials(logits_g: Any, exp_g: Any) -> float:
     """``e^(logit - largest)`` of each gene; returns their sum, which is NaN if a logit is."""
     largest = _largest(logits_g)
@@ -98,7 +99,7 @@ def _to_exponentials(logits_g: Any, exp_g: Any) -> float:
     return total
 
 
-@njit(**_PART)
+@njit(**PART)
 def _without_counts(
     rate: Any, weight: Any, exp_g: Any, theta_g: Any, inverse_g: Any, share_g: Any, slope_g: Any, d_theta_g: Any
 ) -> tuple[float, float]:
@@ -124,7 +125,7 @@ def _without_counts(
     return log_likelihood, slope_sum
 
 
-@njit(**_PART)
+@njit(**PART)
 def negative_binomial(
     row_g: Any,
     library: Any,
@@ -182,7 +183,7 @@ def negative_binomial(
     return -(log_likelihood + part + gammas), -weight * slope_sum
 
 
-@njit(**_PART)
+@njit(**PART)
 def poisson(row_g: Any, library: Any, weight: Any, genes: Any, x: Any, exp_g: Any) -> tuple[float, float]:
     """As :func:`negative_binomial`. The means of a cell add up to its library: genes without counts say nothing of their own."""
     largest, total = _largest(row_g), _to_exponentials(row_g, exp_g)
@@ -203,7 +204,7 @@ def poisson(row_g: Any, library: Any, weight: Any, genes: Any, x: Any, exp_g: An
     return -log_likelihood, weight * (library - n_counts)
 
 
-@njit(**_PART)
+@njit(**PART)
 def _zero_inflated_without_counts(
     rate: Any,
     weight: Any,
@@ -244,7 +245,7 @@ def _zero_inflated_without_counts(
     return log_likelihood, slope_sum
 
 
-@njit(**_PART)
+@njit(**PART)
 def zero_inflated_negative_binomial(
     row_g: Any,
     library: Any,

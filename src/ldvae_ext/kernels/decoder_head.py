@@ -2,143 +2,29 @@
 
 Logits of a cell are made, used and turned into gradients while they are in the processor's cache; an array of cells x genes
 does not exist. Opened on first use. Loops over cells take ``start`` and ``stop`` first, so that threads can share them, see
-:func:`ldvae_ext.core._compiled.over_rows`; what is summed over cells has an axis ``t`` of threads. Counts are the three arrays
+:func:`ldvae_ext.kernels.threads.over_rows`; what is summed over cells has an axis ``t`` of threads. Counts are the three arrays
 of a CSR matrix.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 from numba import njit
 
-from ldvae_ext.core._kernels import _LOOP, _PART
-from ldvae_ext.module._kernels import negative_binomial, poisson, zero_inflated_negative_binomial
+from ldvae_ext.kernels.jit import LOOP, PART
+from ldvae_ext.kernels.likelihood import negative_binomial, poisson, zero_inflated_negative_binomial
 
 _F = np.float32
 # Cells whose logits are made together, so that weights are read a quarter as often.
 _TOGETHER = 4
 
 
-@njit(**_LOOP)
-def fold(
-    input_np: Any,
-    weight_pg: Any,
-    gamma_g: Any,
-    beta_g: Any,
-    eps: float,
-    covariance_pp: Any,
-    centred_np: Any,
-    mean_p: Any,
-    spread_pg: Any,
-    inverse_g: Any,
-    folded_pg: Any,
-    intercept_g: Any,
-    mean_g: Any,
-    variance_g: Any,
-) -> None:
-    """A linear layer and its batch norm in training as one affine map; see :func:`ldvae_ext.module._head.affine`.
-
-    Covariances come in as float64 zeros.
-    """
-    n_cells, n_inputs = input_np.shape
-    for p in range(n_inputs):
-        total = 0.0
-        for n in range(n_cells):
-            total += input_np[n, p]
-        mean_p[p] = total / n_cells
-        for n in range(n_cells):
-            centred_np[n, p] = input_np[n, p] - total / n_cells
-    for n in range(n_cells):
-        for p in range(n_inputs):
-            for other in range(n_inputs):
-                covariance_pp[p, other] += float(centred_np[n, p]) * centred_np[n, other]
-    for g in range(mean_g.size):
-        mean_g[g] = variance_g[g] = _F(0)
-    for p in range(n_inputs):
-        spread, weight, mean = spread_pg[p], weight_pg[p], mean_p[p]
-        for g in range(spread.size):
-            spread[g] = _F(0)
-        for other in range(n_inputs):
-            covariance, row = _F(covariance_pp[p, other] / n_cells), weight_pg[other]
-            for g in range(spread.size):
-                spread[g] += covariance * row[g]
-        for g in range(spread.size):
-            variance_g[g] += spread[g] * weight[g]
-            mean_g[g] += mean * weight[g]
-    for g in range(mean_g.size):
-        variance_g[g] = max(variance_g[g], _F(0))
-        inverse_g[g] = _F(1) / math.sqrt(variance_g[g] + _F(eps))
-        intercept_g[g] = beta_g[g] - gamma_g[g] * inverse_g[g] * mean_g[g]
-    for p in range(n_inputs):
-        folded, weight = folded_pg[p], weight_pg[p]
-        for g in range(folded.size):
-            folded[g] = gamma_g[g] * inverse_g[g] * weight[g]
-
-
-@njit(**_LOOP)
-def unfold(
-    centred_np: Any,
-    mean_p: Any,
-    weight_pg: Any,
-    gamma_g: Any,
-    inverse_g: Any,
-    spread_pg: Any,
-    folded_pg: Any,
-    d_folded_pg: Any,
-    d_intercept_g: Any,
-    d_covariance_pp: Any,
-    d_mean_p: Any,
-    along_g: Any,
-    d_variance_g: Any,
-    d_input_np: Any,
-    d_weight_pg: Any,
-    d_gamma_g: Any,
-) -> None:
-    """Gradients of :func:`fold`."""
-    n_cells, n_inputs = centred_np.shape
-    for g in range(along_g.size):
-        along_g[g] = _F(0)
-    for p in range(n_inputs):
-        d_folded, weight, mean = d_folded_pg[p], weight_pg[p], mean_p[p]
-        for g in range(along_g.size):
-            d_folded[g] -= mean * d_intercept_g[g]
-            along_g[g] += weight[g] * d_folded[g]
-    for g in range(along_g.size):
-        d_gamma_g[g] = inverse_g[g] * along_g[g]
-        d_variance_g[g] = _F(-0.5) * inverse_g[g] * inverse_g[g] * inverse_g[g] * gamma_g[g] * along_g[g]
-    for p in range(n_inputs):
-        d_weight, d_folded, spread, folded, weight = (
-            d_weight_pg[p],
-            d_folded_pg[p],
-            spread_pg[p],
-            folded_pg[p],
-            weight_pg[p],
-        )
-        total = _F(0)
-        for g in range(d_weight.size):
-            d_weight[g] = gamma_g[g] * inverse_g[g] * d_folded[g] + _F(2) * d_variance_g[g] * spread[g]
-            total += d_intercept_g[g] * folded[g]
-        d_mean_p[p] = -total
-        for other in range(p + 1):
-            row, total = weight_pg[other], _F(0)
-            for g in range(row.size):
-                total += d_variance_g[g] * weight[g] * row[g]
-            d_covariance_pp[p, other] = d_covariance_pp[other, p] = total
-    for n in range(n_cells):
-        for p in range(n_inputs):
-            total = d_mean_p[p]
-            for other in range(n_inputs):
-                total += _F(2) * centred_np[n, other] * d_covariance_pp[p, other]
-            d_input_np[n, p] = total / n_cells
-
-
 # Element by element: an assignment of slices would compile its error messages, too, which takes seconds.
 
 
-@njit(**_PART)
+@njit(**PART)
 def _load(input_np: Any, first: int, size: int, input_ip: Any, d_input_ip: Any) -> None:
     """Inputs of up to four cells, zeros for the others, and zeros for their gradients."""
     for i in range(_TOGETHER):
@@ -147,7 +33,7 @@ def _load(input_np: Any, first: int, size: int, input_ip: Any, d_input_ip: Any) 
             d_input_ip[i, p] = _F(0)
 
 
-@njit(**_PART)
+@njit(**PART)
 def _clear(row_ig: Any, first: int) -> None:
     """Zeros from a row on."""
     for i in range(first, _TOGETHER):
@@ -155,7 +41,7 @@ def _clear(row_ig: Any, first: int) -> None:
             row_ig[i, g] = _F(0)
 
 
-@njit(**_PART)
+@njit(**PART)
 def _affine(input_ip: Any, weight_pg: Any, intercept_g: Any, row_ig: Any) -> None:
     """Logits of four cells."""
     a, b, c, d = row_ig[0], row_ig[1], row_ig[2], row_ig[3]
@@ -183,8 +69,8 @@ def _affine(input_ip: Any, weight_pg: Any, intercept_g: Any, row_ig: Any) -> Non
             d[g] += d0 * first[g]
 
 
-@njit(**_PART)
-def _affine_back(
+@njit(**PART)
+def _affine_backward(
     input_ip: Any, weight_pg: Any, row_ig: Any, d_input_ip: Any, d_weight_pg: Any, d_intercept_g: Any
 ) -> None:
     """Gradients of :func:`_affine`, added to what is there."""
@@ -207,13 +93,13 @@ def _affine_back(
         d_input_ip[3, p] += sum_d
 
 
-@njit(**_PART)
+@njit(**PART)
 def _thread(start: int, n_rows: int, n_pieces: int) -> int:
     """Which thread's rows begin at ``start``."""
     return (start * n_pieces + n_rows - 1) // n_rows
 
 
-@njit(**_PART)
+@njit(**PART)
 def _most_counts(start: int, stop: int, indptr: Any) -> int:
     most = 0
     for n in range(start, stop):
@@ -221,7 +107,7 @@ def _most_counts(start: int, stop: int, indptr: Any) -> int:
     return most
 
 
-@njit(**_LOOP)
+@njit(**LOOP)
 def poisson_head(
     start: int,
     stop: int,
@@ -255,13 +141,13 @@ def poisson_head(
             loss_n[n], d_log_library_n[n] = poisson(
                 rows[i], library_n[n], weight_n[n], indices[here], values[here], exp_g
             )
-        _affine_back(inputs, weight_pg, rows, d_inputs, d_weight_tpg[thread], d_intercept_tg[thread])
+        _affine_backward(inputs, weight_pg, rows, d_inputs, d_weight_tpg[thread], d_intercept_tg[thread])
         for i in range(size):
             for p in range(n_inputs):
                 d_input_np[first + i, p] = d_inputs[i, p]
 
 
-@njit(**_LOOP)
+@njit(**LOOP)
 def negative_binomial_head(
     start: int,
     stop: int,
@@ -286,7 +172,7 @@ def negative_binomial_head(
     digamma_cxg: Any,
     d_theta_tcg: Any,
 ) -> None:
-    """As :func:`poisson_head`, with inverse dispersions; see :func:`ldvae_ext.module._kernels.dispersion_tables`."""
+    """As :func:`poisson_head`, with inverse dispersions; see :func:`ldvae_ext.kernels.likelihood.dispersion_tables`."""
     (n_cells, n_inputs), n_genes = input_np.shape, intercept_g.size
     thread = _thread(start, n_cells, d_weight_tpg.shape[0])
     inputs, d_inputs = np.empty((_TOGETHER, n_inputs), _F), np.empty((_TOGETHER, n_inputs), _F)
@@ -316,13 +202,13 @@ def negative_binomial_head(
                 of_counts,
                 d_theta_tcg[thread, code],
             )
-        _affine_back(inputs, weight_pg, rows, d_inputs, d_weight_tpg[thread], d_intercept_tg[thread])
+        _affine_backward(inputs, weight_pg, rows, d_inputs, d_weight_tpg[thread], d_intercept_tg[thread])
         for i in range(size):
             for p in range(n_inputs):
                 d_input_np[first + i, p] = d_inputs[i, p]
 
 
-@njit(**_LOOP)
+@njit(**LOOP)
 def zero_inflated_head(
     start: int,
     stop: int,
@@ -386,8 +272,8 @@ def zero_inflated_head(
                 dropout_rows[i],
                 d_dropout_rows[i],
             )
-        _affine_back(inputs, weight_pg, rows, d_inputs, d_weight_tpg[thread], d_intercept_tg[thread])
-        _affine_back(
+        _affine_backward(inputs, weight_pg, rows, d_inputs, d_weight_tpg[thread], d_intercept_tg[thread])
+        _affine_backward(
             inputs,
             dropout_weight_pg,
             d_dropout_rows,

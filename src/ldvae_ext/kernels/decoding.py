@@ -1,4 +1,4 @@
-"""Compiled loops that decode cells, see :mod:`ldvae_ext.core._loops`."""
+"""Compiled loops that decode cells, see :mod:`ldvae_ext.kernels.ablation`."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from ldvae_ext.core._kernels import _LOOP, exp64
+from ldvae_ext.kernels.jit import LOOP
+from ldvae_ext.kernels.vector_math import exp64
 
 
-@njit(**_LOOP)
+@njit(**LOOP)
 def _largest64(x_g: Any) -> float:
     """The largest of some float64, found as an integer in the same order: that of floats is not vectorised."""
     top = np.int64(-0x7FFFFFFFFFFFFFFF)
@@ -20,7 +21,7 @@ def _largest64(x_g: Any) -> float:
     return np.int64(top ^ ((top >> np.int64(63)) & np.int64(0x7FFFFFFFFFFFFFFF))).view(np.float64)
 
 
-@njit(**_LOOP)
+@njit(**LOOP)
 def weighted_rows(value_k: Any, weight_kg: Any, out_g: Any) -> None:
     """``value @ weight``, four rows at a time."""
     n_latent, n_genes = weight_kg.shape
@@ -38,7 +39,7 @@ def weighted_rows(value_k: Any, weight_kg: Any, out_g: Any) -> None:
             out_g[g] += a * w_a[g]
 
 
-@njit(**_LOOP)
+@njit(**LOOP)
 def _softmax64(z_k: Any, weight_kg: Any, offset_g: Any, out_g: Any) -> float:
     """Numerators of a cell's softmax over genes, in float64; returns what they are to be divided by."""
     weighted_rows(z_k, weight_kg, out_g)
@@ -56,7 +57,7 @@ def _softmax64(z_k: Any, weight_kg: Any, offset_g: Any, out_g: Any) -> float:
     return total
 
 
-@njit(**_LOOP)
+@njit(**LOOP)
 def decode(
     start: int,
     stop: int,
@@ -85,7 +86,7 @@ def decode(
                 out_g[g] = factor * e_g[g]
 
 
-@njit(**_LOOP)
+@njit(**LOOP)
 def decode_groups(
     start: int,
     stop: int,

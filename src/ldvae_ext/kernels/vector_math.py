@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from ldvae_ext.kernels.jit import EXACT
+
 _F = np.float32
 _I = np.int32
 _LOG2_E = _F(1.44269504)
 # log 2 in two parts, the first of which has few digits, so that its multiples are exact.
 _LN2_HIGH, _LN2_LOW = _F(0.693359375), _F(-2.12194440e-4)
-_LOWEST, _HIGHEST = _F(-87.0), _F(88.0)
+LOWEST, HIGHEST = _F(-87.0), _F(88.0)
 _BIAS, _MANTISSA, _ROUND = _I(127), _I(23), _F(12582912.0)
 _ONE_BITS, _ROOT_HALF_BITS = _I(0x3F800000), _I(0x3F3504F3)
 # The exponent where it stands in a float32, and log 2 for each of it.
@@ -29,37 +31,7 @@ _TAYLOR_12, *_REST = (1.0 / math.factorial(i) for i in range(12, -1, -1))
 _TAYLOR = tuple(_REST)
 
 
-def _can_cache() -> bool:
-    """Whether what is compiled can be kept: not where neither the package's folder nor the user's can be written."""
-    try:
-        njit(cache=True)(_can_cache)
-    except RuntimeError:
-        return False
-    return True
-
-
-_CACHE = _can_cache()
-# Sums may be taken in any order, or they cannot be vectorised; a division by zero is IEEE's.
-_LOOP: dict[str, Any] = {
-    "nogil": True,
-    # Nothing in C calls them, and what is not compiled takes no time.
-    "no_cfunc_wrapper": True,
-    "cache": _CACHE,
-    "error_model": "numpy",
-    "fastmath": {"reassoc", "contract", "nsz", "arcp"},
-}
-# Parts of a larger loop: compiled there and not by themselves, too, which takes less time if they are called once or twice.
-_PART: dict[str, Any] = _LOOP | {"inline": "always"}
-# Here the order of operations is what makes the result exact.
-_EXACT: dict[str, Any] = {
-    "no_cfunc_wrapper": True,
-    "cache": _CACHE,
-    "error_model": "numpy",
-    "fastmath": {"contract", "nsz"},
-}
-
-
-@njit(**_EXACT)
+@njit(**EXACT)
 def _exp_near_zero(r: Any) -> Any:
     """``e^r - 1`` of a float32, -0.35 < r < 0.35."""
     p = _F(1.9875691500e-4)
@@ -71,17 +43,17 @@ def _exp_near_zero(r: Any) -> Any:
     return p * (r * r) + r
 
 
-@njit(**_EXACT)
+@njit(**EXACT)
 def _parts_of_exp(x: Any) -> Any:
     """The p and the power of two of ``e^x = (1 + p) power``; x is clamped to where that is a normal number."""
-    x = min(max(x, _LOWEST), _HIGHEST)
+    x = min(max(x, LOWEST), HIGHEST)
     n = np.floor(x * _LOG2_E + _F(0.5))
     r = x - n * _LN2_HIGH
     r = r - n * _LN2_LOW
     return _exp_near_zero(r), _I(_I(_I(n) + _BIAS) << _MANTISSA).view(np.float32)
 
 
-@njit(**_EXACT)
+@njit(**EXACT)
 def parts_of_exp(x: Any) -> Any:
     """See :func:`_parts_of_exp`, for -87 < x < 88."""
     # Adding 1.5 2^23 rounds to an integer, which the lowest bits then hold.
@@ -92,27 +64,27 @@ def parts_of_exp(x: Any) -> Any:
     return _exp_near_zero(r), _I(_I(_F(shifted).view(np.int32) + _BIAS) << _MANTISSA).view(np.float32)
 
 
-@njit(**_EXACT)
+@njit(**EXACT)
 def excess(p: Any, power: Any) -> Any:
     """``(1 + p) power - 1``. A function, since a loop that may reorder sums would take the 1 elsewhere."""
     return p * power + (power - _F(1))
 
 
-@njit(**_EXACT)
+@njit(**EXACT)
 def exp(x: Any) -> Any:
     """``e^x`` of a float32."""
     p, power = _parts_of_exp(x)
     return p * power + power
 
 
-@njit(**_EXACT)
+@njit(**EXACT)
 def expm1(x: Any) -> Any:
     """``e^x - 1`` of a float32."""
     p, power = _parts_of_exp(x)
     return p * power + (power - _F(1))
 
 
-@njit(**_EXACT)
+@njit(**EXACT)
 def _log_near_one(m: Any) -> Any:
     """``log(1 + m)`` of a float32, -0.3 < m < 0.42."""
     p = _F(7.0376836292e-2)
@@ -127,13 +99,13 @@ def _log_near_one(m: Any) -> Any:
     return (p * m - _F(0.5)) * (m * m) + m
 
 
-@njit(**_EXACT)
+@njit(**EXACT)
 def _exponent(x: Any) -> Any:
     """The power of two next to a normal float32, downwards for up to 1.4 times of it."""
     return _I(_I(_F(x).view(np.int32) - _ROOT_HALF_BITS) >> _MANTISSA)
 
 
-@njit(**_EXACT)
+@njit(**EXACT)
 def log(x: Any) -> Any:
     """Natural logarithm of a normal float32."""
     exponent = _exponent(x)
@@ -141,7 +113,7 @@ def log(x: Any) -> Any:
     return _log_near_one(x * power - _F(1)) + _F(exponent) * (_LN2_HIGH + _LN2_LOW)
 
 
-@njit(**_EXACT)
+@njit(**EXACT)
 def log1p(x: Any) -> Any:
     """``log(1 + x)`` of a float32, x > -1 and 1 + x a normal number."""
     bits = _I(_I(_F(x + _F(1)).view(np.int32) - _ROOT_HALF_BITS) & _EXPONENT_BITS)
@@ -150,7 +122,7 @@ def log1p(x: Any) -> Any:
     return _log_near_one(x * power + (power - _F(1))) + _F(bits) * _LN2_OF_BITS
 
 
-@njit(**_EXACT)
+@njit(**EXACT)
 def log_of_ratio(x: Any, y: Any) -> Any:
     """``log(y)`` of a normal float32, y = 1 + x: x has the digits near 1, y those where it is small."""
     exponent = _exponent(y)
@@ -159,7 +131,7 @@ def log_of_ratio(x: Any, y: Any) -> Any:
     return _log_near_one(m) + _F(exponent) * (_LN2_HIGH + _LN2_LOW)
 
 
-@njit(**_EXACT)
+@njit(**EXACT)
 def exp64(x: Any) -> Any:
     """``e^x`` of a float64, to 1e-15; clamped to where that is a normal number."""
     x = min(max(x, -708.0), 709.0)

@@ -1,4 +1,4 @@
-"""Whether loops are compiled, and how many threads share their rows."""
+"""The switch between compiled loops and numpy, and the number of threads that share the rows of a loop."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
 from itertools import pairwise
-from types import ModuleType
 from typing import Any
 
 _is_on: ContextVar[bool] = ContextVar("_is_on", default=True)
@@ -20,30 +18,21 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pools.clear)
 
 
-@cache
-def _kernels() -> ModuleType | None:
-    try:
-        from ldvae_ext.core import _loops as loops
-    except ImportError:
-        return None
-    return loops
-
-
-def kernels() -> ModuleType | None:
-    """The compiled loops; None without numba, or while they are switched off."""
-    return _kernels() if _is_on.get() else None
+def is_compiled() -> bool:
+    """True if compiled loops are to be used; see :func:`compiled`."""
+    return _is_on.get()
 
 
 @contextmanager
 def compiled(*, on: bool | None = None, n_threads: int | None = None) -> Iterator[None]:
-    """Whether compiled loops are used inside, and by how many threads.
+    """Switch compiled loops on or off, and set their number of threads, inside the context.
 
     Parameters
     ----------
     on
-        Whether they are used, where numba is there; as outside if None.
+        True for compiled loops, False for numpy and torch; unchanged if None.
     n_threads
-        Number of threads; as outside if None, see :func:`threads`.
+        Number of threads; unchanged if None, see :func:`threads`.
     """
     switch = _is_on.set(_is_on.get() if on is None else on)
     limit = _limit.set(_limit.get() if n_threads is None else n_threads)
@@ -55,7 +44,7 @@ def compiled(*, on: bool | None = None, n_threads: int | None = None) -> Iterato
 
 
 def threads() -> int:
-    """Number of threads: as :func:`compiled` says, else ``OMP_NUM_THREADS``, else the processors of this process."""
+    """Number of threads: that of :func:`compiled`, else ``OMP_NUM_THREADS``, else the processors of this process."""
     limit = _limit.get()
     if limit is not None:
         return limit

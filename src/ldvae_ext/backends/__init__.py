@@ -1,0 +1,1 @@
+"""Backends: how the loss and the posterior of a minibatch are computed."""
