@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from threadpoolctl import threadpool_limits
 
-from ldvae_ext.core._compiled import compiled
+from ldvae_ext.kernels.threads import compiled
 from suite.registry import Measured, Row
 
 STOCK = "stock"

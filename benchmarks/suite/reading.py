@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from functools import partial
 
 from ldvae_ext import tl
-from ldvae_ext.core._compiled import compiled
+from ldvae_ext.kernels.threads import compiled
 from ldvae_ext.model import LDVAE
 from suite import by_hand
 from suite.lab import Lab

@@ -11,8 +11,10 @@ from lightning.pytorch.callbacks import Callback
 from scipy import sparse
 from scvi.dataloaders import AnnDataLoader
 
+from ldvae_ext.backends.choose import choose_backend
+from ldvae_ext.backends.loader import counts_loader
+from ldvae_ext.kernels.threads import compiled
 from ldvae_ext.model import LDVAE, fit_ensemble
-from ldvae_ext.model._loader import counts_loader
 from ldvae_ext.module import LDVAEModule
 from tests.helpers import TRAIN, counts
 from tests.query import cells, trained
@@ -34,7 +36,7 @@ def used(model, **kwargs):
 
     class Watch(Callback):
         def on_train_batch_end(self, trainer, plan, *_):
-            found.add(plan.module._backend)
+            found.add(plan.backend_name)
 
     model.train(1, callbacks=[Watch()], **TRAIN, **kwargs)
     (backend,) = found
@@ -74,12 +76,12 @@ def test_an_unknown_backend_is_named():
         built().train(1, **TRAIN, backend="cuda")
 
 
-def test_without_numba_torch_is_taken(monkeypatch):
-    monkeypatch.setattr("ldvae_ext.module._backends.kernels", lambda: None)
-    model = built()
-    assert used(model) == "torch"
-    with pytest.raises(ValueError, match="numba is not installed"):
-        built().train(1, **TRAIN, backend="numba")
+def test_torch_is_taken_where_compiled_loops_are_switched_off():
+    with compiled(on=False):
+        assert used(built()) == "torch"
+        with pytest.raises(ValueError, match="compiled loops are switched off"):
+            built().train(1, **TRAIN, backend="numba")
+    assert used(built()) == "numba"
 
 
 def test_a_network_with_its_own_loss_is_computed_its_own_way():
@@ -200,7 +202,7 @@ def test_a_query_trains_alike():
     histories = []
     for backend in ("scvi", "auto"):
         query = LDVAE.load_query_data(cells(["c"], seed=1), reference)
-        assert query.module.backend("auto", "cpu") == "numba"
+        assert choose_backend(query.module, "auto", "cpu").name == "numba"
         scvi.settings.seed = 1
         query.train(3, **TRAIN, kl_warmup=1, batch_size=16, backend=backend)
         histories.append(query)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 import scvi
 import torch
 from scvi import REGISTRY_KEYS
 
-from ldvae_ext.module._likelihood import note_sparse_tensors
+from ldvae_ext.backends.choose import choose_backend
+from ldvae_ext.backends.counts import note_sparse_tensors
+from ldvae_ext.backends.fused_step import FusedStep
 from tests.helpers import untrained
 from tests.reference import covariate_counts, setup_arguments
 
@@ -135,11 +140,9 @@ def step(
     module = in_type(module, dtype).train(training)
     tensors = prepared(tensors, dtype, is_sparse=is_sparse)
     scvi.settings.seed = 3
-    with module.computing(module.backend(backend)):
-        if layer_by_layer:
-            assert module._steps is not None
-            module._steps = None
-        _, _, losses = module(tensors, loss_kwargs={"kl_weight": 0.7})
+    chosen = choose_backend(module, backend)
+    with without_fused_step() if layer_by_layer else nullcontext():
+        losses = chosen.loss(module, tensors, 0.7)
     terms = {"reconstruction": losses.reconstruction_loss["reconstruction_loss"], **losses.kl_local}
     loss = losses.loss if weight_n is None else (weight_n.to(dtype) * sum(terms.values())).sum()
     for i in range(n_backward):
@@ -240,7 +243,14 @@ def assert_as_exact(
             np.testing.assert_array_equal(found.draw, theirs.draw)
 
 
+@contextmanager
+def without_fused_step() -> Iterator[None]:
+    """Inside, the numba backend computes layer by layer what it would compute by the fused step."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FusedStep, "fits", staticmethod(lambda _module: False))
+        yield
+
+
 def routes_of(module: Any) -> tuple[bool, ...]:
-    """Whether a step is computed layer by layer: never at first, and then by order, where it can be computed in one."""
-    with module.computing("numba"):
-        return (False, True) if module._steps is not None else (False,)
+    """Both routes of the numba backend, fused (False) and layer by layer (True), or the only one that the network allows."""
+    return (False, True) if FusedStep.fits(module) else (False,)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from ldvae_ext.module._likelihood import Counts, log1p, softplus
+from ldvae_ext.backends.counts import Counts
+from ldvae_ext.backends.elementwise import log1p, softplus
 from tests.module.backends import (
     assert_as_exact,
     assert_same_in_double,

@@ -10,7 +10,7 @@ import pytest
 from scipy import sparse
 
 from ldvae_ext import get, tl
-from ldvae_ext.core._compiled import compiled
+from ldvae_ext.kernels.threads import compiled
 from ldvae_ext.core._paired import can_be_compiled
 from tests.helpers import counts, untrained
 from tests.reference import covariate_counts, setup_arguments

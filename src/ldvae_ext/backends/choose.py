@@ -1,137 +1,118 @@
-"""In which of three ways a network computes a minibatch, and what stands in the way of each."""
+"""The choice of a backend: by the network, the device, and the way in which it is trained."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
-import torch
+from ldvae_ext._scvi import untested_releases, use_distributed_sampler
+from ldvae_ext._validate import check_one_of, warn
+from ldvae_ext.backends.base import Backend
+from ldvae_ext.backends.folded_encoders import FoldedEncoders
+from ldvae_ext.backends.numba import NumbaBackend
+from ldvae_ext.backends.plan import uses_backend
+from ldvae_ext.backends.scvi import ScviBackend
+from ldvae_ext.backends.torch import TorchBackend
 
-from ldvae_ext.core._compiled import kernels
-from ldvae_ext.module._decoder import LinearDecoderLayer
-from ldvae_ext.module._head import is_known_head
-from ldvae_ext.module._sparse import encoders_in_use, is_plain
-from ldvae_ext.module._sparse import reads_sparse as can_read
-from ldvae_ext.module._step import Steps
-
-BACKENDS = ("numba", "torch", "scvi")
-# Of a decoder: the covariance of its inputs takes the place of passes over cells x genes.
-_MOST_INPUTS = 256
-# What a minibatch passes through; where a subclass or a user has put something else, scvi-tools' own way is taken.
-_STEPS = (
-    "_get_inference_input",
-    "inference",
-    "_regular_inference",
-    "_get_generative_input",
-    "generative",
-    "_likelihood",
-    "loss",
-)
+# In order of preference.
+_CLASSES: tuple[type[Backend], ...] = (NumbaBackend, TorchBackend, ScviBackend)
+BACKENDS = tuple(cls.name for cls in _CLASSES)
+_noted: set[str] = set()
 
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+def choose_backend(module: Any, name: str = "auto", device: str | None = None) -> Backend:
+    """The backend of a name, or with ``"auto"`` the first of numba, torch and scvi that the network allows.
 
+    Parameters
+    ----------
+    module
+        The network.
+    name
+        ``"auto"``, ``"numba"``, ``"torch"`` or ``"scvi"``.
+    device
+        Type of the device; the network's own if None.
 
-class BackendModule:
-    """A network that computes its loss in one of three ways.
-
-    ``"scvi"`` is scvi-tools' own; ``"torch"`` evaluates gamma functions on non-zero counts only and knows its gradients; ``"numba"``
-    does that in compiled loops, which read sparse counts in the first layer too. All give the same numbers but for rounding.
+    Raises
+    ------
+    ValueError
+        If there is no such backend, or the network does not allow it, with the reason.
     """
-
-    _backend: str = "scvi"
-    _steps: Steps | None = None
-
-    @contextmanager
-    def computing(self, backend: str) -> Iterator[None]:
-        """How minibatches with a loss are computed inside.
-
-        Parameters
-        ----------
-        backend
-            One that :meth:`backend` gave.
-        """
-        before = self._backend, self._steps
-        self._backend, self._steps = backend, Steps(self) if backend == "numba" and Steps.fit(self) else None
-        try:
-            yield
-        finally:
-            self._backend, self._steps = before
-
-    def backend(self, backend: str = "auto", device: str | None = None) -> str:
-        """The backend that is asked for, or with ``"auto"`` the first of numba, torch and scvi that the network allows.
-
-        Parameters
-        ----------
-        backend
-            ``"auto"``, ``"numba"``, ``"torch"`` or ``"scvi"``.
-        device
-            Type of the device; the network's own if None.
-
-        Raises
-        ------
-        ValueError
-            If the network does not allow it, with the reason.
-        """
-        if backend == "auto":
-            return next(known for known in BACKENDS if self._obstacle(known, device) is None)
-        if (obstacle := self._obstacle(backend, device)) is not None:
-            msg = f"`backend={backend!r}`: {obstacle}."
+    check_one_of("backend", name, ("auto", *BACKENDS))
+    device = module.device.type if device is None else device
+    if name == "auto" and (releases := untested_releases()):
+        _note_once(releases)
+        return ScviBackend()
+    for cls in _CLASSES:
+        if name not in ("auto", cls.name):
+            continue
+        backend = cls()
+        obstacle = backend.obstacle(module, device)
+        if obstacle is None:
+            return backend
+        if name != "auto":
+            msg = f"`backend={name!r}`: {obstacle}."
             raise ValueError(msg)
-        return backend
+    return ScviBackend()
 
-    def _obstacle(self: Any, backend: str, device: str | None) -> str | None:
-        """Why a backend cannot compute this network; None if it can."""
-        if backend == "scvi":
-            return None
-        if self.gene_likelihood == "normal":
-            return "`gene_likelihood='normal'` has no gamma functions; scvi-tools' own way is the only one"
-        if (device or self.device.type) not in ("cpu", "cuda"):
-            return "sparse tensors are there on a CPU and under CUDA only"
-        if (obstacle := self.replaced()) is not None:
-            return obstacle
-        return self._obstacle_to_loops(device) if backend == "numba" else None
 
-    def replaced(
-        self: Any, steps: Sequence[str] = _STEPS, layers: Iterable[torch.nn.Module] | None = None
-    ) -> str | None:
-        """What of the network is not what it was written as, and would be passed by; None if nothing is.
+def choose_for_training(
+    module: Any,
+    name: str,
+    device: str,
+    plan_cls: type,
+    plan_kwargs: Mapping[str, Any],
+    trainer_kwargs: Mapping[str, Any],
+) -> Backend:
+    """As :func:`choose_backend`, for a training that may need scvi-tools' own forward pass.
 
-        Parameters
-        ----------
-        steps
-            Names of the methods to look at.
-        layers
-            Layers that are passed by; all of the network if None.
-        """
-        layers = (layer for layer in self.modules() if layer is not self) if layers is None else layers
-        for name in steps:
-            its_own = getattr(type(self), name).__module__.split(".")[0] in ("ldvae_ext", "scvi")
-            if name in self.__dict__ or not its_own:
-                return f"`{name}` of the network was replaced"
-        if any(getattr(layer, hooks) for layer in layers for hooks in _HOOKS):
-            return "a layer of the network has hooks, which would not be called"
-        return None
+    Parameters
+    ----------
+    module, name, device
+        See :func:`choose_backend`.
+    plan_cls, plan_kwargs
+        Class of the training plan and its arguments.
+    trainer_kwargs
+        Arguments of the trainer.
 
-    def _obstacle_to_loops(self: Any, device: str | None = None) -> str | None:
-        decoder = self.decoder
-        heads = [decoder.factor_regressor, decoder.px_dropout_decoder] if is_plain(decoder, LinearDecoderLayer) else []
-        obstacles = {
-            "numba is not installed": kernels() is None,
-            "the network is not on a CPU": (device or self.device.type) != "cpu",
-            "the network is not in float32": any(p.dtype != torch.float32 for p in self.parameters()),
-            "size factors come with a softplus, the compiled loops are written for a softmax": self.use_size_factor_key,
-            "`dispersion='gene-cell'` is another for each cell": self.dispersion == "gene-cell"
-            and self.gene_likelihood != "poisson",
-            "an encoder is not scvi-tools' own": not self.reads_sparse(),
-            "the decoder is not linear as scvi-tools' own": not heads or not all(map(is_known_head, heads)),
-        }
-        if (obstacle := next((obstacle for obstacle, stands in obstacles.items() if stands), None)) is not None:
-            return obstacle
-        n_inputs = heads[0].fc_layers[0][0].in_features
-        return f"the decoder has {n_inputs} inputs, more than {_MOST_INPUTS}" if n_inputs > _MOST_INPUTS else None
+    Raises
+    ------
+    ValueError
+        If the training does not allow the backend, with the reason.
+    """
+    check_one_of("backend", name, ("auto", *BACKENDS))
+    precision = trainer_kwargs.get("precision")
+    obstacles = {
+        "`compile=True`": bool(plan_kwargs.get("compile")),
+        "a distributed strategy": use_distributed_sampler(trainer_kwargs.get("strategy")),
+        f"`precision={precision!r}` or plugins": precision not in (None, 32, "32", "32-true")
+        or bool(trainer_kwargs.get("plugins")),
+        # Another plan may need distributions, or latents with a graph, which backends do not give.
+        f"the training plan `{plan_cls.__name__}`": not uses_backend(plan_cls),
+    }
+    obstacle = next((obstacle for obstacle, stands in obstacles.items() if stands), None)
+    if obstacle is None:
+        return choose_backend(module, name, device)
+    if name not in ("auto", "scvi"):
+        msg = f"`backend={name!r}` does not go with {obstacle}."
+        raise ValueError(msg)
+    return ScviBackend()
 
-    def reads_sparse(self: Any) -> bool:
-        """Whether the encoders in use are scvi-tools' own, whose first layer can take sparse counts."""
-        return all(map(can_read, encoders_in_use(self)))
+
+def choose_for_reading(module: Any) -> Backend:
+    """The backend that computes posteriors of a network fastest.
+
+    Parameters
+    ----------
+    module
+        The network, whose parameters must not change while the backend is in use.
+    """
+    return NumbaBackend() if FoldedEncoders.fits(module) else ScviBackend()
+
+
+def _note_once(releases: str) -> None:
+    if releases not in _noted:
+        _noted.add(releases)
+        warn(
+            f"This version of ldvae_ext has not been tested with {releases}: `backend='auto'` is 'scvi', scvi-tools' own "
+            "training steps."
+        )

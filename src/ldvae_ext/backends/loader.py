@@ -1,4 +1,4 @@
-"""Minibatches of sparse counts, gathered without making them dense."""
+"""Data loaders whose minibatches hold sparse counts, gathered without making them dense."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import torch
 from scipy import sparse
 from scvi import REGISTRY_KEYS, settings
 from scvi.data import AnnDataManager
-from scvi.data._utils import registry_key_to_default_dtype
 from scvi.dataloaders import AnnDataLoader, DataSplitter
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ldvae_ext.module._sparse import csr_tensor
+from ldvae_ext._scvi import registry_key_to_default_dtype
+from ldvae_ext.backends.counts import csr_tensor
 
 
 class CountsDataset(Dataset):
-    """Cells of an AnnData, a minibatch at a time: counts as a CSR tensor, all else as scvi-tools loads it.
+    """Cells of an AnnData, a minibatch at a time: counts as a CSR tensor, other fields as scvi-tools loads them.
 
     Parameters
     ----------
     manager
-        Of the AnnData.
+        Manager of the AnnData.
     indices
         Positions of the cells.
     """
@@ -44,7 +44,7 @@ class CountsDataset(Dataset):
 
     def __getitem__(self, positions: Sequence[int]) -> dict[str, Any]:
         rows = self.indices[positions]
-        # In scvi-tools' order, in which a minibatch's first value says how many cells it has.
+        # Counts first, as in scvi-tools: Lightning takes the number of cells from the first value.
         return {REGISTRY_KEYS.X_KEY: self._rows(rows), **{key: value[rows] for key, value in self._others.items()}}
 
     def _rows(self, rows: np.ndarray) -> torch.Tensor:
@@ -60,14 +60,14 @@ def _in_memory(value: Any) -> np.ndarray:
 
 
 class ChunkSampler(Sampler):
-    """Positions of the cells of each minibatch: those of torch's samplers, which list them one by one.
+    """Positions of the cells of each minibatch, the same as from torch's samplers, which list them one by one.
 
     Parameters
     ----------
     n_cells, batch_size
         Sizes.
     shuffle, drop_last
-        As in torch; shuffled by the same random numbers as in ``RandomSampler``.
+        As in torch; shuffling draws the same random numbers as ``RandomSampler``.
     """
 
     def __init__(self, n_cells: int, batch_size: int, *, shuffle: bool, drop_last: bool) -> None:
@@ -93,13 +93,13 @@ class CountsLoader(DataLoader):
     Parameters
     ----------
     manager
-        Of the AnnData.
+        Manager of the AnnData.
     indices
         Positions of the cells, or a mask; all if None.
     batch_size, shuffle, drop_last
         As in scvi-tools.
     generator
-        What torch's loader draws a seed from even if it does not shuffle; the global one if None.
+        Generator of the seed that torch's loader draws even if it does not shuffle; the global one if None.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class CountsLoader(DataLoader):
 
 
 def can_gather(manager: AnnDataManager) -> bool:
-    """Whether the data of an AnnData lie in memory in a form that :class:`CountsDataset` reads."""
+    """True if the data of an AnnData are in memory in a form that :class:`CountsDataset` reads."""
     if manager.adata is None or manager.adata.isbacked:
         return False
     values = {key: manager.get_from_registry(key) for key in manager.data_registry}
@@ -129,7 +129,7 @@ def can_gather(manager: AnnDataManager) -> bool:
         return False
     if isinstance(counts, np.ndarray):
         return counts.dtype.kind in "iuf"
-    # Of another format rows are slow to take, and a gene that comes twice in a cell would have to be summed.
+    # Rows of another format are slow to take, and duplicate entries of a matrix would have to be summed.
     return (
         sparse.issparse(counts)
         and counts.format == "csr"
@@ -149,15 +149,15 @@ def counts_loader(
     distributed_sampler: bool = False,
     **kwargs: Any,
 ) -> DataLoader:
-    """A loader of sparse counts where that can be, scvi-tools' own otherwise.
+    """A loader of sparse counts if :func:`can_gather` is True, scvi-tools' own otherwise.
 
     Parameters
     ----------
     manager, indices, batch_size, shuffle, drop_last, pin_memory, load_sparse_tensor, distributed_sampler, **kwargs
         As in ``scvi.dataloaders.AnnDataLoader``.
     """
-    usual = pin_memory or load_sparse_tensor or distributed_sampler or kwargs or settings.dl_num_workers > 0
-    if usual or not can_gather(manager):
+    needs_scvi = pin_memory or load_sparse_tensor or distributed_sampler or kwargs or settings.dl_num_workers > 0
+    if needs_scvi or not can_gather(manager):
         return AnnDataLoader(
             manager,
             indices=indices,
@@ -178,7 +178,7 @@ class CountsSplitter(DataSplitter):
     data_loader_cls = staticmethod(counts_loader)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """As in scvi-tools; on a CPU there is nothing to transfer.
+        """As in scvi-tools; minibatches on a CPU are returned as they are.
 
         Parameters
         ----------

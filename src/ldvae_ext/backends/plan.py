@@ -1,38 +1,55 @@
-"""The training plan: scvi-tools' own, with metrics that are gathered over an epoch."""
+"""The training plan: scvi-tools' own, with the loss of a backend and metrics that are gathered over an epoch."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from scvi.module.base import LossOutput
 from scvi.train import TrainingPlan
+
+from ldvae_ext._scvi import is_logging_step
+from ldvae_ext.backends.base import Backend
 
 
 class GatheringPlan(TrainingPlan):
-    """``scvi.train.TrainingPlan`` whose metrics reach lightning once in an epoch, under the same names and with the same values.
+    """``scvi.train.TrainingPlan`` with the loss of a backend, and with metrics that are logged once in an epoch.
 
-    Each of the metrics is a mean over the epoch, which lightning would take apart and sum up at each step. What is logged at
-    steps (``on_step=True``, the KL weight) is logged at the same steps as ever.
+    Names and values of the metrics are scvi-tools'. Each is a mean over the epoch, which Lightning would update at each step.
+    Values that are logged at steps (``on_step=True``, the KL weight) are logged at the same steps as in scvi-tools.
+
+    Parameters
+    ----------
+    *args, **kwargs
+        As in ``scvi.train.TrainingPlan``.
+    backend
+        Backend of the loss; the network's forward pass if None.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, backend: Backend | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._backend = backend
         self._gathered: dict[str, _Sums] = {"train": _Sums(), "validation": _Sums()}
+
+    @property
+    def backend_name(self) -> str:
+        """Name of the backend of the loss."""
+        return "scvi" if self._backend is None else self._backend.name
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "_current_fx_name":
-            # Lightning notes the name of each hook, forty times in a step; torch would look each time what kind of value it is.
+            # Lightning sets the name of each hook, forty times in a step; torch's own method checks the type of each value.
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """scvi-tools' optimizer, which on a CPU need not ask at each step whether there is a GPU with a graph to capture."""
+        """scvi-tools' optimizer; on a CPU without its check for a CUDA graph at each step."""
         config = super().configure_optimizers()
         optimizer, check = config["optimizer"], "_accelerator_graph_capture_health_check"
         on_cpu = all(value.device.type == "cpu" for group in optimizer.param_groups for value in group["params"])
         if on_cpu and hasattr(optimizer, check):
-            setattr(optimizer, check, _nothing)
+            setattr(optimizer, check, _skip)
         return config
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
@@ -47,9 +64,9 @@ class GatheringPlan(TrainingPlan):
             return super().training_step(batch, batch_idx)
         if "kl_weight" in self.loss_kwargs:
             self.loss_kwargs["kl_weight"] = self.kl_weight
-            if self.trainer.is_last_batch or self._is_step_to_log():
+            if self.trainer.is_last_batch or is_logging_step(self.trainer):
                 self.log("kl_weight", self.loss_kwargs["kl_weight"], on_step=True, on_epoch=False)
-        _, _, losses = self.forward(batch, loss_kwargs=self.loss_kwargs)
+        losses = self._losses(batch)
         self._gather("train", losses, is_last=self.trainer.is_last_batch)
         if losses.extra_metrics:
             self.prepare_scib_autotune(losses.extra_metrics, "training")
@@ -65,7 +82,7 @@ class GatheringPlan(TrainingPlan):
         """
         if self.on_step or not self.on_epoch:
             return super().validation_step(batch, batch_idx)
-        _, _, losses = self.forward(batch, loss_kwargs=self.loss_kwargs)
+        losses = self._losses(batch)
         is_check = self.trainer.sanity_checking
         n_batches = (self.trainer.num_sanity_val_batches if is_check else self.trainer.num_val_batches)[0]
         self._gather("validation", losses, is_last=batch_idx + 1 == n_batches)
@@ -74,22 +91,25 @@ class GatheringPlan(TrainingPlan):
 
     def on_train_epoch_end(self) -> None:
         """Log the metrics of an epoch that ended early."""
-        self._tell("train")
+        self._log_gathered("train")
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of a validation whose length was not known."""
-        self._tell("validation")
+        self._log_gathered("validation")
 
-    def _is_step_to_log(self) -> bool:
-        return self.trainer._logger_connector.should_update_logs
+    def _losses(self, minibatch: Any) -> LossOutput:
+        if self._backend is None or set(self.loss_kwargs) - {"kl_weight"}:
+            _, _, losses = self.forward(minibatch, loss_kwargs=self.loss_kwargs)
+            return losses
+        return self._backend.loss(self.module, minibatch, self.loss_kwargs.get("kl_weight", 1.0))
 
     def _gather(self, mode: str, losses: Any, *, is_last: bool) -> None:
         sums = self._gathered[mode]
         sums.add(losses)
         if is_last:
-            self._tell(mode)
+            self._log_gathered(mode)
 
-    def _tell(self, mode: str) -> None:
+    def _log_gathered(self, mode: str) -> None:
         sums, self._gathered[mode] = self._gathered[mode], _Sums()
         if sums.n_batches == 0:
             return
@@ -110,8 +130,24 @@ class GatheringPlan(TrainingPlan):
             self.log(f"{name}_{mode}", value / sums.n_obs, **options)
 
 
+def uses_backend(plan_cls: type) -> bool:
+    """True if a class of training plans takes the loss of its steps from a backend.
+
+    Parameters
+    ----------
+    plan_cls
+        The class.
+    """
+    return (
+        issubclass(plan_cls, GatheringPlan)
+        and plan_cls.training_step is GatheringPlan.training_step
+        and plan_cls.validation_step is GatheringPlan.validation_step
+        and plan_cls.forward is TrainingPlan.forward
+    )
+
+
 class _Sums:
-    """Sums over the minibatches of an epoch."""
+    """Sums of the metrics over the minibatches of an epoch."""
 
     def __init__(self) -> None:
         self.n_obs = self.n_batches = 0
@@ -123,7 +159,7 @@ class _Sums:
 
     @torch.no_grad()
     def add(self, losses: Any) -> None:
-        """Count a minibatch in."""
+        """Add a minibatch."""
         n_obs = losses.n_obs_minibatch
         self.n_obs += n_obs
         self.n_batches += 1
@@ -136,5 +172,5 @@ class _Sums:
                 self.extra[name] = self.extra.get(name, 0.0) + value * n_obs
 
 
-def _nothing() -> None:
-    """Stands for a check that does not concern a CPU."""
+def _skip() -> None:
+    """Replaces a check that does not concern a CPU."""

@@ -35,6 +35,32 @@ class BatchNorm:
         return self.gamma / np.sqrt(self.running_var + self.eps)
 
 
+def fold_batch_norm(
+    weight_gp: np.ndarray, bias_g: np.ndarray, batch_norm: BatchNorm | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """A linear layer and its batch norm in evaluation mode as one affine map.
+
+    ``batch_norm(W x + b) = S W x + S (b - running_mean) + beta`` with ``S = diag(gamma / sqrt(running_var + eps))``.
+
+    Parameters
+    ----------
+    weight_gp
+        Weight of the linear layer, shape (outputs, inputs).
+    bias_g
+        Its bias, shape (..., outputs).
+    batch_norm
+        The batch norm; None if there is none.
+
+    Returns
+    -------
+    Weight and bias of the affine map, of the same shapes.
+    """
+    if batch_norm is None:
+        return weight_gp, bias_g
+    scale_g = batch_norm.slope
+    return weight_gp * scale_g[:, None], (bias_g - batch_norm.running_mean) * scale_g + batch_norm.beta
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class RawLinear:
     """A decoder layer as the network holds it, before folding.
@@ -47,9 +73,9 @@ class RawLinear:
     bias
         Bias of the linear layer, shape (genes,), or None.
     batch_norm
-        The batch norm behind the linear layer, or None.
+        The batch norm after the linear layer, or None.
     batch_embedding
-        What each batch feeds into the batch columns, shape (batches, columns); None if that is its one-hot vector.
+        Input of the batch columns for each batch, shape (batches, columns); None for one-hot vectors.
     """
 
     weight: np.ndarray
@@ -67,7 +93,7 @@ class RawLinear:
             )
 
     def fold(self, n_latent: int, covariates: Sequence[Covariate] = ()) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Weight, intercepts and covariate effects of the affine map that the layer is in evaluation mode.
+        """Weight, intercepts and covariate effects of the layer in evaluation mode, which is an affine map.
 
         With ``S = diag(gamma / sqrt(running_var + eps))`` (the identity without batch norm), the network computes
         ``S (W_z z + W_b + W_c c + bias - running_mean) + beta`` for batch ``b`` and covariates ``c``, hence::
@@ -86,16 +112,15 @@ class RawLinear:
         ``weight_gk`` of shape (genes, latents), ``intercept_bg`` of shape (batches, genes) and ``covariate_cg`` of shape
         (columns of the covariates, genes), float64, in log-rate.
         """
-        slope_g = np.ones(len(self.weight)) if self.batch_norm is None else self.batch_norm.slope
-        n_slopes = sum(covariate.levels is None for covariate in covariates)
+        n_continuous = sum(covariate.levels is None for covariate in covariates)
         sizes = [c.n_columns if c.n_columns > 1 else 0 for c in covariates if c.levels is not None]
-        first_batch, first_level = n_latent + n_slopes, self.weight.shape[1] - sum(sizes)
+        first_batch, first_level = n_latent + n_continuous, self.weight.shape[1] - sum(sizes)
         columns_gb = self.weight[:, first_batch:first_level]
 
         effects = [self.weight[:, n_latent:first_batch].T]
         start = first_level
         for size in sizes:
-            # A level without company has no column, and no effect.
+            # A covariate with one level has no column, and no effect.
             effects.append(self.weight[:, start : start + size].T if size else np.zeros((1, len(self.weight))))
             start += size
 
@@ -105,12 +130,12 @@ class RawLinear:
             shift_bg = columns_gb.T.copy() if columns_gb.shape[1] else np.zeros((1, len(self.weight)))
         if self.bias is not None:
             shift_bg += self.bias
-        if self.batch_norm is not None:
-            shift_bg = (shift_bg - self.batch_norm.running_mean) * slope_g + self.batch_norm.beta
-        return self.weight[:, :n_latent] * slope_g[:, None], shift_bg, np.concatenate(effects) * slope_g
+        weight_gk, intercept_bg = fold_batch_norm(self.weight[:, :n_latent], shift_bg, self.batch_norm)
+        effect_cg = np.concatenate(effects)
+        return weight_gk, intercept_bg, effect_cg if self.batch_norm is None else effect_cg * self.batch_norm.slope
 
     def to_arrays(self) -> dict[str, Any]:
-        """The parts that there are, as a flat dictionary."""
+        """The parts as a flat dictionary, without those that are None."""
         out: dict[str, Any] = {"weight": self.weight}
         for name in ("bias", "batch_embedding"):
             if getattr(self, name) is not None:
@@ -121,14 +146,14 @@ class RawLinear:
 
     @classmethod
     def from_arrays(cls, arrays: Any, prefix: str = "") -> RawLinear | None:
-        """What :meth:`to_arrays` took apart, from keys with a prefix; None if it is not there.
+        """Inverse of :meth:`to_arrays`, for keys with a prefix; None if they are missing.
 
         Parameters
         ----------
         arrays
             A mapping.
         prefix
-            What its keys begin with.
+            Start of its keys.
         """
         if f"{prefix}weight" not in arrays:
             return None

@@ -11,12 +11,13 @@ from scipy import sparse
 from scvi import REGISTRY_KEYS
 from scvi.nn import FCLayers
 
-from ldvae_ext.core import BatchNorm, Covariate, LinearDecoder, RawLinear
+from ldvae_ext.backends.batch_norm import batch_norm_of
+from ldvae_ext.backends.choose import choose_for_reading
+from ldvae_ext.backends.counts import Counts
+from ldvae_ext.core import Covariate, LinearDecoder, RawLinear
 from ldvae_ext.core.cells import EncodedCells
 from ldvae_ext.core.rotation import Rotation
 from ldvae_ext.module import LDVAEModule
-from ldvae_ext.module._encode import EvaluatedEncoders
-from ldvae_ext.module._likelihood import Counts
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:
@@ -29,15 +30,7 @@ def raw_linear(layers: FCLayers, batch_embedding: np.ndarray | None = None) -> R
     return RawLinear(
         weight=_array(linear.weight),
         bias=None if linear.bias is None else _array(linear.bias),
-        batch_norm=None
-        if batch_norm is None
-        else BatchNorm(
-            running_mean=_array(batch_norm.running_mean),
-            running_var=_array(batch_norm.running_var),
-            gamma=_array(batch_norm.weight),
-            beta=_array(batch_norm.bias),
-            eps=batch_norm.eps,
-        ),
+        batch_norm=None if batch_norm is None else batch_norm_of(batch_norm),
         batch_embedding=batch_embedding,
     )
 
@@ -116,7 +109,7 @@ def _covariate_values(
     return values or None
 
 
-def encode(
+def encode_cells(
     module: LDVAEModule,
     minibatches: Iterable[dict[str, torch.Tensor]],
     covariates: Sequence[Covariate] = (),
@@ -124,9 +117,9 @@ def encode(
 ) -> Iterator[EncodedCells]:
     """Posteriors of the cells, minibatch by minibatch."""
     n_labels = module.n_labels if module.dispersion == "gene-label" else 1
-    encoders = EvaluatedEncoders(module) if EvaluatedEncoders.fit(module) else None
+    backend = choose_for_reading(module)
     for tensors in minibatches:
-        posterior = module.posterior(tensors) if encoders is None else encoders.posterior(tensors)
+        posterior = backend.posterior(module, tensors)
         n_cells = len(posterior.mean)
         cells = EncodedCells(
             mean=posterior.mean.cpu().numpy(),

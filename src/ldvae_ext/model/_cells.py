@@ -16,9 +16,10 @@ from scvi.data._utils import _get_adata_minify_type, _validate_adata_dataloader_
 from torch.utils.data import DataLoader
 
 from ldvae_ext._validate import cell_positions, listed
+from ldvae_ext.backends.loader import CountsLoader, can_gather
 from ldvae_ext.core.cells import EncodedCells
 from ldvae_ext.core.rotation import Rotation
-from ldvae_ext.model._bridge import encode
+from ldvae_ext.model._bridge import encode_cells
 from ldvae_ext.model._counts import (
     are_counts,
     check_categories,
@@ -27,7 +28,6 @@ from ldvae_ext.model._counts import (
     counts_of,
     same_counts,
 )
-from ldvae_ext.model._loader import CountsLoader, can_gather
 from ldvae_ext.model._registry import covariates_of, has_size_factors, known_levels
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def stream_cells(
             msg = "`indices` choose cells of an AnnData; with `dataloader` it decides which cells come."
             raise ValueError(msg)
         length = len(dataloader) if hasattr(dataloader, "__len__") else None
-        yield CellStream(None, encode(model.module, dataloader, covariates, rotation), length, None)
+        yield CellStream(None, encode_cells(model.module, dataloader, covariates, rotation), length, None)
         return
     if (data_loader_kwargs or {}).get("shuffle"):
         msg = "`data_loader_kwargs={'shuffle': True}` would return cells in another order than their names."
@@ -85,7 +85,7 @@ def stream_cells(
         # The obs as the user knows it: scvi-tools adds columns to what it registers.
         obs = cast("pd.DataFrame", (cells if adata is None else adata).obs)
         yield CellStream(
-            obs.iloc[positions], encode(model.module, loader, covariates, rotation), len(loader), positions
+            obs.iloc[positions], encode_cells(model.module, loader, covariates, rotation), len(loader), positions
         )
 
 

@@ -12,7 +12,7 @@ from ldvae_ext._validate import cell_positions
 from ldvae_ext.core._views import check_rotatable
 from ldvae_ext.core.fisher import fisher_rotation, logit_information
 from ldvae_ext.core.rotation import with_signs
-from ldvae_ext.model._bridge import encode
+from ldvae_ext.model._bridge import encode_cells
 from ldvae_ext.model._cells import readable_cells
 from ldvae_ext.model._decoding import DecodingMixin
 from ldvae_ext.model._registry import covariates_of
@@ -67,7 +67,7 @@ def deviance_rotation(
         # A generator of its own, since a torch data loader draws a seed from the global one even if it does not shuffle.
         loader = model._make_data_loader(cells, indices=rows, batch_size=batch_size, generator=torch.Generator())
         for tensors in loader:
-            (encoded,) = encode(model.module, [tensors], covariates_of(model.registry))
+            (encoded,) = encode_cells(model.module, [tensors], covariates_of(model.registry))
             means.append(encoded.mean)
             weight_g += logit_information(decoder, encoded)
             minibatches.append({name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)})

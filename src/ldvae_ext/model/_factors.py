@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 import torch
 from anndata import AnnData
-from scvi.module._constants import MODULE_KEYS
 
+from ldvae_ext._scvi import MODULE_KEYS
 from ldvae_ext._validate import factor_indices
 from ldvae_ext.core.rotation import Rotation
 from ldvae_ext.model._base import LDVAEBase

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from scvi.data._constants import ADATA_MINIFY_TYPE
-
+from ldvae_ext._scvi import ADATA_MINIFY_TYPE
 from ldvae_ext.model._cells import stream_cells
 from ldvae_ext.model._tasks import TasksMixin
 

@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 import scvi
 from anndata import AnnData
-from scvi.data._constants import ADATA_MINIFY_TYPE
 from scvi.utils import track
 
 from ldvae_ext._groups import codes_at
+from ldvae_ext._scvi import ADATA_MINIFY_TYPE
 from ldvae_ext._stats import FactorStats
 from ldvae_ext._validate import cell_positions, check_positive_int, warn
 from ldvae_ext.core import kl_per_dimension

@@ -16,8 +16,8 @@ from anndata import AnnData
 from scipy.stats import spearmanr
 from scvi.data._utils import _validate_adata_dataloader_input
 from scvi.model.base import RNASeqMixin, VAEMixin
-from scvi.module._constants import MODULE_KEYS
 
+from ldvae_ext._scvi import MODULE_KEYS
 from ldvae_ext._validate import check_column, check_one_of
 from ldvae_ext.core import LinearDecoder, log_likelihood
 from ldvae_ext.core.cells import EncodedCells, dense

@@ -9,14 +9,14 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from scvi.model._utils import get_max_epochs_heuristic, parse_device_args, use_distributed_sampler
-from scvi.train._config import merge_kwargs
 
+from ldvae_ext._scvi import get_max_epochs_heuristic, merge_kwargs, parse_device_args
 from ldvae_ext._validate import check_one_of, check_positive_int, warn
+from ldvae_ext.backends.base import Backend
+from ldvae_ext.backends.choose import choose_for_training
+from ldvae_ext.backends.loader import CountsSplitter
+from ldvae_ext.backends.plan import uses_backend
 from ldvae_ext.model._base import LDVAEBase
-from ldvae_ext.model._loader import CountsSplitter
-from ldvae_ext.module._backends import BACKENDS
-from ldvae_ext.module._plan import GatheringPlan
 
 _WARMED_UP = 0.95
 
@@ -98,11 +98,9 @@ class TrainingMixin(LDVAEBase):
             self._start_from(datamodule)
         trainer_options = merge_kwargs(trainer_config, trainer_kwargs, name="trainer")
         chosen = self._backend_of(backend, accelerator, devices, plan_kwargs, trainer_options)
-        with (
-            self._axes_of_other_loadings_ended(),
-            self._splitter_of(chosen),
-            self.module.computing(chosen),
-        ):
+        if uses_backend(self._training_plan_cls):
+            plan_kwargs["backend"] = chosen
+        with self._axes_of_other_loadings_ended(), self._splitter_of(chosen.name):
             result = super().train(
                 max_epochs=max_epochs,
                 accelerator=accelerator,
@@ -124,27 +122,14 @@ class TrainingMixin(LDVAEBase):
 
     def _backend_of(
         self, backend: str, accelerator: str, devices: Any, plan_kwargs: dict[str, Any], trainer_kwargs: dict[str, Any]
-    ) -> str:
-        check_one_of("backend", backend, ("auto", *BACKENDS))
+    ) -> Backend:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # scvi-tools says it once more
+            warnings.simplefilter("ignore")  # scvi-tools warns once more
             _, _, device = parse_device_args(accelerator=accelerator, devices=devices, return_device="torch")
-        plan, precision = self._training_plan_cls, trainer_kwargs.get("precision")
-        obstacles = {
-            "`compile=True`": bool(plan_kwargs.get("compile")),
-            "a distributed strategy": use_distributed_sampler(trainer_kwargs.get("strategy")),
-            f"`precision={precision!r}` or plugins": precision not in (None, 32, "32", "32-true")
-            or bool(trainer_kwargs.get("plugins")),
-            # One that asks for more than the loss would find no distributions, and latents without a graph.
-            f"the training plan `{plan.__name__}`": plan.training_step is not GatheringPlan.training_step,
-        }
-        for obstacle, stands in obstacles.items():
-            if stands:
-                if backend not in ("auto", "scvi"):
-                    msg = f"`backend={backend!r}` does not go with {obstacle}."
-                    raise ValueError(msg)
-                return "scvi"
-        return self.module.backend(backend, torch.device(device).type)
+        device_type = torch.device(device).type
+        return choose_for_training(
+            self.module, backend, device_type, self._training_plan_cls, plan_kwargs, trainer_kwargs
+        )
 
     @contextmanager
     def _splitter_of(self, backend: str) -> Iterator[None]:

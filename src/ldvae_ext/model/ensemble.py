@@ -18,11 +18,11 @@ from scvi.utils import track
 
 from ldvae_ext._keys import CONSENSUS_KEY, consensus_keys
 from ldvae_ext._validate import check_one_of, check_positive_int, listed, warn
+from ldvae_ext.backends.loader import CountsSplitter
 from ldvae_ext.core import kl_per_dimension
 from ldvae_ext.core.matching import STABLE, UNSTABLE, Consensus, consensus_of, cosines, flags, match_columns, procrustes
 from ldvae_ext.core.rotation import CONSENSUS, Rotation
 from ldvae_ext.model._ldvae import LDVAE
-from ldvae_ext.model._loader import CountsSplitter
 
 RESAMPLES = ("halves", "bootstrap")
 CELLS = {None: "same", "halves": "disjoint halves", "bootstrap": "bootstrap"}

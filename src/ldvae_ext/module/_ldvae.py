@@ -11,12 +11,12 @@ import torch
 from scvi import REGISTRY_KEYS
 from scvi.module import LDVAE as ScviLDVAE
 from scvi.module import VAE
-from scvi.module._constants import MODULE_KEYS
 from scvi.module.base import auto_move_data
 from scvi.nn import Encoder
 
+from ldvae_ext.backends.batch_norm import fold_batch_norm
+from ldvae_ext.backends.inference import CellPosterior, posterior_by_layers
 from ldvae_ext.module._decoder import LinearDecoderLayer
-from ldvae_ext.module._encode import CellPosterior
 from ldvae_ext.module._generative import GenerativeModule
 from ldvae_ext.module._loading import StrictLoading
 from ldvae_ext.module._marginal import log_marginal
@@ -219,43 +219,15 @@ class LDVAEModule(StrictLoading, QueryModule, TruncationModule, GenerativeModule
         """
         return evaluating(self, layers)
 
-    def forward(self, tensors: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
-        """scvi-tools' forward pass, which a minibatch of a single cell does not stop.
-
-        One cell has no variance that batch norm could divide by in training: it is normalised with the running
-        statistics, as in evaluation.
-
-        Parameters
-        ----------
-        tensors
-            A minibatch as scvi-tools' data loaders make it.
-        *args, **kwargs
-            As in scvi-tools.
-        """
-        if self.training and len(tensors[REGISTRY_KEYS.X_KEY]) == 1:
-            with self.evaluating(torch.nn.BatchNorm1d):
-                return super().forward(tensors, *args, **kwargs)
-        return super().forward(tensors, *args, **kwargs)
-
-    @torch.inference_mode()
     def posterior(self, tensors: dict[str, torch.Tensor]) -> CellPosterior:
-        """Posterior of the cells of a minibatch; deterministic, and without touching torch's random state.
+        """Posterior of the cells of a minibatch; deterministic, and without changing torch's random state.
 
         Parameters
         ----------
         tensors
-            A minibatch as scvi-tools' data loaders make it, minified or not.
+            A minibatch as scvi-tools' data loaders make it, minified or not; counts may be a CSR tensor.
         """
-        on_gpu = [self.device] if self.device.type == "cuda" else []
-        # scvi's inference also draws a sample, which would move the caller's random state.
-        with self.evaluating(), torch.random.fork_rng(devices=on_gpu):
-            out = self.inference(**self._get_inference_input(tensors))
-        qz, ql = out[MODULE_KEYS.QZ_KEY], out[MODULE_KEYS.QL_KEY]
-        if self.use_size_factor_key:
-            log_library = torch.log(tensors[REGISTRY_KEYS.SIZE_FACTOR_KEY])
-        else:
-            log_library = out[MODULE_KEYS.LIBRARY_KEY] if ql is None else ql.loc
-        return CellPosterior(qz.loc, qz.scale.square(), log_library.squeeze(-1))
+        return posterior_by_layers(self, tensors)
 
     @torch.inference_mode()
     @auto_move_data
@@ -290,9 +262,6 @@ class LDVAEModule(StrictLoading, QueryModule, TruncationModule, GenerativeModule
     @torch.inference_mode()
     def get_loadings(self) -> np.ndarray:
         """Weights of the linear decoder, folded with its batch norm if it has one; shape (genes, latents)."""
-        layer, batch_norm = self.decoder.factor_regressor.fc_layers[0][:2]
-        weight = layer.weight[:, : self.n_latent]
-        if batch_norm is not None:
-            weight = (batch_norm.weight / torch.sqrt(batch_norm.running_var + batch_norm.eps))[:, None] * weight
-        # A copy: without batch norm this would be the network's own memory, which the next step of training overwrites.
-        return weight.detach().cpu().numpy().copy()
+        weight_pg, _ = fold_batch_norm(*self.decoder.factor_regressor.fc_layers[0][:2])
+        # A copy: without batch norm this would be the network's own memory, which the next training step overwrites.
+        return weight_pg[: self.n_latent].t().detach().cpu().numpy().copy()

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from scvi import REGISTRY_KEYS
 from scvi.distributions import Normal
-from scvi.module._constants import MODULE_KEYS
 
-if TYPE_CHECKING:
-    from ldvae_ext.module._ldvae import LDVAEModule
+from ldvae_ext._scvi import MODULE_KEYS
 
 
 def log_marginal(
-    module: LDVAEModule, tensors: dict[str, torch.Tensor], n_mc_samples: int, n_mc_samples_per_pass: int
+    module: Any, tensors: dict[str, torch.Tensor], n_mc_samples: int, n_mc_samples_per_pass: int
 ) -> torch.Tensor:
     """See :meth:`ldvae_ext.module.LDVAEModule.marginal_ll`."""
     encoded = module.inference(**module._get_inference_input(tensors, full_forward_pass=True))

@@ -10,7 +10,7 @@ import torch
 from scvi import REGISTRY_KEYS
 from scvi.nn import FCLayers
 
-from ldvae_ext.module._plan import GatheringPlan
+from ldvae_ext.backends.plan import GatheringPlan
 
 
 class Levels(NamedTuple):

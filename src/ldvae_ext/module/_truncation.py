@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from scvi import REGISTRY_KEYS
 from scvi.distributions import Normal
-from scvi.module._constants import MODULE_KEYS
+
+from ldvae_ext._scvi import MODULE_KEYS
 
 # Which latents of which cell are kept, among the outputs of the inference.
 _KEPT = "kept_latents"

@@ -1,47 +1,39 @@
-"""Posteriors of many cells: the encoders of a network as they are in evaluation mode, on sparse counts."""
+"""Posteriors of many cells: the encoders of a network in evaluation mode, on sparse counts, in compiled loops."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from scvi import REGISTRY_KEYS
 from scvi.nn import Encoder
 
-from ldvae_ext.core._compiled import kernels
-from ldvae_ext.module._likelihood import Counts, check_genes
-from ldvae_ext.module._sparse import encoders_in_use, has_one_hidden_layer, is_plain, sparse_rows
+from ldvae_ext.backends.batch_norm import batch_norm_of
+from ldvae_ext.backends.counts import Counts, check_genes, csr_of_dense
+from ldvae_ext.backends.inference import CellPosterior
+from ldvae_ext.backends.layers import encoders_in_use, has_one_hidden_layer, is_plain, replaced
+from ldvae_ext.core.fold import fold_batch_norm
+from ldvae_ext.kernels.threads import is_compiled
 
-# What scvi-tools' way to a posterior passes through.
-_STEPS = ("_get_inference_input", "inference", "_regular_inference", "posterior")
-
-
-class CellPosterior(NamedTuple):
-    """What the encoder says of a minibatch, without sampling."""
-
-    mean: torch.Tensor
-    """Posterior means (of u under ``"ln"``), shape (cells, latents)."""
-    variance: torch.Tensor
-    """Posterior variances, same shape."""
-    log_library: torch.Tensor
-    """Log of the library size: size factor, observed, or the posterior mean of the log library; shape (cells,)."""
+# Methods between a minibatch and its posterior in scvi-tools, which are passed over here.
+_METHODS = ("_get_inference_input", "inference", "_regular_inference", "posterior")
 
 
-class EvaluatedEncoders:
+class FoldedEncoders:
     """The encoders of a network with their batch norm folded in, both in one pass over the counts, in compiled loops.
 
     Parameters
     ----------
     module
-        A network of which :meth:`fit` holds; it must not change meanwhile.
+        A network for which :meth:`fits` is True; its parameters must not change afterwards.
     """
 
     def __init__(self, module: Any) -> None:
         self._module = module
         encoders = encoders_in_use(module)
         first = [_folded(encoder) for encoder in encoders]
-        # Gene by gene in memory, the hidden units of both encoders side by side.
+        # Row-major by gene, the hidden units of both encoders side by side.
         self._weight_gh = np.ascontiguousarray(np.concatenate([weight_hg for weight_hg, _ in first]).T)
         self._bias_h = np.concatenate([bias_h for _, bias_h in first])
         self._n_hidden = len(first[0][1])
@@ -53,15 +45,15 @@ class EvaluatedEncoders:
             self._library = _array(head.weight).T, _array(head.bias)
 
     @staticmethod
-    def fit(module: Any) -> bool:
-        """Whether a network has scvi-tools' one hidden layer without covariates, and is where the loops can read it."""
+    def fits(module: Any) -> bool:
+        """True if a network has one hidden layer without covariates, and is where compiled loops can read it."""
         return (
-            kernels() is not None
+            is_compiled()
             and module.minified_data_type is None
             and not module.encode_covariates
             and module.device.type == "cpu"
-            and all(map(_is_usual, encoders_in_use(module)))
-            and module.replaced(_STEPS, _layers(module)) is None
+            and all(map(_can_be_folded, encoders_in_use(module)))
+            and replaced(module, _METHODS, _layers(module)) is None
         )
 
     def posterior(self, tensors: dict[str, torch.Tensor]) -> CellPosterior:
@@ -72,20 +64,20 @@ class EvaluatedEncoders:
         tensors
             The minibatch; its counts may be a CSR tensor.
         """
-        from ldvae_ext.module import _row_kernels as loops
+        from ldvae_ext.kernels import sparse as loops
 
         x_ng = tensors[REGISTRY_KEYS.X_KEY].cpu()
         check_genes(x_ng, self._module.n_input)
-        counts = Counts.of(sparse_rows(x_ng.float()) if x_ng.layout is torch.strided else x_ng)
+        counts = Counts.of(csr_of_dense(x_ng.float()) if x_ng.layout is torch.strided else x_ng)
         indptr, indices, values = counts.arrays
         hidden_nh = np.tile(self._bias_h, (counts.n_cells, 1))
         seen = np.log1p(values) if self._module.log_variational else values
-        loops.multiply(indptr, indices, seen, self._weight_gh, hidden_nh)
+        loops.sparse_dense_product(indptr, indices, seen, self._weight_gh, hidden_nh)
         np.maximum(hidden_nh, 0, out=hidden_nh)
-        of_z_nh = hidden_nh[:, : self._n_hidden]
-        mean_nk = of_z_nh @ self._mean[0] + self._mean[1]
+        latent_nh = hidden_nh[:, : self._n_hidden]
+        mean_nk = latent_nh @ self._mean[0] + self._mean[1]
         with np.errstate(over="ignore"):  # infinite as in torch
-            variance_nk = np.exp(of_z_nh @ self._variance[0] + self._variance[1])
+            variance_nk = np.exp(latent_nh @ self._variance[0] + self._variance[1])
         variance_nk += np.float32(self._module.z_encoder.var_eps)
         if self._module.use_size_factor_key:
             log_library = torch.log(tensors[REGISTRY_KEYS.SIZE_FACTOR_KEY]).squeeze(-1)
@@ -97,7 +89,7 @@ class EvaluatedEncoders:
 
 
 def _layers(module: Any) -> list[torch.nn.Module]:
-    """The layers between a cell's counts and its posterior; what is made of a draw comes later."""
+    """The layers between the counts of a cell and its posterior; those that transform a draw come later."""
     return [
         layer
         for encoder in encoders_in_use(module)
@@ -110,7 +102,7 @@ def _array(tensor: torch.Tensor) -> np.ndarray:
     return tensor.detach().numpy()
 
 
-def _is_usual(encoder: Encoder) -> bool:
+def _can_be_folded(encoder: Encoder) -> bool:
     if not has_one_hidden_layer(encoder):
         return False
     norm = encoder.encoder.fc_layers[0][1]
@@ -119,13 +111,8 @@ def _is_usual(encoder: Encoder) -> bool:
 
 
 def _folded(encoder: Encoder) -> tuple[np.ndarray, np.ndarray]:
-    """Weights and bias of the first layer behind its batch norm, float32; folded in float64."""
+    """Weight and bias of the first layer with its batch norm, float32; folded in float64."""
     linear, norm = encoder.encoder.fc_layers[0][:2]
-    weight_hg, bias_h = _array(linear.weight).astype(np.float64), _array(linear.bias).astype(np.float64)
-    if norm is not None:
-        scale_h = _array(norm.weight).astype(np.float64) / np.sqrt(
-            _array(norm.running_var).astype(np.float64) + norm.eps
-        )
-        bias_h = (bias_h - _array(norm.running_mean)) * scale_h + _array(norm.bias)
-        weight_hg = weight_hg * scale_h[:, None]
-    return weight_hg.astype(np.float32), bias_h.astype(np.float32)
+    weight_hg, bias_h = (_array(value).astype(np.float64) for value in (linear.weight, linear.bias))
+    folded = fold_batch_norm(weight_hg, bias_h, None if norm is None else batch_norm_of(norm))
+    return folded[0].astype(np.float32), folded[1].astype(np.float32)
