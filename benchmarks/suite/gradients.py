@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from ldvae_ext.backends.choose import choose_backend
 from suite.lab import Lab, backend
 from suite.measure import threads
 from suite.registry import Found, Measured, Row, Unavailable, case
-
-from ldvae_ext.backends.choose import choose_backend
 
 N_MINIBATCHES, BATCH_SIZE = 5, 128
 Gradients = dict[str, np.ndarray]

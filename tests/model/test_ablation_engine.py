@@ -13,8 +13,8 @@ import scvi
 import torch
 from threadpoolctl import threadpool_limits
 
-from ldvae_ext.kernels.threads import compiled
 from ldvae_ext.core.plan import MODES, SCHEMES
+from ldvae_ext.kernels.threads import compiled
 from ldvae_ext.model import LDVAE
 from tests.core.brute_force import own_and_new
 from tests.datamodule import CountsDataModule

@@ -12,8 +12,8 @@ from scipy import sparse
 from scvi.dataloaders import AnnDataLoader
 from scvi.model import LinearSCVI
 
-from ldvae_ext.model import LDVAE
 from ldvae_ext.backends.loader import CountsLoader, counts_loader
+from ldvae_ext.model import LDVAE
 from tests.helpers import TRAIN, counts
 
 BACKENDS = ("numba", "torch", "auto")

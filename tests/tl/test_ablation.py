@@ -10,8 +10,8 @@ import pytest
 from scipy import sparse
 
 from ldvae_ext import get, tl
-from ldvae_ext.kernels.threads import compiled
 from ldvae_ext.core._paired import can_be_compiled
+from ldvae_ext.kernels.threads import compiled
 from tests.helpers import counts, untrained
 from tests.reference import covariate_counts, setup_arguments
 
