@@ -21,7 +21,7 @@ from scipy import sparse
 from ldvae_ext.core import LinearDecoder
 from ldvae_ext.core.likelihood import deviance
 from ldvae_ext.model import LDVAE
-from ldvae_ext.model._ordered import deviance_rotation
+from ldvae_ext.model._rotation import deviance_rotation
 
 DATA = ("pbmc3k", "kang_muscat")
 N_LATENT = 10

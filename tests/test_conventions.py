@@ -1,8 +1,9 @@
-"""What DESIGN promises of the code's form: layers, signatures, docstrings, sizes."""
+"""The form of the code that DESIGN promises: layers, private names, mixins, signatures, docstrings, sizes."""
 
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import subprocess
 import sys
@@ -16,23 +17,31 @@ import ldvae_ext
 SRC = Path(ldvae_ext.__file__).parent
 FILES = sorted(SRC.rglob("*.py"))
 
-# A room and the rooms that it may open.
+# A layer and the layers that it may import.
 ALLOWED = {
-    "core": {"core", "_validate"},
-    "module": {"core", "module", "_validate"},
-    "model": {"core", "module", "model", "_validate", "_keys", "_groups", "_stats"},
+    "kernels": {"kernels"},
+    "core": {"core", "kernels", "_validate"},
+    "backends": {"backends", "core", "kernels", "_scvi", "_validate"},
+    "module": {"backends", "core", "module", "_scvi", "_validate"},
+    "model": {
+        "backends", "core", "kernels", "module", "model", "_docs", "_groups", "_keys", "_scvi", "_stats", "_validate",
+    },
     "get": {"core", "get", "_validate", "_keys", "_groups", "_stats"},
-    "tl": {"core", "get", "tl", "_validate", "_keys", "_groups"},
+    "tl": {"core", "get", "tl", "_docs", "_validate", "_keys", "_groups"},
     "pl": {"core", "get", "pl", "_validate", "_keys"},
     "datasets": {"core", "_validate", "_keys"},
+    "_docs": set(),
     "_groups": {"_validate", "_keys"},
+    "_scvi": set(),
     "_stats": set(),
     "_keys": set(),
     "_validate": set(),
-}
-# A room and the libraries that may not be there, not even inside a function.
+}  # fmt: skip
+# A layer and the libraries that may not be there, not even inside a function.
 FORBIDDEN = {
+    "kernels": {"anndata", "pandas", "scipy", "torch", "scvi", "scanpy", "matplotlib"},
     "core": {"anndata", "pandas", "torch", "scvi", "scanpy", "matplotlib"},
+    "backends": {"anndata", "scanpy", "matplotlib"},
     "get": {"torch", "scvi", "lightning", "matplotlib"},
     "tl": {"torch", "scvi", "lightning", "matplotlib"},
     "pl": {"torch", "scvi", "lightning", "seaborn"},
@@ -40,9 +49,11 @@ FORBIDDEN = {
     "model": {"matplotlib"},
     "datasets": {"torch", "scvi", "lightning"},
 }
+# Class attributes with which scvi-tools lets a subclass choose its parts.
+EXTENSION_POINTS = {"_module_cls", "_training_plan_cls", "_data_splitter_cls", "_LATENT_QZM_KEY", "_LATENT_QZV_KEY"}
 
 
-def room(path):
+def layer(path):
     part = path.relative_to(SRC).parts[0]
     return part.removesuffix(".py")
 
@@ -59,12 +70,93 @@ def imports(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SRC)))
 def test_imports_run_one_way(path):
-    here = room(path)
+    here = layer(path)
     for name in imports(path):
         top, _, rest = name.partition(".")
         assert top not in FORBIDDEN.get(here, set()), f"{here} imports {name}"
         if top == "ldvae_ext" and here in ALLOWED and rest:
             assert rest.split(".")[0] in ALLOWED[here], f"{here} imports {name}"
+
+
+def names_of_imports(path):
+    """Full name of everything that a file imports."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SRC)))
+def test_numba_is_imported_in_kernels_alone(path):
+    if layer(path) != "kernels":
+        assert not [name for name in names_of_imports(path) if name.split(".")[0] == "numba"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SRC)))
+def test_private_names_of_scvi_tools_are_imported_by_one_file(path):
+    if path.name == "_scvi.py":
+        return
+    for name in names_of_imports(path):
+        top, *rest = name.split(".")
+        if top in ("scvi", "lightning"):
+            assert not [part for part in rest if part.startswith("_")], name
+
+
+def test_there_are_no_import_circles():
+    modules = {".".join(("ldvae_ext", *path.relative_to(SRC).with_suffix("").parts)): path for path in FILES}
+    modules = {name.removesuffix(".__init__"): path for name, path in modules.items()}
+    graph = {}
+    for name, path in modules.items():
+        imported = set()
+        for full in names_of_imports(path):
+            # A package stands for its own file only where it is imported as a whole.
+            target = full if full in modules else full.rpartition(".")[0]
+            if target in modules and target not in (name, "ldvae_ext"):
+                imported.add(target)
+        graph[name] = imported
+    done, open_ = set(), []
+
+    def visit(name):
+        assert name not in open_, f"import circle: {' -> '.join([*open_[open_.index(name) :], name])}"
+        if name in done:
+            return
+        open_.append(name)
+        for target in sorted(graph[name]):
+            visit(target)
+        open_.pop()
+        done.add(name)
+
+    for name in graph:
+        visit(name)
+
+
+def own_classes():
+    """All classes of the layers that extend scvi-tools."""
+    for path in FILES:
+        if layer(path) in ("backends", "module", "model", "_scvi"):
+            name = ".".join(("ldvae_ext", *path.relative_to(SRC).with_suffix("").parts)).removesuffix(".__init__")
+            for thing in vars(importlib.import_module(name)).values():
+                if inspect.isclass(thing) and thing.__module__ == name:
+                    yield thing
+
+
+def test_private_methods_of_scvi_tools_are_overridden_by_one_file():
+    for cls in own_classes():
+        if cls.__module__ == "ldvae_ext._scvi":
+            continue
+        theirs = [base for base in cls.__mro__ if base.__module__.split(".")[0] in ("scvi", "lightning")]
+        for name in vars(cls):
+            if name.startswith("_") and not name.startswith("__") and name not in EXTENSION_POINTS:
+                owners = [base.__qualname__ for base in theirs if callable(vars(base).get(name))]
+                assert not owners, f"{cls.__qualname__}.{name} overrides that of {owners}"
+
+
+def test_no_mixin_inherits_from_a_mixin():
+    mixins = [cls for cls in own_classes() if cls.__name__.endswith("Mixin")]
+    assert len(mixins) < 12
+    for cls in mixins:
+        assert [base.__name__ for base in cls.__bases__] in (["object"], ["LDVAEBase"]), cls
 
 
 def test_only_one_file_spells_an_anndata_key():

@@ -1,11 +1,13 @@
 """The door to scvi-tools and Lightning: the only file that imports or overrides their private names.
 
-Each name has a line that says why it is needed. ``docs/contributing.md`` has the table of all of them, with what would
-break if a release changed one; ``tests/test_scvi_contract.py`` fails by name when one does.
+Each name has a line that says why it is needed. ``docs/contributing.md`` has the table of them with what would break if a
+release changed one; ``tests/test_scvi_contract.py`` fails by name when one changes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
@@ -29,6 +31,7 @@ from scvi.data._utils import _validate_adata_dataloader_input as check_adata_or_
 
 # dtype of each registered field, so that minibatches are scvi-tools' own.
 from scvi.data._utils import registry_key_to_default_dtype
+from scvi.data.fields import CategoricalJointObsField
 
 # Default number of epochs, device of a training, and whether cells are divided among processes.
 from scvi.model._utils import get_max_epochs_heuristic, parse_device_args, use_distributed_sampler
@@ -48,22 +51,32 @@ __all__ = [
     "MODULE_KEYS",
     "SETUP_ARGS_KEY",
     "SETUP_METHOD_NAME",
+    "DataChecks",
+    "DenoisedSamples",
+    "FastHookNames",
+    "GenerativeInputs",
+    "StableCategoriesField",
     "adata_minify_type",
     "check_adata_or_dataloader",
     "get_max_epochs_heuristic",
+    "is_logging_step",
     "load_saved_files",
     "merge_kwargs",
     "parse_device_args",
     "registry_key_to_default_dtype",
+    "skip_graph_capture_check",
+    "splitting_cells_by",
+    "untested_releases",
     "use_distributed_sampler",
 ]
 
-# Releases that the test matrix covers: from the first, below the second.
-TESTED_RELEASES = {"scvi-tools": ("1.5", "1.7"), "lightning": ("2.5", "2.7")}
+# Releases that the tests run on: from the first, below the second. `backend="auto"` is "scvi" on others, since a patch
+# release can change the loss: 1.5.1 changed `VAE.loss`.
+TESTED_RELEASES = {"scvi-tools": ("1.5.1", "1.5.2"), "lightning": ("2.6", "2.7")}
 
 
 def untested_releases() -> str:
-    """Installed releases of scvi-tools and Lightning that are outside of the tested range; empty if there are none."""
+    """Installed releases of scvi-tools and Lightning outside of the tested range; empty if there are none."""
     untested = []
     for package, (first, end) in TESTED_RELEASES.items():
         installed = version(package)
@@ -72,8 +85,68 @@ def untested_releases() -> str:
     return ", ".join(untested)
 
 
+class DataChecks:
+    """Stands before scvi-tools' model classes: a check of its own before scvi-tools' check of an AnnData.
+
+    ``_validate_anndata`` is the gate of all inherited methods; there is no public one.
+    """
+
+    def _validate_anndata(self, adata: Any = None, *args: Any, **kwargs: Any) -> Any:
+        self._check_genes(adata)  # type: ignore[attr-defined]
+        return super()._validate_anndata(adata, *args, **kwargs)  # type: ignore[misc]
+
+
+class DenoisedSamples:
+    """Stands before scvi-tools' model classes: rates before Poisson noise where scvi-tools cannot draw them.
+
+    ``get_feature_correlation_matrix`` takes its rates from ``_get_denoised_samples``, which fails under a Poisson likelihood.
+    """
+
+    def _get_denoised_samples(self, adata: Any = None, indices: Any = None, **kwargs: Any) -> Any:
+        if self._has_own_rates():  # type: ignore[attr-defined]
+            return self._sampled_rates(adata, indices, **kwargs)  # type: ignore[attr-defined]
+        return super()._get_denoised_samples(adata=adata, indices=indices, **kwargs)  # type: ignore[misc]
+
+
+class GenerativeInputs:
+    """Stands before scvi-tools' network: latents are changed between inference and decoder.
+
+    ``_get_generative_input`` is the only place between the two that every forward pass goes through.
+    """
+
+    def _get_generative_input(self, tensors: Any, inference_outputs: Any, **kwargs: Any) -> Any:
+        inputs = super()._get_generative_input(tensors, inference_outputs, **kwargs)  # type: ignore[misc]
+        return self.change_latents(inputs, inference_outputs)  # type: ignore[attr-defined]
+
+
+class StableCategoriesField(CategoricalJointObsField):
+    """scvi-tools' field of categorical covariates, with codes that do not depend on the order of a column's categories.
+
+    scvi-tools passes a column with the same categories in another order to pandas, which treats the two types as equal and
+    returns the column's own codes, so that levels are exchanged. A file can change that order.
+    """
+
+    def _make_array_categorical(self, adata: Any, category_dict: dict | None = None) -> dict:
+        if category_dict is not None:
+            adata.obsm[self.attr_key] = adata.obsm[self.attr_key].astype(object)
+        return super()._make_array_categorical(adata, category_dict)
+
+
+class FastHookNames:
+    """Stands before a training plan: Lightning sets the name of each hook, forty times in a step.
+
+    torch's ``__setattr__`` would check the type of each value, which takes a twentieth of a step.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_current_fx_name":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+
 def is_logging_step(trainer: Any) -> bool:
-    """True if Lightning logs the values of this step, as every `log_every_n_steps`: it has no public name for that.
+    """True if Lightning logs the values of this step (every ``log_every_n_steps``); there is no public name for it.
 
     Parameters
     ----------
@@ -81,3 +154,44 @@ def is_logging_step(trainer: Any) -> bool:
         The trainer.
     """
     return trainer._logger_connector.should_update_logs
+
+
+def skip_graph_capture_check(optimizer: Any) -> None:
+    """Leave out an optimizer's check for a CUDA graph at each step, if all parameters are on a CPU.
+
+    Parameters
+    ----------
+    optimizer
+        An optimizer of torch.
+    """
+    check = "_accelerator_graph_capture_health_check"
+    on_cpu = all(value.device.type == "cpu" for group in optimizer.param_groups for value in group["params"])
+    if on_cpu and hasattr(optimizer, check):
+        setattr(optimizer, check, _skip)
+
+
+def _skip() -> None:
+    """Replaces a check that does not concern a CPU."""
+
+
+@contextmanager
+def splitting_cells_by(model: Any, splitter: type | None) -> Iterator[None]:
+    """Inside, a class divides the cells of a model into training and validation, unless the user has set another.
+
+    scvi-tools takes the class from the attribute ``_data_splitter_cls``; ``train`` has no argument for it.
+
+    Parameters
+    ----------
+    model
+        The model.
+    splitter
+        The class; scvi-tools' own if None.
+    """
+    is_set = splitter is not None and "_data_splitter_cls" not in model.__dict__
+    if is_set:
+        model._data_splitter_cls = splitter
+    try:
+        yield
+    finally:
+        if is_set:
+            del model._data_splitter_cls

@@ -15,7 +15,7 @@ from sklearn.covariance import EllipticEnvelope
 
 from ldvae_ext import datasets
 from ldvae_ext.model import LDVAE
-from ldvae_ext.model._tasks import with_u
+from ldvae_ext.model._stock import with_u
 from tests.helpers import TRAIN, counts, untrained
 
 N_SAMPLES = 200

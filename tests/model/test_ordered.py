@@ -15,8 +15,8 @@ from scipy import sparse
 from scvi.model import LinearSCVI
 
 from ldvae_ext.core.likelihood import deviance
-from ldvae_ext.model import LDVAE, _deviance
-from ldvae_ext.model._deviance import deviance_rotation
+from ldvae_ext.model import LDVAE, _rotation
+from ldvae_ext.model._rotation import deviance_rotation
 from tests.helpers import TRAIN, counts, untrained
 from tests.query import cells, map_query
 
@@ -56,8 +56,8 @@ def of_programs():
 @pytest.fixture
 def quick(monkeypatch):
     """Few steps of the refinement, for tests of all but its result."""
-    monkeypatch.setattr(_deviance, "refine_rotation", partial(_deviance.refine_rotation, n_steps=10))
-    monkeypatch.setattr(_deviance, "polish_rotation", partial(_deviance.polish_rotation, n_sweeps=1))
+    monkeypatch.setattr(_rotation, "refine_rotation", partial(_rotation.refine_rotation, n_steps=10))
+    monkeypatch.setattr(_rotation, "polish_rotation", partial(_rotation.polish_rotation, n_sweeps=1))
 
 
 def explained(model, rotation):
@@ -131,19 +131,19 @@ def test_cells_decide_and_many_are_sampled(of_programs, monkeypatch):
     elsewhere = deviance_rotation(of_programs, of_programs.adata[:60].copy())
     np.testing.assert_allclose(elsewhere, few, atol=1e-6)
     seen = []
-    refine = _deviance.refine_rotation
+    refine = _rotation.refine_rotation
 
     def note(module, tensors, start):
         seen.append(len(tensors["X"]))
         return refine(module, tensors, start)
 
-    monkeypatch.setattr(_deviance, "refine_rotation", note)
-    monkeypatch.setattr(_deviance, "_MAX_CELLS", 100)
+    monkeypatch.setattr(_rotation, "refine_rotation", note)
+    monkeypatch.setattr(_rotation, "_MAX_CELLS", 100)
     sampled = deviance_rotation(of_programs)
     np.testing.assert_array_equal(sampled, deviance_rotation(of_programs))
-    monkeypatch.setattr(_deviance, "_MAX_CELLS", 4096)
-    monkeypatch.setattr(_deviance, "_MIN_CELLS", 20)
-    monkeypatch.setattr(_deviance, "_MAX_COUNTS", 50 * 60)
+    monkeypatch.setattr(_rotation, "_MAX_CELLS", 4096)
+    monkeypatch.setattr(_rotation, "_MIN_CELLS", 20)
+    monkeypatch.setattr(_rotation, "_MAX_COUNTS", 50 * 60)
     deviance_rotation(of_programs)
     assert seen == [100, 100, 50]
 

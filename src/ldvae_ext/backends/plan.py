@@ -8,11 +8,11 @@ import torch
 from scvi.module.base import LossOutput
 from scvi.train import TrainingPlan
 
-from ldvae_ext._scvi import is_logging_step
+from ldvae_ext._scvi import FastHookNames, is_logging_step, skip_graph_capture_check
 from ldvae_ext.backends.base import Backend
 
 
-class GatheringPlan(TrainingPlan):
+class GatheringPlan(FastHookNames, TrainingPlan):
     """``scvi.train.TrainingPlan`` with the loss of a backend, and with metrics that are logged once in an epoch.
 
     Names and values of the metrics are scvi-tools'. Each is a mean over the epoch, which Lightning would update at each step.
@@ -36,20 +36,10 @@ class GatheringPlan(TrainingPlan):
         """Name of the backend of the loss."""
         return "scvi" if self._backend is None else self._backend.name
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "_current_fx_name":
-            # Lightning sets the name of each hook, forty times in a step; torch's own method checks the type of each value.
-            object.__setattr__(self, name, value)
-        else:
-            super().__setattr__(name, value)
-
     def configure_optimizers(self) -> dict[str, Any]:
         """scvi-tools' optimizer; on a CPU without its check for a CUDA graph at each step."""
         config = super().configure_optimizers()
-        optimizer, check = config["optimizer"], "_accelerator_graph_capture_health_check"
-        on_cpu = all(value.device.type == "cpu" for group in optimizer.param_groups for value in group["params"])
-        if on_cpu and hasattr(optimizer, check):
-            setattr(optimizer, check, _skip)
+        skip_graph_capture_check(config["optimizer"])
         return config
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
@@ -170,7 +160,3 @@ class _Sums:
         for name, value in losses.extra_metrics.items():
             if not isinstance(value, torch.Tensor) or value.ndim == 0:
                 self.extra[name] = self.extra.get(name, 0.0) + value * n_obs
-
-
-def _skip() -> None:
-    """Replaces a check that does not concern a CPU."""

@@ -19,18 +19,19 @@ _BLOCK = 2**16
 class AffineDecoder(Protocol):
     """The parts of a :class:`ldvae_ext.core.LinearDecoder` that decoding reads."""
 
-    link: str
-    genes: np.ndarray
-    weight_gk: np.ndarray
-    intercept_bg: np.ndarray
-    covariate_cg: np.ndarray | None
-
+    @property
+    def link(self) -> str: ...
+    @property
+    def genes(self) -> np.ndarray: ...
+    @property
+    def weight_gk(self) -> np.ndarray: ...
+    @property
+    def intercept_bg(self) -> np.ndarray: ...
+    @property
+    def covariate_cg(self) -> np.ndarray | None: ...
     @property
     def _tables(self) -> Tables: ...
-
-    def apply_link(self, logits_ng: np.ndarray) -> np.ndarray:
-        """Scale of given logits."""
-        ...
+    def apply_link(self, logits_ng: np.ndarray) -> np.ndarray: ...
 
 
 def put_scale(

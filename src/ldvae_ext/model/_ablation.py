@@ -1,34 +1,35 @@
-"""What a cell loses without a latent."""
+"""Ablation: change of each cell's likelihood without a latent."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-import scvi
 from anndata import AnnData
 from scvi.utils import track
 
-from ldvae_ext._groups import codes_at, gene_ablation, groups_of
+from ldvae_ext._groups import codes_at, gene_ablation
 from ldvae_ext._keys import ABLATION_INFO
-from ldvae_ext._validate import check_one_of, warn
-from ldvae_ext.core.cells import EncodedCells, has_fractions
+from ldvae_ext._validate import check_one_of
 from ldvae_ext.core.explained import ExplainedSums, PooledProfile, explained_sets
-from ldvae_ext.core.plan import MODES, AblationPlan, AblationRequest, LatentSummary, Mode, Scheme
-from ldvae_ext.model._cells import check_is_anndata, with_positions
-from ldvae_ext.model._rotation import RotationMixin
+from ldvae_ext.core.plan import MODES, Mode, Scheme
+from ldvae_ext.model._axes import factor_stream
+from ldvae_ext.model._base import LDVAEBase
+from ldvae_ext.model._cells import with_positions
+from ldvae_ext.model._expression import posterior_mean_expression
+from ldvae_ext.model._requests import (
+    READ_TWICE,
+    ablation_plan,
+    ablation_request,
+    groups_of_cells,
+    with_fraction_warning,
+)
 from ldvae_ext.model._threads import with_torch_threads
 
-# Name of the group that all cells are without `groupby`.
-_ALL = "all"
-_READ_TWICE = (
-    "`dataloader` is read twice here, which an iterator cannot be; give a data loader or a list of minibatches."
-)
 
-
-class AblationMixin(RotationMixin):
+class AblationMixin(LDVAEBase):
     """Ablation of latents: paired, streamed, on raw counts."""
 
     @with_torch_threads
@@ -124,7 +125,8 @@ class AblationMixin(RotationMixin):
             If ``adata`` is no AnnData, or ``dataloader`` an iterator that would have to be read twice.
         """
         self._check_has_counts("ablate")
-        request = self._ablation_request(
+        request = ablation_request(
+            self,
             dataloader,
             groupby,
             transform_batch,
@@ -138,13 +140,18 @@ class AblationMixin(RotationMixin):
             seed=seed,
         )
         request.reject_unused_groups()
-        _, code_n = self._groups(adata, groupby)
-        plan = self._plan(request, adata, code_n, batch_size, dataloader)
-        with self._factor_stream(adata, indices, batch_size, dataloader) as cells:
+        _, code_n = groups_of_cells(self, adata, groupby)
+        plan = ablation_plan(self, request, adata, code_n, batch_size, dataloader)
+        with factor_stream(self, adata, indices, batch_size, dataloader) as cells:
             parts = [
                 plan.effects(request.decoder, chunk, at, codes_at(code_n, at))
                 for chunk, at in with_positions(
-                    track(self._raw(cells.chunks), description="Ablating", total=cells.n_chunks, disable=silent),
+                    track(
+                        with_fraction_warning(self, cells.chunks),
+                        description="Ablating",
+                        total=cells.n_chunks,
+                        disable=silent,
+                    ),
                     cells.positions,
                 )
             ]
@@ -197,7 +204,8 @@ class AblationMixin(RotationMixin):
         ``uns["ldvae_ablation"]`` says what was done.
         """
         self._check_has_counts("ablate_genes")
-        request = self._ablation_request(
+        request = ablation_request(
+            self,
             dataloader,
             groupby,
             transform_batch,
@@ -210,11 +218,13 @@ class AblationMixin(RotationMixin):
             n_samples=n_samples,
             seed=seed,
         )
-        groups, code_n = self._groups(adata, groupby)
-        plan, genes = self._plan(request, adata, code_n, batch_size, dataloader), request.decoder.genes
+        groups, code_n = groups_of_cells(self, adata, groupby)
+        plan, genes = ablation_plan(self, request, adata, code_n, batch_size, dataloader), request.decoder.genes
         total_pgs, n_p = np.zeros((len(groups), len(genes), len(plan.sets))), np.zeros(len(groups), dtype=np.int64)
-        with self._factor_stream(adata, indices, batch_size, dataloader) as cells:
-            chunks = track(self._raw(cells.chunks), description="Ablating", total=cells.n_chunks, disable=silent)
+        with factor_stream(self, adata, indices, batch_size, dataloader) as cells:
+            chunks = track(
+                with_fraction_warning(self, cells.chunks), description="Ablating", total=cells.n_chunks, disable=silent
+            )
             for chunk, at in with_positions(chunks, cells.positions):
                 group_n = codes_at(code_n, at)
                 plan.add_gene_effects(total_pgs, request.decoder, chunk, at, group_n)
@@ -269,20 +279,22 @@ class AblationMixin(RotationMixin):
         # With random latents it would be another at each draw.
         check_one_of("mode", mode, [known for known in MODES if known not in ("permute", "prior")])
         if isinstance(dataloader, Iterator):
-            raise TypeError(_READ_TWICE)
+            raise TypeError(READ_TWICE)
         self._check_has_counts("get_explained_deviance")
-        request = self._ablation_request(
-            dataloader, groupby, None, latents=latents, mode=mode, value=value, scheme="keep_top"
+        request = ablation_request(
+            self, dataloader, groupby, None, latents=latents, mode=mode, value=value, scheme="keep_top"
         )
-        groups, code_n = self._groups(adata, groupby)
+        groups, code_n = groups_of_cells(self, adata, groupby)
         profile = PooledProfile(*request.decoder.intercept_bg.shape)
-        with self._factor_stream(adata, indices, batch_size, dataloader) as cells:
+        with factor_stream(self, adata, indices, batch_size, dataloader) as cells:
             for chunk in cells.chunks:
                 profile.add(chunk)
-        plan = explained_sets(self._plan(request, adata, code_n, batch_size, dataloader))
+        plan = explained_sets(ablation_plan(self, request, adata, code_n, batch_size, dataloader))
         sums = ExplainedSums(len(groups), plan)
-        with self._factor_stream(adata, indices, batch_size, dataloader) as cells:
-            chunks = track(self._raw(cells.chunks), description="Ablating", total=cells.n_chunks, disable=silent)
+        with factor_stream(self, adata, indices, batch_size, dataloader) as cells:
+            chunks = track(
+                with_fraction_warning(self, cells.chunks), description="Ablating", total=cells.n_chunks, disable=silent
+            )
             for chunk, at in with_positions(chunks, cells.positions):
                 sums.add(request.decoder, chunk, at, codes_at(code_n, at), profile.share_bg)
         return pd.DataFrame(sums.columns(groups, self.factor_names))
@@ -322,13 +334,14 @@ class AblationMixin(RotationMixin):
         -------
         Cells x genes, float32.
         """
-        request = self._ablation_request(
-            dataloader, groupby, None, latents={"all": latents}, mode=mode, value=value, seed=seed
+        request = ablation_request(
+            self, dataloader, groupby, None, latents={"all": latents}, mode=mode, value=value, seed=seed
         )
         request.reject_unused_groups()
-        _, code_n = self._groups(adata, groupby)
-        plan = self._plan(request, adata, code_n, batch_size, dataloader)
-        return self._posterior_mean_expression(
+        _, code_n = groups_of_cells(self, adata, groupby)
+        plan = ablation_plan(self, request, adata, code_n, batch_size, dataloader)
+        return posterior_mean_expression(
+            self,
             adata,
             indices,
             transform_batch,
@@ -341,59 +354,3 @@ class AblationMixin(RotationMixin):
             edit=lambda chunk, at: plan.replaced(chunk, at, codes_at(code_n, at)),
             rotation=self.rotation,
         )
-
-    def _ablation_request(
-        self, dataloader: Any, groupby: str | None, transform_batch: Any, **arguments: Any
-    ) -> AblationRequest:
-        """The arguments of an ablation, checked before any work is done."""
-        if groupby is not None and dataloader is not None:
-            msg = "`groupby` needs the obs of an AnnData; a `dataloader` brings none."
-            raise ValueError(msg)
-        codes = self._transform_batch_codes(transform_batch)
-        if self._has_own_order and arguments.get("latents") is None and arguments.get("scheme") == "keep_top":
-            arguments["latents"] = self.factor_names
-        request = AblationRequest(
-            decoder=self._factor_decoder(), has_groups=groupby is not None, batches=tuple(codes), **arguments
-        )
-        if request.needs_latents and isinstance(dataloader, Iterator):
-            raise TypeError(_READ_TWICE)
-        return request
-
-    def _raw(self, chunks: Iterable[EncodedCells]) -> Iterator[EncodedCells]:
-        """The chunks, with a warning if their counts are none: the model's own data may have been normalised since."""
-        said = self.module.gene_likelihood == "normal"
-        for chunk in chunks:
-            if not said and has_fractions(chunk.counts):
-                said = True
-                warn("The counts hold values that are not integers; the likelihood is that of raw counts.")
-            yield chunk
-
-    def _groups(self, adata: AnnData | None, groupby: str | None) -> tuple[list[str], np.ndarray | None]:
-        """Groups of all cells; without ``groupby`` they are one."""
-        if groupby is None:
-            return [_ALL], None
-        check_is_anndata(adata)
-        source = self.adata if adata is None else adata
-        if source is None:
-            msg = "This model was loaded without data: give `adata`."
-            raise ValueError(msg)
-        return groups_of(source.obs, groupby)
-
-    def _plan(
-        self,
-        request: AblationRequest,
-        adata: AnnData | None,
-        code_n: np.ndarray | None,
-        batch_size: int | None,
-        dataloader: Any,
-    ) -> AblationPlan:
-        """What is replaced by what, after a look at the latents of all cells where that is needed."""
-        default_seed = 0 if scvi.settings.seed is None else scvi.settings.seed
-        if not request.needs_latents:
-            return request.plan(default_seed=default_seed)
-        n_groups = 0 if code_n is None else code_n.max() + 1
-        seen = LatentSummary(self.n_latent, n_groups, keep=request.mode == "permute")
-        with self._factor_stream(adata, None, batch_size, dataloader) as cells:
-            for chunk, at in with_positions(cells.chunks, cells.positions):
-                seen.add(chunk.mean, chunk.variance, None if code_n is None else code_n[at], chunk.axes)
-        return request.plan(seen, default_seed=default_seed)

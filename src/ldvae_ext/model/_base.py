@@ -8,26 +8,37 @@ from copy import deepcopy
 from typing import Any, Literal
 
 import numpy as np
-import pandas as pd
 import torch
 from anndata import AnnData
 from scvi import REGISTRY_KEYS
 from scvi.data import AnnDataManager
-from scvi.data._constants import _SETUP_ARGS_KEY, ADATA_MINIFY_TYPE
-from scvi.data._utils import _get_adata_minify_type
 from scvi.data.fields import (
     CategoricalObsField,
     NumericalJointObsField,
     NumericalObsField,
 )
 from scvi.model import LinearSCVI
-from scvi.model.base import BaseMinifiedModeModelClass, EmbeddingMixin, RNASeqMixin, UnsupervisedTrainingMixin, VAEMixin
+from scvi.model.base import (
+    ArchesMixin,
+    BaseMinifiedModeModelClass,
+    EmbeddingMixin,
+    RNASeqMixin,
+    UnsupervisedTrainingMixin,
+    VAEMixin,
+)
 
+from ldvae_ext._scvi import (
+    ADATA_MINIFY_TYPE,
+    SETUP_ARGS_KEY,
+    DataChecks,
+    DenoisedSamples,
+    StableCategoriesField,
+    adata_minify_type,
+)
 from ldvae_ext._validate import check_positive_int, listed, warn
 from ldvae_ext.core.rotation import CONSENSUS, Rotation
 from ldvae_ext.model._counts import (
     CountsField,
-    CovariatesField,
     check_categories,
     check_counts,
     check_numbers,
@@ -43,8 +54,17 @@ from ldvae_ext.module import LDVAEModule
 from ldvae_ext.module._options import batch_norm_where
 
 
-class LDVAEBase(EmbeddingMixin, RNASeqMixin, VAEMixin, UnsupervisedTrainingMixin, BaseMinifiedModeModelClass):
-    """What every part of LDVAE builds on: scvi-tools' base classes, put together as in LinearSCVI."""
+class LDVAEBase(
+    DataChecks,
+    DenoisedSamples,
+    EmbeddingMixin,
+    RNASeqMixin,
+    VAEMixin,
+    ArchesMixin,
+    UnsupervisedTrainingMixin,
+    BaseMinifiedModeModelClass,
+):
+    """Base of LDVAE and of its mixins: scvi-tools' base classes as in LinearSCVI, construction and set-up."""
 
     module: LDVAEModule
     _module_cls = LDVAEModule
@@ -54,6 +74,8 @@ class LDVAEBase(EmbeddingMixin, RNASeqMixin, VAEMixin, UnsupervisedTrainingMixin
     # These end in an underscore to be saved with the model, as scvi-tools saves such attributes.
     rotation_: dict[str, Any] | None = None
     is_ordered_: bool = False
+    kl_weight_: float | None = None
+    query_: dict[str, Any] | None = None
 
     def __init__(
         self,
@@ -213,9 +235,9 @@ class LDVAEBase(EmbeddingMixin, RNASeqMixin, VAEMixin, UnsupervisedTrainingMixin
             msg = f"`setup_anndata` has no argument {listed(unknown)}; it takes {listed(inspect.signature(cls.setup_anndata).parameters, 20)}."
             raise TypeError(msg)
         for name in SETUP_ARGUMENTS:
-            if not setup_method_args[_SETUP_ARGS_KEY].get(name):
-                setup_method_args[_SETUP_ARGS_KEY].pop(name, None)
-        minify_type = _get_adata_minify_type(adata)
+            if not setup_method_args[SETUP_ARGS_KEY].get(name):
+                setup_method_args[SETUP_ARGS_KEY].pop(name, None)
+        minify_type = adata_minify_type(adata)
         counts_of(adata, layer)
         if minify_type is None:
             check_counts(adata, layer)
@@ -247,7 +269,7 @@ class LDVAEBase(EmbeddingMixin, RNASeqMixin, VAEMixin, UnsupervisedTrainingMixin
         if size_factor_key is not None:
             fields.append(NumericalObsField(REGISTRY_KEYS.SIZE_FACTOR_KEY, size_factor_key))
         if categorical:
-            fields.append(CovariatesField(REGISTRY_KEYS.CAT_COVS_KEY, categorical))
+            fields.append(StableCategoriesField(REGISTRY_KEYS.CAT_COVS_KEY, categorical))
         if continuous:
             fields.append(NumericalJointObsField(REGISTRY_KEYS.CONT_COVS_KEY, continuous))
         if minify_type is not None:
@@ -260,8 +282,8 @@ class LDVAEBase(EmbeddingMixin, RNASeqMixin, VAEMixin, UnsupervisedTrainingMixin
             manager.register_fields(adata, **kwargs)
         cls.register_manager(manager)
 
-    def _validate_anndata(self, adata: AnnData | None = None, *args: Any, **kwargs: Any) -> AnnData:
-        """As in scvi-tools, which takes genes in another order for the model's."""
+    def _check_genes(self, adata: AnnData | None) -> None:
+        """Raise if another AnnData has the model's genes in another order, which scvi-tools would take for the model's."""
         if adata is not None and adata is not self.adata:
             own, given = np.asarray(self.get_var_names()).astype(str), np.asarray(adata.var_names).astype(str)
             if len(own) == len(given) and (own != given).any() and set(own) == set(given):
@@ -270,9 +292,9 @@ class LDVAEBase(EmbeddingMixin, RNASeqMixin, VAEMixin, UnsupervisedTrainingMixin
                     "`adata[:, model.get_var_names()]` has them in the model's."
                 )
                 raise ValueError(msg)
-        return super()._validate_anndata(adata, *args, **kwargs)
 
     def _check_has_counts(self, method: str) -> None:
+        """Raise if the data were minified without the counts that a method needs."""
         if self.minified_data_type == ADATA_MINIFY_TYPE.LATENT_POSTERIOR:
             msg = (
                 f"`{method}` needs counts, which data minified as {ADATA_MINIFY_TYPE.LATENT_POSTERIOR!r} do not have; "
@@ -293,6 +315,11 @@ class LDVAEBase(EmbeddingMixin, RNASeqMixin, VAEMixin, UnsupervisedTrainingMixin
         return Rotation(matrix_kk=self.rotation_["matrix"], method=self.rotation_["method"])
 
     @property
+    def final_kl_weight(self) -> float:
+        """Weight of the KL term in the last step of training; NaN if it is not known (untrained, or from LinearSCVI)."""
+        return np.nan if self.kl_weight_ is None else self.kl_weight_
+
+    @property
     def _has_own_order(self) -> bool:
         """Whether the numbers of factors are an order that they keep: what they explain, or that of a consensus."""
         return self.is_ordered_ if self.rotation is None else self.rotation.method in ("deviance", CONSENSUS)
@@ -301,10 +328,6 @@ class LDVAEBase(EmbeddingMixin, RNASeqMixin, VAEMixin, UnsupervisedTrainingMixin
     def factor_names(self) -> list[str]:
         """What is looked at: ``F_0``, ``F_1``, ... while a rotation is in force, else the latents."""
         return self.latent_names if self.rotation is None else self.rotation.names
-
-    def get_loadings(self) -> pd.DataFrame:
-        """Weights of the linear decoder, as LinearSCVI returns them."""
-        return pd.DataFrame(self.module.get_loadings(), index=self.get_var_names(), columns=self.latent_names)
 
 
 def _own_kwargs(module_cls: type, model_kwargs: dict[str, Any], of_data: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pandas as pd
@@ -12,13 +12,14 @@ import scvi
 import torch
 from anndata import AnnData
 from scvi import REGISTRY_KEYS
-from scvi.data._utils import _get_adata_minify_type, _validate_adata_dataloader_input
 from torch.utils.data import DataLoader
 
+from ldvae_ext._scvi import adata_minify_type, check_adata_or_dataloader
 from ldvae_ext._validate import cell_positions, listed
 from ldvae_ext.backends.loader import CountsLoader, can_gather
 from ldvae_ext.core.cells import EncodedCells
 from ldvae_ext.core.rotation import Rotation
+from ldvae_ext.model._base import LDVAEBase
 from ldvae_ext.model._bridge import encode_cells
 from ldvae_ext.model._counts import (
     are_counts,
@@ -29,9 +30,6 @@ from ldvae_ext.model._counts import (
     same_counts,
 )
 from ldvae_ext.model._registry import covariates_of, has_size_factors, known_levels
-
-if TYPE_CHECKING:
-    from ldvae_ext.model._base import LDVAEBase
 
 
 def check_is_anndata(adata: Any) -> None:
@@ -66,7 +64,7 @@ def stream_cells(
 ) -> Iterator[CellStream]:
     """Posteriors and counts of cells, from an AnnData or from a data loader, read once; on rotated axes where given."""
     check_is_anndata(adata)
-    _validate_adata_dataloader_input(model, adata, dataloader)
+    check_adata_or_dataloader(model, adata, dataloader)
     model._check_if_trained(warn=True)
     covariates = covariates_of(model.registry)
     if dataloader is not None:
@@ -128,10 +126,10 @@ def readable_cells(model: LDVAEBase, adata: AnnData | None) -> Iterator[AnnData]
     if adata is None and model.adata is None:
         msg = "This model was loaded without data: give `adata`."
         raise ValueError(msg)
-    if adata is not None and _get_adata_minify_type(adata) != model.minified_data_type:
-        msg = f"`adata` is minified as {_get_adata_minify_type(adata)!r}, the model's data as {model.minified_data_type!r}; they must agree."
+    if adata is not None and adata_minify_type(adata) != model.minified_data_type:
+        msg = f"`adata` is minified as {adata_minify_type(adata)!r}, the model's data as {model.minified_data_type!r}; they must agree."
         raise ValueError(msg)
-    if adata is None or adata is model.adata or _get_adata_minify_type(adata) is not None:
+    if adata is None or adata is model.adata or adata_minify_type(adata) is not None:
         yield model._validate_anndata(adata)
         return
     light = light_cells(model, adata)
@@ -206,7 +204,7 @@ def light_cells(model: LDVAEBase, adata: AnnData) -> AnnData:
         layers=None if layer is None else {layer: counts},
     )
     check_counts(light, layer)
-    for key, (argument, levels) in known_levels(model).items():
+    for key, (argument, levels) in known_levels(model.registry).items():
         check_categories(light, argument, key, levels)
     for covariate in covariates_of(model.registry):
         if covariate.levels is None:

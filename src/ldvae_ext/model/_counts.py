@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 from scipy import sparse
-from scvi.data.fields import CategoricalJointObsField, LayerField
+from scvi.data.fields import LayerField
 
 from ldvae_ext._validate import check_column, listed, warn
 
@@ -27,19 +27,6 @@ class CountsField(LayerField):
         """Check that the field is there."""
         self.is_count_data = not isinstance(self.get_field_data(adata), sparse.sparray)
         super().validate_field(adata)
-
-
-class CovariatesField(CategoricalJointObsField):
-    """scvi-tools' field of categorical covariates, with codes that do not depend on the order of a column's categories.
-
-    scvi-tools hands a column with the same categories in another order to pandas, which takes the two for equal and
-    returns the column's own codes: each level for another. A file can change that order.
-    """
-
-    def _make_array_categorical(self, adata: AnnData, category_dict: dict | None = None) -> dict:
-        if category_dict is not None:
-            adata.obsm[self.attr_key] = adata.obsm[self.attr_key].astype(object)
-        return super()._make_array_categorical(adata, category_dict)
 
 
 def counts_of(adata: AnnData, layer: str | None) -> Any:

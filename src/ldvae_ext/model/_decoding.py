@@ -2,50 +2,92 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 from anndata import AnnData
-from scvi import REGISTRY_KEYS
-from scvi.utils import track
 
 from ldvae_ext._validate import listed
-from ldvae_ext.core import LinearDecoder
+from ldvae_ext.core import LinearDecoder, kl_per_dimension
 from ldvae_ext.core._decode import put_scale
-from ldvae_ext.core._design import design_matrix
-from ldvae_ext.core._expression import check_library_size, gene_positions
-from ldvae_ext.core.cells import EncodedCells
-from ldvae_ext.core.posterior import deterministic_latent
-from ldvae_ext.core.rotation import Rotation
+from ldvae_ext.core._expression import gene_positions
+from ldvae_ext.model._axes import (
+    canonical_signs,
+    factor_decoder,
+    network_decoder,
+    network_posterior,
+)
 from ldvae_ext.model._base import LDVAEBase
-from ldvae_ext.model._bridge import linear_decoder
-from ldvae_ext.model._cells import stream_cells, with_positions
-from ldvae_ext.model._registry import covariates_of, level_names
-from ldvae_ext.model._tasks import quiet
+from ldvae_ext.model._expression import posterior_mean_expression
+from ldvae_ext.model._rotation import rotate
+from ldvae_ext.model._stock import quiet
 from ldvae_ext.model._threads import with_torch_threads
 
 
 class DecodingMixin(LDVAEBase):
-    """Exact, deterministic decoding."""
+    """Loadings, decoder and decoded expression, exact and deterministic."""
 
-    def get_decoder(self) -> LinearDecoder:
-        """The decoder as a frozen value: folded weights, an intercept for each batch, dispersion, raw parts.
+    def get_loadings(self, *, canonical: bool = False, rotated: bool | None = None) -> pd.DataFrame:
+        """Loadings of the decoder: by default its weights, as LinearSCVI returns them.
+
+        Parameters
+        ----------
+        canonical
+            False: in the network's gauge, sign and order. True: as exported, that is centred over genes (the softmax ignores a
+            constant), turned so that the sum of cubes over genes is positive (a factor points to its longer tail of genes;
+            :meth:`ldvae_ext.core.LinearDecoder.signs`), latents by descending mean KL of the model's cells, factors of a rotation
+            as they are numbered.
+        rotated
+            Whether to see them through the rotation that is in force. None: with ``canonical=True`` if there is one.
 
         Returns
         -------
-        A :class:`ldvae_ext.core.LinearDecoder` in the network's order, sign and gauge, folded in float64. Its ``scale``
-        equals the ``px.scale`` of the network in evaluation mode to 1e-6 for the same latent.
+        Genes x latents (``Z_0``, ...) or factors (``F_0``, ...), in log-rate per unit of latent, folded with the batch norm. For what a
+        decoder needs besides, see :meth:`get_decoder`.
+
+        Raises
+        ------
+        ValueError
+            If a rotation is asked for and none is in force, or the model has no data to order latents by.
         """
-        return linear_decoder(
-            self.module,
-            self.get_var_names(),
-            level_names(self.registry, REGISTRY_KEYS.BATCH_KEY),
-            self.latent_names,
-            covariates_of(self.registry),
-            level_names(self.registry, REGISTRY_KEYS.LABELS_KEY),
-        )
+        if not canonical and not rotated:
+            return pd.DataFrame(self.module.get_loadings(), index=self.get_var_names(), columns=self.latent_names)
+        decoder = self.get_decoder(canonical=canonical, rotated=rotated)
+        return pd.DataFrame(decoder.weight_gk, index=self.get_var_names(), columns=decoder.factors)
+
+    def get_decoder(self, *, canonical: bool = False, rotated: bool | None = None) -> LinearDecoder:
+        """The decoder as a frozen value: folded weights, an intercept for each batch, dispersion, raw parts.
+
+        Parameters
+        ----------
+        canonical, rotated
+            See :meth:`get_loadings`; by default the network's own axes, gauge, sign and order.
+
+        Returns
+        -------
+        A :class:`ldvae_ext.core.LinearDecoder`, folded in float64. Its ``scale`` equals the ``px.scale`` of the network in
+        evaluation mode to 1e-6 for the same latent, on the same axes: factors of a rotation are
+        ``z @ model.rotation.matrix_kk``.
+
+        Raises
+        ------
+        ValueError
+            As in :meth:`get_loadings`.
+        """
+        rotated = (canonical and self.rotation is not None) if rotated is None else rotated
+        if rotated and self.rotation is None:
+            msg = "`rotated`: no rotation is in force; `rotate()` puts one in force."
+            raise ValueError(msg)
+        decoder = factor_decoder(self) if rotated else network_decoder(self)
+        if not canonical:
+            return decoder
+        order = np.arange(self.n_latent)
+        if not rotated and not self.is_ordered_:
+            mean_nk, variance_nk = network_posterior(self)
+            order = np.argsort(-kl_per_dimension(mean_nk, variance_nk).mean(axis=0), kind="stable")
+        return decoder.reordered(order, canonical_signs(self, decoder)[order]).centered()
 
     @with_torch_threads
     def decode(
@@ -98,7 +140,7 @@ class DecodingMixin(LDVAEBase):
                 msg = f"The columns of `z` must be {listed(self.latent_names)}; missing or unknown: {listed(odd)}."
                 raise ValueError(msg)
             index, z = z.index, z[self.latent_names].to_numpy()
-        decoder = self.get_decoder()
+        decoder = network_decoder(self)
         genes = gene_positions(decoder.genes, gene_list)
         given = decoder._given(z, batch, covariates, library_size)
         expression = np.empty((len(given[0]), len(genes)))
@@ -160,23 +202,23 @@ class DecodingMixin(LDVAEBase):
             msg = "`weights='importance'` weighs by the likelihood of counts; `gene_likelihood='normal'` has none."
             raise ValueError(msg)
         if not use_posterior_mean:
+            # With `n_samples_overall` scvi-tools would name the draws after cells, of which there are fewer or more.
             with self.module.evaluating(), quiet(indices, None if dataloader is None else batch_size):
                 out = super().get_normalized_expression(
-                    adata,
-                    indices,
-                    transform_batch,
-                    gene_list,
-                    library_size,
-                    n_samples,
-                    n_samples_overall,
-                    weights,
-                    batch_size,
-                    return_mean,
-                    # scvi-tools would name the draws after cells, of which there are fewer or more.
-                    return_numpy if n_samples_overall is None else True,
-                    silent,
-                    dataloader,
-                    data_loader_kwargs,
+                    adata=adata,
+                    indices=indices,
+                    transform_batch=transform_batch,
+                    gene_list=gene_list,
+                    library_size=library_size,
+                    n_samples=n_samples,
+                    n_samples_overall=n_samples_overall,
+                    weights=weights,
+                    batch_size=batch_size,
+                    return_mean=return_mean,
+                    return_numpy=return_numpy if n_samples_overall is None else True,
+                    silent=silent,
+                    dataloader=dataloader,
+                    data_loader_kwargs=data_loader_kwargs,
                     **importance_weighting_kwargs,
                 )
             if n_samples_overall is None or return_numpy or dataloader is not None:
@@ -193,7 +235,8 @@ class DecodingMixin(LDVAEBase):
             if given:
                 msg = f"`{name}` belongs to sampling; `use_posterior_mean=True` decodes the posterior mean, once."
                 raise ValueError(msg)
-        return self._posterior_mean_expression(
+        return posterior_mean_expression(
+            self,
             adata,
             indices,
             transform_batch,
@@ -206,64 +249,54 @@ class DecodingMixin(LDVAEBase):
             data_loader_kwargs,
         )
 
-    @with_torch_threads
-    def _posterior_mean_expression(
+    def rotate(
         self,
-        adata: AnnData | None,
-        indices: Any,
-        transform_batch: Any,
-        gene_list: list[str] | None,
-        library_size: float | str,
-        batch_size: int | None,
-        return_numpy: bool | None,
-        silent: bool,
-        dataloader: Any,
-        data_loader_kwargs: dict | None = None,
-        edit: Callable[[EncodedCells, np.ndarray], np.ndarray] = lambda cells, _: cells.mean.astype(np.float64),
-        rotation: Rotation | None = None,
-    ) -> np.ndarray | pd.DataFrame:
-        """Decode the posterior mean, minibatch by minibatch, or what ``edit`` makes of the cells and their positions."""
-        decoder = self.get_decoder()
-        decoder = decoder if rotation is None else decoder.rotated(rotation.matrix_kk, rotation.names)
-        genes = gene_positions(decoder.genes, gene_list)
-        check_library_size(library_size)
-        codes = self._transform_batch_codes(transform_batch)
+        method: Literal["varimax", "score-varimax", "deviance", "none"] = "varimax",
+        adata: AnnData | None = None,
+        indices: Any = None,
+        *,
+        batch_size: int | None = None,
+    ) -> None:
+        """Look at the model on other axes of its latent space: factors ``F_0``, ``F_1``, ... instead of latents ``Z_0``, ... .
 
-        def decode(cells: EncodedCells, position_n: np.ndarray, out_ng: np.ndarray) -> None:
-            z_nk = deterministic_latent(edit(cells, position_n), decoder.latent_distribution)
-            library_n = np.broadcast_to(cells.library if isinstance(library_size, str) else library_size, (len(z_nk),))
-            design_nc = design_matrix(decoder.covariates, cells.covariates, len(z_nk)) if decoder.covariates else None
-            for code in codes:
-                batch_n = cells.batch if code is None else np.full(len(z_nk), code)
-                put_scale(decoder, out_ng, z_nk, batch_n, design_nc, library_n, genes=genes, share=1 / len(codes))
+        Neither the prior N(0, I) nor the likelihood knows axes: with an orthogonal R, factors ``f = R'z`` and loadings ``L R``
+        decode to the same expression, and the divergence of a cell's posterior from the prior is the same. Which axes training
+        ends on is mostly chance; a rotation chooses them by a rule, so that two trainings can agree. A cell's posterior
+        N(m, diag(v)) becomes N(R'm, R'diag(v)R), with correlated factors.
 
-        with stream_cells(self, adata, indices, batch_size, dataloader, data_loader_kwargs, rotation) as cells:
-            chunks = track(cells.chunks, description="Decoding", total=cells.n_chunks, disable=silent)
-            located = with_positions(chunks, cells.positions)
-            if cells.obs is None:
-                parts = []
-                for chunk, at in located:
-                    parts.append(np.zeros((len(at), len(genes)), dtype=np.float32))
-                    decode(chunk, at, parts[-1])
-                return np.concatenate(parts)
-            out = np.zeros((len(cells.obs), len(genes)), dtype=np.float32)
-            start = 0
-            for chunk, at in located:
-                decode(chunk, at, out[start : start + len(at)])
-                start += len(at)
-            return out if return_numpy else pd.DataFrame(out, index=cells.obs.index, columns=decoder.genes[genes])
+        The rotation is a view. It is saved and loaded with the model, and the export, ablations, explained deviance,
+        population loadings, ``differential_expression(factors=...)``, :meth:`get_factor_stats` and all that is read from an export
+        speak of factors while it is in force. What scvi-tools' own methods return stays as it is, so do :meth:`decode` and
+        :meth:`get_latent_kl`, and :meth:`get_loadings` and :meth:`get_decoder` unless they are asked for rotated factors. Posterior
+        means of the factors are ``get_latent_representation() @ model.rotation.matrix_kk``; the export holds them. A training that
+        changes the loadings ends it.
 
-    def _transform_batch_codes(self, transform_batch: Any) -> list[int | None]:
-        """Codes of batches given by their value in ``adata.obs``, as scvi-tools takes them; None is a cell's own."""
-        if isinstance(transform_batch, str) or not isinstance(transform_batch, Iterable):
-            transform_batch = [transform_batch]
-        transform_batch = list(transform_batch)
-        if not transform_batch:
-            msg = "`transform_batch` must name at least one batch; got none."
-            raise ValueError(msg)
-        known = list(level_names(self.registry, REGISTRY_KEYS.BATCH_KEY))
-        for batch in transform_batch:
-            if batch is not None and batch not in known:
-                msg = f"`transform_batch`: {batch!r} is no batch of this model; allowed are {listed(known)}."
-                raise ValueError(msg)
-        return [None if batch is None else known.index(batch) for batch in transform_batch]
+        Parameters
+        ----------
+        method
+            * ``"varimax"``: each factor has large loadings in few genes (folded loadings, centred over genes). For reading.
+            * ``"score-varimax"``: each factor is far from its mean in few cells (posterior means, centred over cells). More alike
+              between trainings on different cells, less aligned with cell types.
+            * ``"deviance"``: the first j factors explain the counts about as well as any j axes of this model, for all j: the
+              Fisher-weighted principal axes, refined for the likelihood of cells cut off after a random number of factors (a local
+              optimum). For a scree, or to keep some of the factors. Needs counts.
+            * ``"none"``: the network's own axes.
+        adata, indices
+            Cells that decide order and, but for ``"varimax"``, axes; the model's own if None.
+        batch_size
+            Cells per minibatch; ``scvi.settings.batch_size`` if None.
+
+        Raises
+        ------
+        ValueError
+            Under ``latent_distribution="ln"``: softmax(R'u) is no rotation of softmax(u); for an unknown method; without data, or
+            for ``"deviance"`` without counts.
+
+        Notes
+        -----
+        Under the first two, factors are numbered by the mean divergence of their marginal posteriors from the prior, largest
+        first; under ``"deviance"`` in the order of the rotation. Each points to its longer tail of genes
+        (:meth:`ldvae_ext.core.LinearDecoder.signs`). Varimax: Kaiser (1958); for sparse factors Rohe & Zeng (2020),
+        arXiv:2004.05387.
+        """
+        rotate(self, method, adata, indices, batch_size)

@@ -15,9 +15,10 @@ from ldvae_ext._stats import MEASURES
 from ldvae_ext._validate import check_one_of, listed, warn
 from ldvae_ext.core import kl_per_dimension
 from ldvae_ext.core.posterior import deterministic_latent
+from ldvae_ext.model._axes import canonical_signs, factor_decoder, factor_stream
+from ldvae_ext.model._base import LDVAEBase
 from ldvae_ext.model._cells import check_is_anndata, shared_counts_agree, stream_cells
-from ldvae_ext.model._stats import StatsMixin
-from ldvae_ext.model._training import TrainingMixin
+from ldvae_ext.model._stats import factor_stats
 
 # "network": latents as they are, factors of a rotation as they are numbered.
 ORDERS = ("network", *MEASURES)
@@ -37,7 +38,7 @@ class _ExportedCells(NamedTuple):
     """Their positions there; None: all."""
 
 
-class ExportMixin(StatsMixin, TrainingMixin):
+class ExportMixin(LDVAEBase):
     """The information of each latent, and the export that is ordered by it."""
 
     def get_latent_kl(
@@ -165,22 +166,22 @@ class ExportMixin(StatsMixin, TrainingMixin):
             if taken:
                 msg = f"`as_pca`: {listed(taken)} would be replaced; `overwrite=True` does that."
                 raise ValueError(msg)
-        cells = self._cells_for_export(adata, batch_size)
+        cells = _cells_for_export(self, adata, batch_size)
         mean_nk, variance_nk = cells.mean, cells.variance
         kl_k = kl_per_dimension(mean_nk, variance_nk).mean(axis=0)
         statistics = {"kl": kl_k, "kl_share": kl_k / kl_k.sum(), "active_unit": mean_nk.var(axis=0, dtype=np.float64)}
         if stats or order_by not in ("network", *statistics):
             # The cells of the model are those of its data, whatever `adata` holds besides.
-            table = self.get_factor_stats(None, cells.source, cells.rows, batch_size=batch_size).table()
+            table = factor_stats(self, None, cells.source, cells.rows, batch_size=batch_size).table()
             statistics |= {name: table[name].to_numpy() for name in MEASURES if name not in statistics}
         if order_by != "network" and not np.isfinite(statistics[order_by]).all():
             msg = f"`order_by={order_by!r}` needs counts, which data minified without them do not have."
             raise ValueError(msg)
-        decoder = self._factor_decoder()
+        decoder = factor_decoder(self)
         order = np.arange(self.n_latent)
         if order_by != "network":
             order = np.argsort(-statistics[order_by], kind="stable")
-        signs = self._canonical_signs(decoder)[order]
+        signs = canonical_signs(self, decoder)[order]
         canonical = decoder.reordered(order, signs).centered()
         position = pd.Index(target.var_names.astype(str)).get_indexer(decoder.genes)
         loadings = np.full((target.n_vars, self.n_latent), np.nan, dtype=np.float32)
@@ -210,7 +211,7 @@ class ExportMixin(StatsMixin, TrainingMixin):
             "decoder": decoder.to_arrays(),
             "likelihood": decoder.likelihood,
             "latent_distribution": decoder.latent_distribution,
-            "setup": self._setup_keys(),
+            "setup": _setup_keys(self),
             "kl_weight": self.final_kl_weight,
             "n_cells": target.n_obs,
             "versions": {"ldvae_ext": ldvae_ext.__version__, "scvi-tools": scvi.__version__},
@@ -234,44 +235,47 @@ class ExportMixin(StatsMixin, TrainingMixin):
                 },
             }
 
-    def _setup_keys(self) -> dict[str, str]:
-        """Where an AnnData holds what the decoder conditions on; only what was registered."""
-        given = self.registry.get("setup_args", {})
-        return {name: given[name] for name in ("layer", "batch_key", "labels_key") if given.get(name) is not None}
 
-    def _cells_for_export(self, adata: AnnData | None, batch_size: int | None) -> _ExportedCells:
-        """The cells of ``adata`` on the axes that are looked at, encoded or, for the model's cells, found by name."""
-        rows = None if adata is None or adata is self.adata else self._own_rows(adata)
-        source = adata if rows is None else None
-        with self._factor_stream(source, rows, batch_size) as cells:
-            encoded = [(chunk.mean, chunk.variance, chunk.library.ravel(), chunk.axes) for chunk in cells.chunks]
-        if not encoded:
-            msg = "There are no cells to export."
-            raise ValueError(msg)
-        means, variances, libraries, axes = zip(*encoded, strict=True)
-        network_variance = None if axes[0] is None else np.concatenate([part.variance_nk for part in axes])
-        return _ExportedCells(
-            np.concatenate(means), np.concatenate(variances), np.concatenate(libraries), network_variance, source, rows
+def _setup_keys(model: LDVAEBase) -> dict[str, str]:
+    """Where an AnnData holds what the decoder conditions on; only what was registered."""
+    given = model.registry.get("setup_args", {})
+    return {name: given[name] for name in ("layer", "batch_key", "labels_key") if given.get(name) is not None}
+
+
+def _cells_for_export(model: LDVAEBase, adata: AnnData | None, batch_size: int | None) -> _ExportedCells:
+    """The cells of ``adata`` on the axes that are looked at, encoded or, for the model's cells, found by name."""
+    rows = None if adata is None or adata is model.adata else _own_rows(model, adata)
+    source = adata if rows is None else None
+    with factor_stream(model, source, rows, batch_size) as cells:
+        encoded = [(chunk.mean, chunk.variance, chunk.library.ravel(), chunk.axes) for chunk in cells.chunks]
+    if not encoded:
+        msg = "There are no cells to export."
+        raise ValueError(msg)
+    means, variances, libraries, axes = zip(*encoded, strict=True)
+    network_variance = None if axes[0] is None else np.concatenate([part.variance_nk for part in axes])
+    return _ExportedCells(
+        np.concatenate(means), np.concatenate(variances), np.concatenate(libraries), network_variance, source, rows
+    )
+
+
+def _own_rows(model: LDVAEBase, adata: AnnData) -> np.ndarray | None:
+    """Rows of the model's data with the cells of ``adata``, or None if its counts are to be encoded."""
+    if model.adata is None or not model.adata.obs_names.is_unique:
+        return None
+    rows = model.adata.obs_names.get_indexer(adata.obs_names)
+    if (rows < 0).any():
+        return None
+    layer = model.get_setup_arg("layer")
+    has_matrix = adata.X is not None if layer is None else layer in adata.layers
+    if model.minified_data_type is not None or not has_matrix:
+        confirmed = None
+    else:
+        confirmed = shared_counts_agree(model, adata, rows)
+    # Other counts under the same names are other cells; values that are no counts, such as normalised expression,
+    # say nothing about that.
+    if confirmed is None:
+        warn(
+            f"The {adata.n_obs} cells of `adata` were taken for those of the model by their names alone, since it holds no "
+            "counts that could confirm it."
         )
-
-    def _own_rows(self, adata: AnnData) -> np.ndarray | None:
-        """Rows of the model's data with the cells of ``adata``, or None if its counts are to be encoded."""
-        if self.adata is None or not self.adata.obs_names.is_unique:
-            return None
-        rows = self.adata.obs_names.get_indexer(adata.obs_names)
-        if (rows < 0).any():
-            return None
-        layer = self.get_setup_arg("layer")
-        has_matrix = adata.X is not None if layer is None else layer in adata.layers
-        if self.minified_data_type is not None or not has_matrix:
-            confirmed = None
-        else:
-            confirmed = shared_counts_agree(self, adata, rows)
-        # Other counts under the same names are other cells; values that are no counts, such as normalised expression,
-        # say nothing about that.
-        if confirmed is None:
-            warn(
-                f"The {adata.n_obs} cells of `adata` were taken for those of the model by their names alone, since it holds no "
-                "counts that could confirm it."
-            )
-        return None if confirmed is False else rows
+    return None if confirmed is False else rows

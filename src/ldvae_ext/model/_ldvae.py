@@ -7,20 +7,32 @@ from typing import Any
 
 import torch
 from anndata import AnnData
-from scvi.data._constants import _SETUP_ARGS_KEY
 from scvi.model import LinearSCVI
 
-from ldvae_ext.model._batch_norm import BatchNormMixin
+from ldvae_ext._scvi import SETUP_ARGS_KEY
+from ldvae_ext.model._ablation import AblationMixin
+from ldvae_ext.model._comparison import ComparisonMixin
+from ldvae_ext.model._decoding import DecodingMixin
 from ldvae_ext.model._export import ExportMixin
 from ldvae_ext.model._linear_scvi import as_linear_scvi_meant
-from ldvae_ext.model._minified import MinifiedMixin
-from ldvae_ext.model._ordered import OrderedMixin
 from ldvae_ext.model._populations import PopulationsMixin
-from ldvae_ext.model._query import QueryMixin
-from ldvae_ext.model._weights import WeightsMixin
+from ldvae_ext.model._query import QueryMixin, freeze_reference
+from ldvae_ext.model._stats import StatsMixin
+from ldvae_ext.model._tasks import TasksMixin
+from ldvae_ext.model._training import TrainingMixin
 
 
-class LDVAE(OrderedMixin, PopulationsMixin, ExportMixin, BatchNormMixin, MinifiedMixin, WeightsMixin, QueryMixin):
+class LDVAE(
+    TrainingMixin,
+    DecodingMixin,
+    AblationMixin,
+    StatsMixin,
+    PopulationsMixin,
+    ExportMixin,
+    TasksMixin,
+    ComparisonMixin,
+    QueryMixin,
+):
     """Linearly decoded VAE (Svensson et al. 2020, 10.1093/bioinformatics/btaa169), to be read.
 
     A drop-in replacement for :class:`scvi.model.LinearSCVI`: same arguments, order and defaults, same network, same
@@ -102,7 +114,7 @@ class LDVAE(OrderedMixin, PopulationsMixin, ExportMixin, BatchNormMixin, Minifie
         if datamodule is not None:
             # scvi-tools would build the network anew, from those of its options that the class spells out alone.
             model._datamodule = datamodule
-        model._freeze_reference()
+        freeze_reference(model)
         return model
 
     @classmethod
@@ -118,7 +130,7 @@ class LDVAE(OrderedMixin, PopulationsMixin, ExportMixin, BatchNormMixin, Minifie
             raise TypeError(msg)
         if model.adata is not None:
             registry = model.registry
-            cls.setup_anndata(model.adata, source_registry=registry, **registry[_SETUP_ARGS_KEY])
+            cls.setup_anndata(model.adata, source_registry=registry, **registry[SETUP_ARGS_KEY])
         saved = model.init_params_
         arguments: dict[str, Any] = {**saved["non_kwargs"]}
         for group in saved["kwargs"].values():
@@ -134,5 +146,5 @@ class LDVAE(OrderedMixin, PopulationsMixin, ExportMixin, BatchNormMixin, Minifie
             # LinearSCVI keeps a rotation or order that it does not know, also of loadings that it has trained since.
             if name.endswith("_") and name not in ("registry_", "init_params_", "rotation_", "is_ordered_"):
                 setattr(new, name, deepcopy(value))
-        new._freeze_reference()
+        freeze_reference(new)
         return new

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from scvi.data._constants import _MODEL_NAME_KEY
 from scvi.model import LinearSCVI
+
+from ldvae_ext._scvi import MODEL_NAME_KEY
 
 # Options of the network that LinearSCVI accepts and ignores, since it builds its encoders and decoder anew.
 _IGNORED = (
@@ -26,7 +27,7 @@ _IGNORED = (
 
 def is_of_linear_scvi(registry: Mapping[str, Any] | None) -> bool:
     """Whether a registry was written by LinearSCVI."""
-    return registry is not None and registry.get(_MODEL_NAME_KEY) == LinearSCVI.__name__
+    return registry is not None and registry.get(MODEL_NAME_KEY) == LinearSCVI.__name__
 
 
 def as_linear_scvi_meant(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,12 +13,13 @@ from ldvae_ext._validate import cell_positions
 from ldvae_ext.core._expression import GroupExpression, check_library_size, gene_positions
 from ldvae_ext.core.populations import GroupMoments, PopulationLoadings, PopulationRequest
 from ldvae_ext.core.posterior import deterministic_latent
-from ldvae_ext.model._ablation import AblationMixin
+from ldvae_ext.model._axes import factor_decoder, factor_stream, network_decoder, transform_batch_codes
+from ldvae_ext.model._base import LDVAEBase
 from ldvae_ext.model._cells import check_is_anndata, stream_cells, with_positions
 from ldvae_ext.model._threads import with_torch_threads
 
 
-class PopulationsMixin(AblationMixin):
+class PopulationsMixin(LDVAEBase):
     """Loadings of populations."""
 
     def get_population_loadings(
@@ -85,7 +86,7 @@ class PopulationsMixin(AblationMixin):
         otherwise on the log scale too; ``"contribution"`` and ``"within"`` are in units of the argument of the softplus, which is the
         log-rate only where expression is low.
         """
-        loadings, groups = self._population_loadings(groupby, kind, adata, indices, reference, scale, batch_size)
+        loadings, groups = _population_loadings(self, groupby, kind, adata, indices, reference, scale, batch_size)
         names = self.get_var_names()
         return {
             groups[p]: pd.DataFrame(value_gk, index=names, columns=loadings.columns)
@@ -108,7 +109,7 @@ class PopulationsMixin(AblationMixin):
         the direction (adding up to 1; negative where it works against the others), ``variance`` of the log-rates along the
         direction, summed over genes, and ``variance_share``, its part of that of all directions of the group.
         """
-        loadings, groups = self._population_loadings(groupby, "within", adata, indices, "rest", None, batch_size)
+        loadings, groups = _population_loadings(self, groupby, "within", adata, indices, "rest", None, batch_size)
         return directions_table(
             [groups[p] for p in loadings.groups],
             loadings.columns,
@@ -151,9 +152,9 @@ class PopulationsMixin(AblationMixin):
         ValueError
             If a batch or gene does not exist, or no cell has a group.
         """
-        positions, groups, chosen_n = self._chosen_groups(groupby, adata, indices)
-        decoder = self.get_decoder()
-        genes, codes = gene_positions(decoder.genes, gene_list), self._transform_batch_codes(transform_batch)
+        positions, groups, chosen_n = _chosen_groups(self, groupby, adata, indices)
+        decoder = network_decoder(self)
+        genes, codes = gene_positions(decoder.genes, gene_list), transform_batch_codes(self, transform_batch)
         check_library_size(library_size)
         sums = GroupExpression(decoder, len(groups))
         with stream_cells(self, adata, positions, batch_size) as cells:
@@ -167,34 +168,36 @@ class PopulationsMixin(AblationMixin):
                 sums.count(chosen_n[at])
         return pd.DataFrame(sums.mean_pg[:, genes], index=groups, columns=decoder.genes[genes])
 
-    def _chosen_groups(
-        self, groupby: str, adata: AnnData | None, indices: Any
-    ) -> tuple[np.ndarray, list[str], np.ndarray]:
-        """Positions of the chosen cells, names of their groups, and their codes: of these cells only, so that none is empty."""
-        check_is_anndata(adata)
-        source = self.adata if adata is None else adata
-        if source is None:
-            msg = "This model was loaded without data: give `adata`."
-            raise ValueError(msg)
-        positions = cell_positions(indices, source.n_obs)
-        return positions, *groups_of(cast("pd.DataFrame", source.obs).iloc[positions], groupby)
 
-    def _population_loadings(
-        self,
-        groupby: str,
-        kind: str,
-        adata: AnnData | None,
-        indices: Any,
-        reference: str,
-        scale: str | None,
-        batch_size: int | None,
-    ) -> tuple[PopulationLoadings, list[str]]:
-        positions, groups, chosen_n = self._chosen_groups(groupby, adata, indices)
-        request = PopulationRequest(groups=groups, kind=kind, reference=str(reference), scale=scale)
-        decoder = self._factor_decoder()
-        moments = GroupMoments(decoder, len(groups), request.summed_scale)
-        with self._factor_stream(adata, positions, batch_size) as cells:
-            for chunk, at in with_positions(cells.chunks, None):
-                z_nk = deterministic_latent(chunk.mean.astype(np.float64), decoder.latent_distribution)
-                moments.add(z_nk, chunk.batch, chunk.covariates, chosen_n[at])
-        return request.loadings(decoder, moments), groups
+def _chosen_groups(
+    model: LDVAEBase, groupby: str, adata: AnnData | None, indices: Any
+) -> tuple[np.ndarray, list[str], np.ndarray]:
+    """Positions of the chosen cells, names of their groups, and their codes: of these cells only, so that none is empty."""
+    check_is_anndata(adata)
+    source = model.adata if adata is None else adata
+    if source is None:
+        msg = "This model was loaded without data: give `adata`."
+        raise ValueError(msg)
+    positions = cell_positions(indices, source.n_obs)
+    return positions, *groups_of(cast("pd.DataFrame", source.obs).iloc[positions], groupby)
+
+
+def _population_loadings(
+    model: LDVAEBase,
+    groupby: str,
+    kind: str,
+    adata: AnnData | None,
+    indices: Any,
+    reference: str,
+    scale: str | None,
+    batch_size: int | None,
+) -> tuple[PopulationLoadings, list[str]]:
+    positions, groups, chosen_n = _chosen_groups(model, groupby, adata, indices)
+    request = PopulationRequest(groups=groups, kind=kind, reference=str(reference), scale=scale)
+    decoder = factor_decoder(model)
+    moments = GroupMoments(decoder, len(groups), request.summed_scale)
+    with factor_stream(model, adata, positions, batch_size) as cells:
+        for chunk, at in with_positions(cells.chunks, None):
+            z_nk = deterministic_latent(chunk.mean.astype(np.float64), decoder.latent_distribution)
+            moments.add(z_nk, chunk.batch, chunk.covariates, chosen_n[at])
+    return request.loadings(decoder, moments), groups

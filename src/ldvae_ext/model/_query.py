@@ -12,13 +12,17 @@ import pandas as pd
 import torch
 from anndata import AnnData
 from scvi import REGISTRY_KEYS
-from scvi.data._constants import _MODEL_NAME_KEY, _SETUP_ARGS_KEY, _SETUP_METHOD_NAME
-from scvi.data._utils import _get_adata_minify_type
 from scvi.model import LinearSCVI
-from scvi.model._utils import parse_device_args
 from scvi.model.base import ArchesMixin
-from scvi.model.base._save_load import _load_saved_files
 
+from ldvae_ext._scvi import (
+    MODEL_NAME_KEY,
+    SETUP_ARGS_KEY,
+    SETUP_METHOD_NAME,
+    adata_minify_type,
+    load_saved_files,
+    parse_device_args,
+)
 from ldvae_ext._validate import listed, warn
 from ldvae_ext.model._base import LDVAEBase
 from ldvae_ext.model._datamodule import start_of
@@ -58,12 +62,10 @@ class _Reference(NamedTuple):
         return _levels(self.registry)
 
 
-class QueryMixin(LDVAEBase, ArchesMixin):
+class QueryMixin(LDVAEBase):
     """Mapping of new cells onto a reference that stays as it is (scArches, Lotfollahi et al. 2021)."""
 
     _training_plan_cls = QueryTrainingPlan
-    # Ends in an underscore to be saved with the model, as scvi-tools saves such attributes.
-    query_: dict[str, Any] | None = None
 
     @classmethod
     def load_query_data(
@@ -198,7 +200,7 @@ class QueryMixin(LDVAEBase, ArchesMixin):
         }
         model.to_device(torch_device)
         model.module.eval()
-        model._freeze_reference()
+        freeze_reference(model)
         # Where nothing can be learned, the model is as trained as the reference.
         model.is_trained_ = not model.module.can_learn and reference.attributes.get("is_trained_", False)
         return model
@@ -231,21 +233,22 @@ class QueryMixin(LDVAEBase, ArchesMixin):
             reference_model = os.fspath(reference_model)
         return ArchesMixin.prepare_query_anndata(adata, reference_model, return_reference_var_names, inplace)
 
-    def _freeze_reference(self) -> None:
-        """Freeze a fresh network as ``load_query_data`` was told to; nothing for a model that is no query."""
-        if self.query_ is None:
-            return
-        levels = Levels(self.query_["n_batch"], self.query_["n_labels"], tuple(self.query_["n_cats_per_cov"]))
-        freeze(self.module, levels, Freezing(**{name: self.query_[name] for name in Freezing._fields}))
-        # No data module may set what the reference has set.
-        self._has_start = True
+
+def freeze_reference(model: LDVAEBase) -> None:
+    """Freeze a fresh network as ``load_query_data`` was told to; nothing for a model that is no query."""
+    if model.query_ is None:
+        return
+    levels = Levels(model.query_["n_batch"], model.query_["n_labels"], tuple(model.query_["n_cats_per_cov"]))
+    freeze(model.module, levels, Freezing(**{name: model.query_[name] for name in Freezing._fields}))
+    # No data module may set what the reference has set.
+    model._has_start = True
 
 
 def _reference(cls: type, model: Any) -> _Reference:
     """The reference, of an instance or a directory."""
     if isinstance(model, (str, os.PathLike)):
-        attributes, genes, state, _ = _load_saved_files(os.fspath(model), load_adata=False, map_location="cpu")
-        name = attributes["registry_"].get(_MODEL_NAME_KEY)
+        attributes, genes, state, _ = load_saved_files(os.fspath(model), load_adata=False, map_location="cpu")
+        name = attributes["registry_"].get(MODEL_NAME_KEY)
         if name not in (None, cls.__name__, "LDVAE", LinearSCVI.__name__):
             msg = f"`reference_model` must be an LDVAE or a LinearSCVI; {os.fspath(model)!r} holds a {name}."
             raise TypeError(msg)
@@ -272,11 +275,11 @@ def _set_up(cls: Any, adata: AnnData, reference: _Reference, *, subset: bool, ne
     if not isinstance(adata, AnnData):
         msg = f"`adata` must be an AnnData; got {type(adata).__name__}."
         raise TypeError(msg)
-    arguments = reference.registry.get(_SETUP_ARGS_KEY)
-    if arguments is None or reference.registry.get(_SETUP_METHOD_NAME, "setup_anndata") != "setup_anndata":
+    arguments = reference.registry.get(SETUP_ARGS_KEY)
+    if arguments is None or reference.registry.get(SETUP_METHOD_NAME, "setup_anndata") != "setup_anndata":
         msg = "`reference_model` was not set up with an AnnData; give `registry` or `datamodule` instead of `adata`."
         raise ValueError(msg)
-    if _get_adata_minify_type(adata) is not None:
+    if adata_minify_type(adata) is not None:
         msg = "`adata` is minified; a query needs its counts."
         raise ValueError(msg)
     genes = adata.var_names.astype(str)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from scvi import REGISTRY_KEYS
 
 from ldvae_ext.core import Covariate
-
-if TYPE_CHECKING:
-    from ldvae_ext.model._base import LDVAEBase
 
 # What LinearSCVI does not know. A model that does not use them is saved without them, so that LinearSCVI can open it.
 SETUP_ARGUMENTS = ("size_factor_key", "categorical_covariate_keys", "continuous_covariate_keys")
@@ -72,14 +69,14 @@ def has_size_factors(registry: Mapping[str, Any]) -> bool:
     return bool(registry.get("setup_args", {}).get("size_factor_key"))
 
 
-def known_levels(model: LDVAEBase) -> dict[str, tuple[str, np.ndarray]]:
+def known_levels(registry: Mapping[str, Any]) -> dict[str, tuple[str, np.ndarray]]:
     """Argument and levels of each categorical column that unseen cells must have, by column."""
     known = {}
     for argument, field in (("batch_key", REGISTRY_KEYS.BATCH_KEY), ("labels_key", REGISTRY_KEYS.LABELS_KEY)):
-        key = model.registry["setup_args"].get(argument)
+        key = registry["setup_args"].get(argument)
         if key is not None:
-            known[key] = (argument, level_names(model.registry, field))
-    for covariate in covariates_of(model.registry):
+            known[key] = (argument, level_names(registry, field))
+    for covariate in covariates_of(registry):
         if covariate.levels is not None:
             known[covariate.name] = ("categorical_covariate_keys", covariate.levels)
     return known

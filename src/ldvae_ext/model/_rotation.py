@@ -1,190 +1,109 @@
-"""Rotated factors: a view of a model on other axes of its latent space."""
+"""Rotations of the latents: varimax of loadings or scores, and the order in which factors explain the counts."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import pandas as pd
+import torch
 from anndata import AnnData
 
-from ldvae_ext._validate import check_one_of
-from ldvae_ext.core import LinearDecoder, kl_per_dimension
+from ldvae_ext._validate import cell_positions, check_one_of
+from ldvae_ext.core import kl_per_dimension
 from ldvae_ext.core._views import check_rotatable
-from ldvae_ext.core.rotation import CONSENSUS, METHODS, Rotation, loading_varimax, score_varimax, with_signs
-from ldvae_ext.model._cells import CellStream, stream_cells
-from ldvae_ext.model._decoding import DecodingMixin
-from ldvae_ext.model._deviance import deviance_rotation
+from ldvae_ext.core.fisher import fisher_rotation, logit_information
+from ldvae_ext.core.rotation import METHODS, Rotation, loading_varimax, score_varimax, with_signs
+from ldvae_ext.model._axes import network_decoder, network_posterior, put_in_force
+from ldvae_ext.model._base import LDVAEBase
+from ldvae_ext.model._bridge import encode_cells
+from ldvae_ext.model._cells import readable_cells
+from ldvae_ext.model._registry import covariates_of
+from ldvae_ext.module._truncation import polish_rotation, refine_rotation
 
 # More cells would not change the axes that scores are far from 0 along.
 _MANY_CELLS = 20_000
+# Cells that a rotation is fitted to, fewer where they have many genes: dense counts are held in memory, 256 MB at most.
+_MAX_CELLS, _MAX_COUNTS, _MIN_CELLS = 4096, 2**26, 256
 
 
-class RotationMixin(DecodingMixin):
-    """Rotation of the latents, and what is read through it."""
+def rotate(
+    model: LDVAEBase, method: str, adata: AnnData | None = None, indices: Any = None, batch_size: int | None = None
+) -> None:
+    """See :meth:`ldvae_ext.model.LDVAE.rotate`."""
+    if isinstance(method, AnnData):
+        msg = "`method` must be the name of a rotation; got an AnnData, which `adata=` takes."
+        raise TypeError(msg)
+    check_one_of("method", method, (*METHODS, "none"))
+    if method == "none":
+        model.rotation_ = None
+        return
+    check_rotatable(model.module.latent_distribution)
+    if method == "deviance":
+        model._check_has_counts("rotate('deviance')")
+        matrix_kk = deviance_rotation(model, adata, indices, batch_size)
+        put_in_force(model, Rotation(matrix_kk=matrix_kk, method=method))
+        return
+    mean_nk, variance_nk = network_posterior(model, adata, indices, batch_size)
+    if method == "varimax":
+        matrix_kk = loading_varimax(network_decoder(model))
+    else:
+        step = -(-len(mean_nk) // _MANY_CELLS)
+        matrix_kk = score_varimax(mean_nk[::step])
+    rotation = Rotation(matrix_kk=matrix_kk, method=method)
+    kl_k = kl_per_dimension(mean_nk @ matrix_kk, rotation.variance(variance_nk)).mean(axis=0)
+    put_in_force(model, rotation.arranged(np.argsort(-kl_k, kind="stable"), 1))
 
-    def rotate(
-        self,
-        method: Literal["varimax", "score-varimax", "deviance", "none"] = "varimax",
-        adata: AnnData | None = None,
-        indices: Any = None,
-        *,
-        batch_size: int | None = None,
-    ) -> None:
-        """Look at the model on other axes of its latent space: factors ``F_0``, ``F_1``, ... instead of latents ``Z_0``, ... .
 
-        Neither the prior N(0, I) nor the likelihood knows axes: with an orthogonal R, factors ``f = R'z`` and loadings ``L R``
-        decode to the same expression, and the divergence of a cell's posterior from the prior is the same. Which axes training
-        ends on is mostly chance; a rotation chooses them by a rule, so that two trainings can agree. A cell's posterior
-        N(m, diag(v)) becomes N(R'm, R'diag(v)R), with correlated factors.
+def deviance_rotation(
+    model: LDVAEBase, adata: AnnData | None = None, indices: Any = None, batch_size: int | None = None
+) -> np.ndarray:
+    """Orthogonal axes of a model's latent space under which the first factors explain the counts best.
 
-        The rotation is a view. It is saved and loaded with the model, and the export, ablations, explained deviance,
-        population loadings, ``differential_expression(factors=...)``, :meth:`get_factor_stats` and all that is read from an export
-        speak of factors while it is in force. What scvi-tools' own methods return stays as it is, so do :meth:`decode` and
-        :meth:`get_latent_kl`, and :meth:`get_loadings` and :meth:`get_decoder` unless they are asked for rotated factors. Posterior
-        means of the factors are ``get_latent_representation() @ model.rotation.matrix_kk``; the export holds them. A training that
-        changes the loadings ends it.
+    Starts at :func:`ldvae_ext.core.fisher.fisher_rotation` and is refined for the likelihood of random truncations, first
+    along their gradient (:func:`ldvae_ext.module._truncation.refine_rotation`), then plane by plane
+    (:func:`ldvae_ext.module._truncation.polish_rotation`). The model stays as it is, and so does the caller's random state;
+    the same cells give the same rotation.
 
-        Parameters
-        ----------
-        method
-            * ``"varimax"``: each factor has large loadings in few genes (folded loadings, centred over genes). For reading.
-            * ``"score-varimax"``: each factor is far from its mean in few cells (posterior means, centred over cells). More alike
-              between trainings on different cells, less aligned with cell types.
-            * ``"deviance"``: the first j factors explain the counts about as well as any j axes of this model, for all j: the
-              Fisher-weighted principal axes, refined for the likelihood of cells cut off after a random number of factors (a local
-              optimum). For a scree, or to keep some of the factors. Needs counts.
-            * ``"none"``: the network's own axes.
-        adata, indices
-            Cells that decide order and, but for ``"varimax"``, axes; the model's own if None.
-        batch_size
-            Cells per minibatch; ``scvi.settings.batch_size`` if None.
+    Parameters
+    ----------
+    model
+        A trained model with a normal latent.
+    adata, indices
+        Cells with counts that decide; all of the model's own if None. Of more than 4,096, as many are drawn, always the same.
+    batch_size
+        Cells that are encoded at once.
 
-        Raises
-        ------
-        ValueError
-            Under ``latent_distribution="ln"``: softmax(R'u) is no rotation of softmax(u); for an unknown method; without data, or
-            for ``"deviance"`` without counts.
+    Returns
+    -------
+    Shape (latents, factors), float64: ``z @ R`` are the factors, in order.
 
-        Notes
-        -----
-        Under the first two, factors are numbered by the mean divergence of their marginal posteriors from the prior, largest
-        first; under ``"deviance"`` in the order of the rotation. Each points to its longer tail of genes
-        (:meth:`ldvae_ext.core.LinearDecoder.signs`). Varimax: Kaiser (1958); for sparse factors Rohe & Zeng (2020),
-        arXiv:2004.05387.
-        """
-        if isinstance(method, AnnData):
-            msg = "`method` must be the name of a rotation; got an AnnData, which `adata=` takes."
-            raise TypeError(msg)
-        check_one_of("method", method, (*METHODS, "none"))
-        if method == "none":
-            self.rotation_ = None
-            return
-        check_rotatable(self.module.latent_distribution)
-        if method == "deviance":
-            self._check_has_counts("rotate('deviance')")
-            matrix_kk = deviance_rotation(self, adata, indices, batch_size)
-            self._see_through(Rotation(matrix_kk=matrix_kk, method=method))
-            return
-        mean_nk, variance_nk = self._posterior_of(adata, indices, batch_size)
-        if method == "varimax":
-            matrix_kk = loading_varimax(self.get_decoder())
-        else:
-            step = -(-len(mean_nk) // _MANY_CELLS)
-            matrix_kk = score_varimax(mean_nk[::step])
-        rotation = Rotation(matrix_kk=matrix_kk, method=method)
-        kl_k = kl_per_dimension(mean_nk @ matrix_kk, rotation.variance(variance_nk)).mean(axis=0)
-        self._see_through(rotation.arranged(np.argsort(-kl_k, kind="stable"), 1))
-
-    def _see_through(self, rotation: Rotation) -> None:
-        """Put a rotation in force, with canonical signs."""
-        self.rotation_ = {"matrix": with_signs(self.get_decoder(), rotation.matrix_kk), "method": rotation.method}
-
-    def _posterior_of(
-        self, adata: AnnData | None, indices: Any, batch_size: int | None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Posterior means and variances of cells, on the network's axes."""
-        with stream_cells(self, adata, indices, batch_size) as cells:
-            parts = [(chunk.mean.astype(np.float64), chunk.variance) for chunk in cells.chunks]
-        if not parts:
-            msg = "There are no cells to look at."
+    Raises
+    ------
+    ValueError
+        If the latent is logistic-normal, or there are no counts.
+    """
+    check_rotatable(model.module.latent_distribution)
+    model._check_has_counts("rotate('deviance')")
+    decoder = network_decoder(model)
+    if len(decoder.factors) == 1:
+        return with_signs(decoder, np.eye(1))
+    means, weight_g, minibatches = [], np.zeros(len(decoder.genes)), []
+    with readable_cells(model, adata) as cells:
+        rows = cell_positions(indices, cells.n_obs)
+        n_most = min(_MAX_CELLS, max(_MIN_CELLS, _MAX_COUNTS // len(decoder.genes)))
+        if len(rows) > n_most:
+            rows = np.sort(np.random.default_rng(0).choice(rows, n_most, replace=False))
+        if not len(rows):
+            msg = "There are no cells to fit the rotation to."
             raise ValueError(msg)
-        mean_nk, variance_nk = (np.concatenate(part) for part in zip(*parts, strict=True))
-        return mean_nk, variance_nk
-
-    def get_loadings(self, *, canonical: bool = False, rotated: bool | None = None) -> pd.DataFrame:
-        """Loadings of the decoder: by default its weights, as LinearSCVI returns them.
-
-        Parameters
-        ----------
-        canonical
-            False: in the network's gauge, sign and order. True: as exported, that is centred over genes (the softmax ignores a
-            constant), turned so that the sum of cubes over genes is positive (a factor points to its longer tail of genes;
-            :meth:`ldvae_ext.core.LinearDecoder.signs`), latents by descending mean KL of the model's cells, factors of a rotation
-            as they are numbered.
-        rotated
-            Whether to see them through the rotation that is in force. None: with ``canonical=True`` if there is one.
-
-        Returns
-        -------
-        Genes x latents (``Z_0``, ...) or factors (``F_0``, ...), in log-rate per unit of latent, folded with the batch norm. For what a
-        decoder needs besides, see :meth:`get_decoder`.
-
-        Raises
-        ------
-        ValueError
-            If a rotation is asked for and none is in force, or the model has no data to order latents by.
-        """
-        if not canonical and not rotated:
-            return super().get_loadings()
-        decoder = self.get_decoder(canonical=canonical, rotated=rotated)
-        return pd.DataFrame(decoder.weight_gk, index=self.get_var_names(), columns=decoder.factors)
-
-    def get_decoder(self, *, canonical: bool = False, rotated: bool | None = None) -> LinearDecoder:
-        """The decoder as a frozen value: folded weights, an intercept for each batch, dispersion, raw parts.
-
-        Parameters
-        ----------
-        canonical, rotated
-            See :meth:`get_loadings`; by default the network's own axes, gauge, sign and order.
-
-        Returns
-        -------
-        A :class:`ldvae_ext.core.LinearDecoder`, folded in float64. Its ``scale`` equals the ``px.scale`` of the network in
-        evaluation mode to 1e-6 for the same latent, on the same axes: factors of a rotation are
-        ``z @ model.rotation.matrix_kk``.
-
-        Raises
-        ------
-        ValueError
-            As in :meth:`get_loadings`.
-        """
-        rotated = (canonical and self.rotation is not None) if rotated is None else rotated
-        if rotated and self.rotation is None:
-            msg = "`rotated`: no rotation is in force; `rotate()` puts one in force."
-            raise ValueError(msg)
-        decoder = self._factor_decoder() if rotated else super().get_decoder()
-        if not canonical:
-            return decoder
-        order = np.arange(self.n_latent)
-        if not rotated and not self.is_ordered_:
-            mean_nk, variance_nk = self._posterior_of(None, None, None)
-            order = np.argsort(-kl_per_dimension(mean_nk, variance_nk).mean(axis=0), kind="stable")
-        return decoder.reordered(order, self._canonical_signs(decoder)[order]).centered()
-
-    def _canonical_signs(self, decoder: LinearDecoder) -> np.ndarray:
-        """Towards the longer tail of genes, or as the consensus has it."""
-        is_consensus = self.rotation is not None and self.rotation.method == CONSENSUS
-        return np.ones(self.n_latent, dtype=np.int64) if is_consensus else decoder.signs()
-
-    def _factor_decoder(self) -> LinearDecoder:
-        """The decoder on the axes that are looked at."""
-        decoder = super().get_decoder()
-        return decoder if self.rotation is None else decoder.rotated(self.rotation.matrix_kk, self.rotation.names)
-
-    def _factor_stream(
-        self, adata: AnnData | None, indices: Any, batch_size: int | None, dataloader: Any = None
-    ) -> AbstractContextManager[CellStream]:
-        """Cells on the axes that are looked at."""
-        return stream_cells(self, adata, indices, batch_size, dataloader, rotation=self.rotation)
+        # A generator of its own, since a torch data loader draws a seed from the global one even if it does not shuffle.
+        loader = model._make_data_loader(cells, indices=rows, batch_size=batch_size, generator=torch.Generator())
+        for tensors in loader:
+            (encoded,) = encode_cells(model.module, [tensors], covariates_of(model.registry))
+            means.append(encoded.mean)
+            weight_g += logit_information(decoder, encoded)
+            minibatches.append({name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)})
+    start = fisher_rotation(decoder, np.concatenate(means), weight_g)
+    together = {name: torch.cat([tensors[name] for tensors in minibatches]) for name in minibatches[0]}
+    refined = refine_rotation(model.module, together, start)
+    return with_signs(decoder, polish_rotation(model.module, together, refined))

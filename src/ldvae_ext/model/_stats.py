@@ -19,8 +19,10 @@ from ldvae_ext.core.cells import indicator
 from ldvae_ext.core.explained import ExplainedSums, PooledProfile, explained_sets
 from ldvae_ext.core.ledger import information_ledger
 from ldvae_ext.core.plan import LatentSummary
-from ldvae_ext.model._ablation import AblationMixin
+from ldvae_ext.model._axes import factor_stream
+from ldvae_ext.model._base import LDVAEBase
 from ldvae_ext.model._cells import with_positions
+from ldvae_ext.model._requests import ablation_request, groups_of_cells, with_fraction_warning
 
 # An ablation of each kind that a factor's weight is measured by.
 _ABLATIONS = ("zero", "mean", "permute")
@@ -28,7 +30,7 @@ _ABLATIONS = ("zero", "mean", "permute")
 _N_DRAWS = 20_000
 
 
-class StatsMixin(AblationMixin):
+class StatsMixin(LDVAEBase):
     """All measures of a factor, side by side."""
 
     def get_factor_stats(
@@ -90,86 +92,104 @@ class StatsMixin(AblationMixin):
         KeyError, ValueError
             If there is no such column, or no cells.
         """
-        check_positive_int("max_cells", max_cells)
-        has_counts = self.minified_data_type != ADATA_MINIFY_TYPE.LATENT_POSTERIOR
-        if not has_counts:
-            warn(
-                "The data were minified without counts: explained deviance and the effects of ablation are NaN. "
-                f"`minify_adata({ADATA_MINIFY_TYPE.LATENT_POSTERIOR_WITH_COUNTS!r})` keeps counts."
-            )
-        groups, code_n = self._groups(adata, groupby)
-        seed = (0 if scvi.settings.seed is None else scvi.settings.seed) if seed is None else seed
-        seen, n_cells = LatentSummary(self.n_latent, keep=True), 0
-        with self._factor_stream(adata, None, batch_size) as cells:
-            for chunk in cells.chunks:
-                seen.add(chunk.mean, chunk.variance, axes=chunk.axes)
-                n_cells += len(chunk.mean)
-        positions = cell_positions(indices, n_cells)
-        group_n = codes_at(code_n, positions)
-        tables, totals = [], []
-        mean_nk, axes = seen.latents()
-        for p in np.unique(group_n[group_n >= 0]):
-            inside = positions[group_n == p]
-            information, total = _information(
-                mean_nk[inside], axes.variance_nk[inside], axes.rotation_kk, max_cells, seed
-            )
-            tables.append(pd.DataFrame({"group": groups[p], "factor": self.factor_names, **information}))
-            totals.append({"group": groups[p], **total})
-        if not tables:
-            msg = "There are no cells to look at."
-            raise ValueError(msg)
-        factors = pd.concat(tables, ignore_index=True)
-        needing_counts: dict[str, Any] = dict.fromkeys(
-            ("explained_deviance", *(f"ablation_{mode}" for mode in _ABLATIONS)), np.nan
+        return factor_stats(
+            self, groupby, adata, indices, max_cells=max_cells, seed=seed, batch_size=batch_size, silent=silent
         )
-        if has_counts:
-            needing_counts = self._measures_of_counts(seen, adata, positions, groups, code_n, seed, batch_size, silent)
-        return FactorStats(factors.assign(**needing_counts), pd.DataFrame(totals))
 
-    def _measures_of_counts(
-        self,
-        seen: LatentSummary,
-        adata: AnnData | None,
-        positions: np.ndarray,
-        groups: list[str],
-        code_n: np.ndarray | None,
-        seed: int,
-        batch_size: int | None,
-        silent: bool,
-    ) -> dict[str, np.ndarray]:
-        """Explained deviance and mean effects of ablation, one value for each group and factor, groups first."""
-        requests = {
-            mode: self._ablation_request(None, None, None, mode=mode, seed=seed if mode == "permute" else None)
-            for mode in _ABLATIONS
-        }
-        plans = {mode: request.plan(seen, default_seed=seed) for mode, request in requests.items()}
-        decoder = requests["zero"].decoder
-        profile = PooledProfile(*decoder.intercept_bg.shape)
-        with self._factor_stream(adata, positions, batch_size) as cells:
-            for chunk in cells.chunks:
-                profile.add(chunk)
-        sums = ExplainedSums(len(groups), explained_sets(plans["zero"]))
-        total_mpk = {mode: np.zeros((len(groups), self.n_latent)) for mode in _ABLATIONS}
-        n_p = np.zeros(len(groups))
-        with self._factor_stream(adata, positions, batch_size) as cells:
-            chunks = track(self._raw(cells.chunks), description="Ablating", total=cells.n_chunks, disable=silent)
-            for chunk, at in with_positions(chunks, cells.positions):
-                group_n = codes_at(code_n, at)
-                indicator_pn = indicator(group_n, len(groups))
-                n_p += indicator_pn.sum(axis=1)
-                for mode, plan in plans.items():
-                    total_mpk[mode] += indicator_pn @ plan.effects(decoder, chunk, at, group_n)
-                sums.add(decoder, chunk, at, group_n, profile.share_bg)
-        (present_p,) = np.nonzero(n_p)
-        # Rows of each group stand together, in descending order of KL.
-        explained = pd.DataFrame(sums.columns(groups, self.factor_names)).set_index(["group", "factor"])[
-            "explained_deviance"
-        ]
-        rows = pd.MultiIndex.from_product([[groups[p] for p in present_p], self.factor_names])
-        effects = {
-            f"ablation_{mode}": (total[present_p] / n_p[present_p, None]).ravel() for mode, total in total_mpk.items()
-        }
-        return {"explained_deviance": explained.reindex(rows).to_numpy(), **effects}
+
+def factor_stats(
+    model: LDVAEBase,
+    groupby: str | None = None,
+    adata: AnnData | None = None,
+    indices: Any = None,
+    *,
+    max_cells: int = 5000,
+    seed: int | None = None,
+    batch_size: int | None = None,
+    silent: bool = True,
+) -> FactorStats:
+    """See :meth:`ldvae_ext.model.LDVAE.get_factor_stats`."""
+    check_positive_int("max_cells", max_cells)
+    has_counts = model.minified_data_type != ADATA_MINIFY_TYPE.LATENT_POSTERIOR
+    if not has_counts:
+        warn(
+            "The data were minified without counts: explained deviance and the effects of ablation are NaN. "
+            f"`minify_adata({ADATA_MINIFY_TYPE.LATENT_POSTERIOR_WITH_COUNTS!r})` keeps counts."
+        )
+    groups, code_n = groups_of_cells(model, adata, groupby)
+    seed = (0 if scvi.settings.seed is None else scvi.settings.seed) if seed is None else seed
+    seen, n_cells = LatentSummary(model.n_latent, keep=True), 0
+    with factor_stream(model, adata, None, batch_size) as cells:
+        for chunk in cells.chunks:
+            seen.add(chunk.mean, chunk.variance, axes=chunk.axes)
+            n_cells += len(chunk.mean)
+    positions = cell_positions(indices, n_cells)
+    group_n = codes_at(code_n, positions)
+    tables, totals = [], []
+    mean_nk, axes = seen.latents()
+    for p in np.unique(group_n[group_n >= 0]):
+        inside = positions[group_n == p]
+        information, total = _information(mean_nk[inside], axes.variance_nk[inside], axes.rotation_kk, max_cells, seed)
+        tables.append(pd.DataFrame({"group": groups[p], "factor": model.factor_names, **information}))
+        totals.append({"group": groups[p], **total})
+    if not tables:
+        msg = "There are no cells to look at."
+        raise ValueError(msg)
+    factors = pd.concat(tables, ignore_index=True)
+    needing_counts: dict[str, Any] = dict.fromkeys(
+        ("explained_deviance", *(f"ablation_{mode}" for mode in _ABLATIONS)), np.nan
+    )
+    if has_counts:
+        needing_counts = _measures_of_counts(model, seen, adata, positions, groups, code_n, seed, batch_size, silent)
+    return FactorStats(factors.assign(**needing_counts), pd.DataFrame(totals))
+
+
+def _measures_of_counts(
+    model: LDVAEBase,
+    seen: LatentSummary,
+    adata: AnnData | None,
+    positions: np.ndarray,
+    groups: list[str],
+    code_n: np.ndarray | None,
+    seed: int,
+    batch_size: int | None,
+    silent: bool,
+) -> dict[str, np.ndarray]:
+    """Explained deviance and mean effects of ablation, one value for each group and factor, groups first."""
+    requests = {
+        mode: ablation_request(model, None, None, None, mode=mode, seed=seed if mode == "permute" else None)
+        for mode in _ABLATIONS
+    }
+    plans = {mode: request.plan(seen, default_seed=seed) for mode, request in requests.items()}
+    decoder = requests["zero"].decoder
+    profile = PooledProfile(*decoder.intercept_bg.shape)
+    with factor_stream(model, adata, positions, batch_size) as cells:
+        for chunk in cells.chunks:
+            profile.add(chunk)
+    sums = ExplainedSums(len(groups), explained_sets(plans["zero"]))
+    total_mpk = {mode: np.zeros((len(groups), model.n_latent)) for mode in _ABLATIONS}
+    n_p = np.zeros(len(groups))
+    with factor_stream(model, adata, positions, batch_size) as cells:
+        chunks = track(
+            with_fraction_warning(model, cells.chunks), description="Ablating", total=cells.n_chunks, disable=silent
+        )
+        for chunk, at in with_positions(chunks, cells.positions):
+            group_n = codes_at(code_n, at)
+            indicator_pn = indicator(group_n, len(groups))
+            n_p += indicator_pn.sum(axis=1)
+            for mode, plan in plans.items():
+                total_mpk[mode] += indicator_pn @ plan.effects(decoder, chunk, at, group_n)
+            sums.add(decoder, chunk, at, group_n, profile.share_bg)
+    (present_p,) = np.nonzero(n_p)
+    # Rows of each group stand together, in descending order of KL.
+    explained = pd.DataFrame(sums.columns(groups, model.factor_names)).set_index(["group", "factor"])[
+        "explained_deviance"
+    ]
+    rows = pd.MultiIndex.from_product([[groups[p] for p in present_p], model.factor_names])
+    effects = {
+        f"ablation_{mode}": (total[present_p] / n_p[present_p, None]).ravel() for mode, total in total_mpk.items()
+    }
+    return {"explained_deviance": explained.reindex(rows).to_numpy(), **effects}
 
 
 def _information(

@@ -1,12 +1,8 @@
-"""scVI's tasks, as scvi-tools does them where it is right, and right where it is not."""
+"""scVI's tasks, by scvi-tools' own methods where they are right."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from functools import partial, wraps
-from inspect import signature
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -14,100 +10,27 @@ import pandas as pd
 import torch
 from anndata import AnnData
 from scipy.stats import spearmanr
-from scvi.data._utils import _validate_adata_dataloader_input
 from scvi.model.base import RNASeqMixin, VAEMixin
 
-from ldvae_ext._scvi import MODULE_KEYS
-from ldvae_ext._validate import check_column, check_one_of
+from ldvae_ext._scvi import ADATA_MINIFY_TYPE
+from ldvae_ext._validate import check_one_of
 from ldvae_ext.core import LinearDecoder, log_likelihood
 from ldvae_ext.core.cells import EncodedCells, dense
 from ldvae_ext.core.heads import parameters_given
 from ldvae_ext.core.posterior import deterministic_latent
+from ldvae_ext.model._axes import network_decoder
 from ldvae_ext.model._base import LDVAEBase
 from ldvae_ext.model._cells import stream_cells
-from ldvae_ext.model._factors import FactorsMixin
+from ldvae_ext.model._stock import in_evaluation_mode, minibatches_of, quiet, sampled_distribution
 
 
-def _stock(method: Callable[..., Any], *, needs_counts: bool = False) -> Callable[..., Any]:
-    """A method of scvi-tools, run in evaluation mode, with an error that helps where counts are missing."""
+class TasksMixin(LDVAEBase):
+    """scVI's tasks: likelihoods, latents, parameters of the counts, correlation of genes, minified data."""
 
-    @wraps(method)
-    def run(self: LDVAEBase, *args: Any, **kwargs: Any) -> Any:
-        if needs_counts:
-            self._check_has_counts(method.__name__)
-        with self.module.evaluating(), quiet(kwargs.get("indices"), kwargs.get("batch_size")):
-            return method(self, *args, **kwargs)
-
-    return run
-
-
-@contextmanager
-def quiet(*given: Any) -> Iterator[None]:
-    """Without scvi-tools' word on arguments beside a data loader, which it also says of its own defaults."""
-    with warnings.catch_warnings():
-        if all(value is None for value in given):
-            warnings.filterwarnings("ignore", "Using .* after custom Dataloader", UserWarning)
-        yield
-
-
-def with_u(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of scvi-tools that looks at latents as Gaussian vectors: under ``"ln"`` it is shown u.
-
-    On the simplex their covariance is singular, which the search for outliers cannot take.
-    """
-
-    @wraps(method)
-    def run(self: LDVAEBase, *args: Any, **kwargs: Any) -> Any:
-        if self.module.latent_distribution != "ln":
-            return method(self, *args, **kwargs)
-        of_u = partial(self.get_latent_representation, return_dist=True)
-        self.get_latent_representation = lambda *a, **k: of_u(*a, **k)[0]
-        try:
-            return method(self, *args, **kwargs)
-        finally:
-            del self.get_latent_representation
-
-    return run
-
-
-def _with_groups(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of scvi-tools that compares groups of cells, with an error for a group that there is not."""
-
-    @wraps(method)
-    def run(self: LDVAEBase, *args: Any, **kwargs: Any) -> Any:
-        given = signature(method).bind(self, *args, **kwargs).arguments
-        adata, groupby = given.get("adata", self.adata), given.get("groupby")
-        if adata is not None and groupby is not None:
-            check_column(adata.obs.columns, "groupby", groupby)
-            groups = list(adata.obs[groupby].unique())
-            for name in ("group1", "group2"):
-                asked = given.get(name)
-                for group in [asked] if isinstance(asked, str) or not isinstance(asked, Iterable) else asked:
-                    if group is not None:
-                        check_one_of(name, group, groups)
-        return method(self, *args, **kwargs)
-
-    return run
-
-
-class TasksMixin(FactorsMixin):
-    """Everything that scVI can be asked."""
-
-    get_elbo = _stock(VAEMixin.get_elbo, needs_counts=True)
-    get_latent_library_size = _stock(RNASeqMixin.get_latent_library_size, needs_counts=True)
-    get_aggregated_posterior = _stock(VAEMixin.get_aggregated_posterior)
-    differential_expression = with_u(_with_groups(_stock(FactorsMixin.differential_expression)))
-    posterior_predictive_sample = _stock(RNASeqMixin.posterior_predictive_sample)
-
-    def _batches_of(
-        self, adata: AnnData | None, indices: Any, batch_size: int | None, dataloader: Any, kwargs: dict[str, Any]
-    ) -> Any:
-        """Minibatches of cells, as scvi-tools' getters make them."""
-        _validate_adata_dataloader_input(self, adata, dataloader)
-        if dataloader is not None:
-            return dataloader
-        adata = self._validate_anndata(adata)
-        return self._make_data_loader(adata=adata, indices=indices, batch_size=batch_size, **kwargs)
+    get_elbo = in_evaluation_mode(VAEMixin.get_elbo, needs_counts=True)
+    get_latent_library_size = in_evaluation_mode(RNASeqMixin.get_latent_library_size, needs_counts=True)
+    get_aggregated_posterior = in_evaluation_mode(VAEMixin.get_aggregated_posterior)
+    posterior_predictive_sample = in_evaluation_mode(RNASeqMixin.posterior_predictive_sample)
 
     def get_marginal_ll(
         self,
@@ -138,10 +61,10 @@ class TasksMixin(FactorsMixin):
         self._check_has_counts("get_marginal_ll")
         with self.module.evaluating(), quiet(indices, None if dataloader is None else batch_size):
             of_cells = super().get_marginal_ll(
-                adata,
-                indices,
-                n_mc_samples,
-                batch_size,
+                adata=adata,
+                indices=indices,
+                n_mc_samples=n_mc_samples,
+                batch_size=batch_size,
                 return_mean=False,
                 dataloader=dataloader,
                 data_loader_kwargs=data_loader_kwargs,
@@ -185,13 +108,13 @@ class TasksMixin(FactorsMixin):
             raise ValueError(msg)
         with self.module.evaluating(), quiet(indices, None if dataloader is None else batch_size):
             out = super().get_latent_representation(
-                adata,
-                indices,
-                give_mean,
-                mc_samples,
-                batch_size,
-                return_dist or is_deterministic,
-                dataloader,
+                adata=adata,
+                indices=indices,
+                give_mean=give_mean,
+                mc_samples=mc_samples,
+                batch_size=batch_size,
+                return_dist=return_dist or is_deterministic,
+                dataloader=dataloader,
                 **data_loader_kwargs,
             )
         return deterministic_latent(out[0], "ln") if is_deterministic else out
@@ -229,15 +152,19 @@ class TasksMixin(FactorsMixin):
         if not use_posterior_mean:
             with self.module.evaluating():
                 return super().get_reconstruction_error(
-                    adata, indices, batch_size, dataloader, return_mean, data_loader_kwargs, **kwargs
+                    adata=adata,
+                    indices=indices,
+                    batch_size=batch_size,
+                    dataloader=dataloader,
+                    return_mean=return_mean,
+                    data_loader_kwargs=data_loader_kwargs,
+                    **kwargs,
                 )
         if kwargs:
             msg = f"`use_posterior_mean=True` does not run the network's forward pass, which {sorted(kwargs)} are for."
             raise TypeError(msg)
-        with stream_cells(self, adata, indices, batch_size, dataloader, data_loader_kwargs) as cells:
-            decoder = self.get_decoder()
-            error_n = np.concatenate([-_log_likelihood_at_mean(decoder, chunk) for chunk in cells.chunks])
-        return {"reconstruction_loss": torch.from_numpy(error_n).mean() if return_mean else torch.from_numpy(error_n)}
+        error_n = reconstruction_error_at_mean(self, adata, indices, batch_size, dataloader, data_loader_kwargs)
+        return {"reconstruction_loss": error_n.mean() if return_mean else error_n}
 
     def get_likelihood_parameters(
         self,
@@ -265,11 +192,17 @@ class TasksMixin(FactorsMixin):
         with self.module.evaluating(), quiet(indices, None if dataloader is None else batch_size):
             if self.module.gene_likelihood in ("nb", "zinb"):
                 return super().get_likelihood_parameters(
-                    adata, indices, n_samples, give_mean, batch_size, dataloader, **data_loader_kwargs
+                    adata=adata,
+                    indices=indices,
+                    n_samples=n_samples,
+                    give_mean=give_mean,
+                    batch_size=batch_size,
+                    dataloader=dataloader,
+                    **data_loader_kwargs,
                 )
             means, deviations = [], []
-            for tensors in self._batches_of(adata, indices, batch_size, dataloader, data_loader_kwargs):
-                px = self._sampled_distribution(tensors, n_samples or 1)
+            for tensors in minibatches_of(self, adata, indices, batch_size, dataloader, data_loader_kwargs):
+                px = sampled_distribution(self, tensors, n_samples or 1)
                 means.append(px.mean.cpu().numpy())
                 deviations.append(px.stddev.cpu().numpy())
         out = {"mean": np.concatenate(means, axis=-2)}
@@ -277,19 +210,11 @@ class TasksMixin(FactorsMixin):
             out["dispersions"] = np.concatenate(deviations, axis=-2)
         return {k: v.mean(axis=0) for k, v in out.items()} if give_mean and (n_samples or 1) > 1 else out
 
-    @torch.inference_mode()
-    def _sampled_distribution(
-        self, tensors: dict[str, torch.Tensor], n_samples: int, transform_batch: Any = None
-    ) -> Any:
-        _, generative = self.module.forward(
-            tensors,
-            inference_kwargs={"n_samples": n_samples},
-            generative_kwargs={"transform_batch": transform_batch},
-            compute_loss=False,
-        )
-        return generative[MODULE_KEYS.PX_KEY]
+    def _has_own_rates(self) -> bool:
+        """True if scvi-tools cannot draw rates before Poisson noise: from a Poisson likelihood."""
+        return self.module.gene_likelihood == "poisson"
 
-    def _get_denoised_samples(
+    def _sampled_rates(
         self,
         adata: AnnData | None = None,
         indices: Any = None,
@@ -300,14 +225,10 @@ class TasksMixin(FactorsMixin):
         dataloader: Any = None,
         **data_loader_kwargs: Any,
     ) -> np.ndarray:
-        """Samples of the rate before the Poisson noise; under a Poisson likelihood that is the decoded expression."""
-        if self.module.gene_likelihood != "poisson" and dataloader is None:
-            return super()._get_denoised_samples(
-                adata, indices, n_samples, batch_size, rna_size_factor, transform_batch, **data_loader_kwargs
-            )
+        """Samples of the rate before Poisson noise; under a Poisson likelihood that is the decoded expression."""
         samples = []
-        for tensors in self._batches_of(adata, indices, batch_size, dataloader, data_loader_kwargs):
-            px = self._sampled_distribution(tensors, n_samples, transform_batch)
+        for tensors in minibatches_of(self, adata, indices, batch_size, dataloader, data_loader_kwargs):
+            px = sampled_distribution(self, tensors, n_samples, transform_batch)
             rate = rna_size_factor * px.scale
             if self.module.gene_likelihood != "poisson":
                 theta = px.theta.expand_as(rate)
@@ -354,18 +275,84 @@ class TasksMixin(FactorsMixin):
         with self.module.evaluating():
             if dataloader is None:
                 return super().get_feature_correlation_matrix(
-                    adata, indices, n_samples, batch_size, rna_size_factor, transform_batch, correlation_type, silent
+                    adata=adata,
+                    indices=indices,
+                    n_samples=n_samples,
+                    batch_size=batch_size,
+                    rna_size_factor=rna_size_factor,
+                    transform_batch=transform_batch,
+                    correlation_type=correlation_type,
+                    silent=silent,
                 )
             if adata is not None or indices is not None or transform_batch is not None:
                 msg = "`dataloader` decides on the cells and their batches: leave out `adata`, `indices`, `transform_batch`."
                 raise ValueError(msg)
-            rates = self._get_denoised_samples(
-                n_samples=n_samples, rna_size_factor=rna_size_factor, dataloader=dataloader
-            )
+            rates = self._sampled_rates(n_samples=n_samples, rna_size_factor=rna_size_factor, dataloader=dataloader)
         flat = rates if n_samples == 1 else rates.transpose(2, 0, 1).reshape(-1, rates.shape[1])
         matrix = np.corrcoef(flat, rowvar=False) if correlation_type == "pearson" else spearmanr(flat).statistic
         names = self.get_var_names()
         return pd.DataFrame(matrix, index=names, columns=names)
+
+    def minify_adata(
+        self,
+        minified_data_type: str = ADATA_MINIFY_TYPE.LATENT_POSTERIOR,
+        use_latent_qzm_key: str = "X_latent_qzm",
+        use_latent_qzv_key: str = "X_latent_qzv",
+    ) -> None:
+        """Replace the model's data by a copy that holds each cell's posterior, with or without its counts.
+
+        A latent library size is kept as exp of the posterior mean of its logarithm, in the field that scvi-tools has for
+        the observed one.
+
+        Parameters
+        ----------
+        minified_data_type
+            ``"latent_posterior_parameters"`` drops the counts, ``"latent_posterior_parameters_with_counts"`` keeps them,
+            which likelihoods and ablations need.
+        use_latent_qzm_key, use_latent_qzv_key
+            Keys of ``adata.obsm`` with means and variances of the posteriors, as ``get_latent_representation(return_dist=True)``
+            returns them. Where neither exists, they are computed. (scvi-tools needs them to be there.)
+        """
+        keys = (use_latent_qzm_key, use_latent_qzv_key)
+        computed = not any(key in self.adata.obsm for key in keys)
+        if computed:
+            posterior = self.get_latent_representation(return_dist=True)
+            self.adata.obsm.update(dict(zip(keys, posterior, strict=True)))
+        whole = self.adata
+        try:
+            self._minify(minified_data_type, *keys)
+        finally:
+            if computed:
+                for key in keys:
+                    del whole.obsm[key]
+
+    def _minify(self, minified_data_type: str, *keys: str) -> None:
+        if self.module.use_observed_lib_size:
+            super().minify_adata(minified_data_type, *keys)
+            return
+        with stream_cells(self) as cells:
+            library = [size for chunk in cells.chunks for size in chunk.library]
+        # scvi-tools refuses by this flag, and fills the field with totals.
+        self.module.use_observed_lib_size = True
+        try:
+            super().minify_adata(minified_data_type, *keys)
+        finally:
+            self.module.use_observed_lib_size = False
+        self.adata.obs[self._OBSERVED_LIB_SIZE_KEY] = library
+
+
+def reconstruction_error_at_mean(
+    model: LDVAEBase,
+    adata: AnnData | None = None,
+    indices: Any = None,
+    batch_size: int | None = None,
+    dataloader: Any = None,
+    data_loader_kwargs: dict | None = None,
+) -> torch.Tensor:
+    """Negative log-likelihood of each cell at its posterior mean, shape (cells,), in nats."""
+    with stream_cells(model, adata, indices, batch_size, dataloader, data_loader_kwargs) as cells:
+        decoder = network_decoder(model)
+        return torch.from_numpy(np.concatenate([-_log_likelihood_at_mean(decoder, chunk) for chunk in cells.chunks]))
 
 
 def _log_likelihood_at_mean(decoder: LinearDecoder, cells: EncodedCells) -> np.ndarray:

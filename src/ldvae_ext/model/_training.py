@@ -5,32 +5,33 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
+from anndata import AnnData
 
-from ldvae_ext._scvi import get_max_epochs_heuristic, merge_kwargs, parse_device_args
+from ldvae_ext._scvi import get_max_epochs_heuristic, merge_kwargs, parse_device_args, splitting_cells_by
 from ldvae_ext._validate import check_one_of, check_positive_int, warn
 from ldvae_ext.backends.base import Backend
 from ldvae_ext.backends.choose import choose_for_training
 from ldvae_ext.backends.loader import CountsSplitter
 from ldvae_ext.backends.plan import uses_backend
+from ldvae_ext.core._views import check_rotatable
 from ldvae_ext.model._base import LDVAEBase
+from ldvae_ext.model._batch_norm import recalibrate_batch_norm
+from ldvae_ext.model._ordered import check_can_be_ordered, check_epochs, check_not_decided, order_factors
 
 _WARMED_UP = 0.95
+# Momentum of scvi-tools' batch norms; a frozen one has 0, after it has moved.
+_MOMENTUM = 0.01
 
 
 class TrainingMixin(LDVAEBase):
     """scvi-tools' training with a KL warm-up that can fit the number of epochs, and a word where it did not."""
 
     # Ends in an underscore to be saved with the model, as scvi-tools saves such attributes.
-    kl_weight_: float | None = None
-
-    @property
-    def final_kl_weight(self) -> float:
-        """Weight of the KL term in the last step of training; NaN if it is not known (untrained, or from LinearSCVI)."""
-        return np.nan if self.kl_weight_ is None else self.kl_weight_
+    batch_norm_is_recalibrated_: bool = False
 
     def train(
         self,
@@ -100,7 +101,8 @@ class TrainingMixin(LDVAEBase):
         chosen = self._backend_of(backend, accelerator, devices, plan_kwargs, trainer_options)
         if uses_backend(self._training_plan_cls):
             plan_kwargs["backend"] = chosen
-        with self._axes_of_other_loadings_ended(), self._splitter_of(chosen.name):
+        splitter = None if chosen.name == "scvi" else CountsSplitter
+        with self._axes_of_other_loadings_ended(), splitting_cells_by(self, splitter):
             result = super().train(
                 max_epochs=max_epochs,
                 accelerator=accelerator,
@@ -120,6 +122,161 @@ class TrainingMixin(LDVAEBase):
         self._note_kl_weight(warmup_given=kl_warmup is not None)
         return result
 
+    def order_factors(
+        self,
+        fine_tune_epochs: int = 40,
+        *,
+        lr: float = 2e-3,
+        batch_size: int = 128,
+        accelerator: str = "auto",
+        devices: int | list[int] | str = "auto",
+        plan_kwargs: dict[str, Any] | None = None,
+        **trainer_kwargs: Any,
+    ) -> None:
+        """Put the latents in order of what they explain, and train on so that the first j are a good model by themselves.
+
+        The latent space is rotated first (:func:`deviance_rotation` of the training cells), which changes no decoded
+        expression. Then comes a fine-tuning with nested dropout (Rippel et al. 2014, arXiv:1402.0915): each cell of a
+        minibatch keeps its first j latents, j ~ U{1..K}; the others are 0, and their KL is not counted. Afterwards
+        ``Z_0``, ``Z_1``, ... are in order, and latents beyond the j-th can be left out as zeros, as in
+        ``get_explained_deviance()``.
+
+        The cells are those of the first training; the weight of the KL term is 1. Whatever goes wrong, also in the fine-tuning,
+        leaves the model as it was.
+
+        Parameters
+        ----------
+        fine_tune_epochs
+            Number of epochs. With 0, nothing is trained, whatever the arguments below: the model is the same, and
+            ``rotate("deviance")`` shows it on other axes.
+        lr
+            Learning rate.
+        batch_size, accelerator, devices, plan_kwargs, **trainer_kwargs
+            As in :meth:`train`.
+
+        Raises
+        ------
+        TypeError
+            If an argument would change the cells, the epochs or the weight of the KL term.
+        ValueError
+            If the model is not trained, has no counts, a logistic-normal latent or batch norm in the decoder, or is a query
+            whose reference is frozen.
+        """
+        order_factors(self, fine_tune_epochs, lr, batch_size, accelerator, devices, plan_kwargs, trainer_kwargs)
+
+    @classmethod
+    def train_ordered(
+        cls,
+        adata: AnnData,
+        n_latent: int = 10,
+        max_epochs: int | None = None,
+        *,
+        fine_tune_epochs: int = 40,
+        fine_tune_lr: float = 2e-3,
+        batch_size: int = 128,
+        model_kwargs: dict[str, Any] | None = None,
+        train_kwargs: dict[str, Any] | None = None,
+        **trainer_kwargs: Any,
+    ) -> Self:
+        """A model with ordered latents: ordinary training, then :meth:`order_factors`.
+
+        The decoder has a gene intercept that starts at the log mean expression, and no batch norm, whose statistics a
+        truncated decoder would not have: ``use_batch_norm="encoder"``, ``bias="auto"``.
+
+        Parameters
+        ----------
+        adata
+            AnnData registered by :meth:`setup_anndata`.
+        n_latent
+            Number of latents.
+        max_epochs
+            Epochs of the ordinary training, as in :meth:`train`.
+        fine_tune_epochs, fine_tune_lr
+            Number of epochs and learning rate of the fine-tuning, as in :meth:`order_factors`.
+        batch_size
+            Cells per minibatch, of both trainings.
+        model_kwargs
+            Other arguments of the model.
+        train_kwargs
+            Arguments of :meth:`train` for the ordinary training alone, such as ``train_size`` or ``plan_kwargs``.
+            ``kl_warmup`` is ``"auto"`` unless given.
+        **trainer_kwargs
+            Arguments of :meth:`train` for both trainings, such as ``accelerator``.
+
+        Returns
+        -------
+        The model.
+
+        Raises
+        ------
+        ValueError
+            If the options of the model do not let it be ordered; see :meth:`order_factors`.
+        """
+        check_not_decided(
+            "train_ordered", trainer_kwargs, "`train_kwargs` are for the ordinary training", "plan_kwargs"
+        )
+        check_epochs(fine_tune_epochs)
+        options = {"use_batch_norm": "encoder", "bias": "auto", **(model_kwargs or {})}
+        model = cls(adata, n_latent=n_latent, **options)
+        if fine_tune_epochs:
+            check_can_be_ordered(model)
+        else:
+            check_rotatable(model.module.latent_distribution)
+            model._check_has_counts("train_ordered")
+        own = {"kl_warmup": "auto", **(train_kwargs or {})}
+        model.train(max_epochs, batch_size=batch_size, **own, **trainer_kwargs)
+        model.order_factors(fine_tune_epochs, lr=fine_tune_lr, batch_size=batch_size, **trainer_kwargs)
+        return model
+
+    @property
+    def batch_norm_initial_share(self) -> float:
+        """Share of the running statistics of the decoder that are still their initial values (mean 0, variance 1).
+
+        They move by 1 % with each minibatch, so that after n of them ``0.99^n`` is left: half after 69 minibatches, a
+        thousandth after 690. 0 without batch norm in the decoder, or after :meth:`recalibrate_batch_norm` kept new ones.
+        """
+        batch_norm = self.module.decoder.factor_regressor.fc_layers[0][1]
+        if batch_norm is None or self.batch_norm_is_recalibrated_:
+            return 0.0
+        return float((1 - _MOMENTUM) ** int(batch_norm.num_batches_tracked))
+
+    def recalibrate_batch_norm(
+        self,
+        adata: AnnData | None = None,
+        *,
+        indices: Any = None,
+        validation_indices: Any = None,
+        batch_size: int | None = None,
+    ) -> dict[str, float | bool]:
+        """Estimate the running statistics of the decoder's batch norm anew, and keep them if held-out cells gain.
+
+        The statistics become those of all given cells, of one latent drawn from each posterior (seeded: the same at each
+        call). That changes loadings and intercepts. After a short training it can make them better or much worse, so they
+        are kept only if the negative log-likelihood of held-out cells at their posterior means falls.
+
+        Parameters
+        ----------
+        adata
+            Cells; the model's own if None.
+        indices
+            Cells that the statistics are of; those that the model was trained on if None.
+        validation_indices
+            Cells that decide; those that were held out in training if None.
+        batch_size
+            Cells per minibatch.
+
+        Returns
+        -------
+        ``before`` and ``after``: nats per held-out cell, lower is better; ``kept``: whether the new ones were kept.
+
+        Raises
+        ------
+        ValueError
+            If the decoder has no batch norm, one that query mapping has frozen, or no cells were held out, or
+            those of another AnnData are not named.
+        """
+        return recalibrate_batch_norm(self, adata, indices, validation_indices, batch_size)
+
     def _backend_of(
         self, backend: str, accelerator: str, devices: Any, plan_kwargs: dict[str, Any], trainer_kwargs: dict[str, Any]
     ) -> Backend:
@@ -130,18 +287,6 @@ class TrainingMixin(LDVAEBase):
         return choose_for_training(
             self.module, backend, device_type, self._training_plan_cls, plan_kwargs, trainer_kwargs
         )
-
-    @contextmanager
-    def _splitter_of(self, backend: str) -> Iterator[None]:
-        """Sparse minibatches, unless something else splits the cells."""
-        is_ours = backend != "scvi" and "_data_splitter_cls" not in self.__dict__
-        if is_ours:
-            self._data_splitter_cls = CountsSplitter
-        try:
-            yield
-        finally:
-            if is_ours:
-                del self._data_splitter_cls
 
     @contextmanager
     def _axes_of_other_loadings_ended(self) -> Iterator[None]:

@@ -22,6 +22,7 @@ from ldvae_ext.backends.loader import CountsSplitter
 from ldvae_ext.core import kl_per_dimension
 from ldvae_ext.core.matching import STABLE, UNSTABLE, Consensus, consensus_of, cosines, flags, match_columns, procrustes
 from ldvae_ext.core.rotation import CONSENSUS, Rotation
+from ldvae_ext.model._axes import factor_stream
 from ldvae_ext.model._ldvae import LDVAE
 
 RESAMPLES = ("halves", "bootstrap")
@@ -307,7 +308,7 @@ def _ensemble(
     consensus = consensus_of(loadings, kinds)
     kl_mk = np.zeros(consensus.cosine_mk.shape)
     for m, model in enumerate(models):
-        with model._factor_stream(None, None, None) as cells:
+        with factor_stream(model, None, None, None) as cells:
             kl = [kl_per_dimension(chunk.mean, chunk.variance) for chunk in cells.chunks]
         kl_mk[m] = np.concatenate(kl).mean(axis=0)[consensus.partner_mk[m]]
     order = np.argsort(-kl_mk.mean(axis=0), kind="stable")

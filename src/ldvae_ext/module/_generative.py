@@ -102,7 +102,8 @@ class GenerativeModule:
             batch_index = torch.ones_like(batch_index) * transform_batch
         continuous, categories = self.conditions(batch_index, cont_covs, cat_covs)
         values = torch.cat([z, *(value.expand(*z.shape[:-1], -1) for value in continuous)], dim=-1) if continuous else z
-        return DecoderInputs(values, categories, size_factor if self.use_size_factor_key else library, batch_index, y)
+        log_library: Any = size_factor if self.use_size_factor_key else library
+        return DecoderInputs(values, categories, log_library, batch_index, y)
 
     def priors(self: Any, inputs: DecoderInputs, z: torch.Tensor, cls: type = Normal) -> dict[str, Any]:
         """Prior of the latents, and prior of the log library if it is latent, by the keys of scvi-tools.

@@ -11,7 +11,7 @@ import torch
 from scvi import REGISTRY_KEYS
 from scvi.distributions import Normal
 
-from ldvae_ext._scvi import MODULE_KEYS
+from ldvae_ext._scvi import MODULE_KEYS, GenerativeInputs
 
 # Which latents of which cell are kept, among the outputs of the inference.
 _KEPT = "kept_latents"
@@ -19,7 +19,7 @@ _KEPT = "kept_latents"
 _SETTLED = 1e-3
 
 
-class TruncationModule:
+class TruncationModule(GenerativeInputs):
     """Nested dropout (Rippel et al. 2014, arXiv:1402.0915) for a variational autoencoder; stands before the network's class.
 
     In training, while it is on, each cell keeps its first j latents, j ~ U{1..K}: the others are 0 before the decoder, and
@@ -37,12 +37,18 @@ class TruncationModule:
         finally:
             self.truncates = before
 
-    def _get_generative_input(
-        self: Any, tensors: dict[str, torch.Tensor], inference_outputs: dict[str, Any], **kwargs: Any
+    def change_latents(
+        self: Any, inputs: dict[str, torch.Tensor | None], inference_outputs: dict[str, Any]
     ) -> dict[str, torch.Tensor | None]:
-        inputs = super()._get_generative_input(tensors, inference_outputs, **kwargs)  # type: ignore[misc]
+        """Inputs of the decoder, in which latents that a cell does not keep are 0; the kept ones are noted.
+
+        Parameters
+        ----------
+        inputs, inference_outputs
+            Inputs of ``generative`` and outputs of ``inference``, as in scvi-tools.
+        """
         if self.truncates and self.training:
-            z = inputs[MODULE_KEYS.Z_KEY]
+            z: Any = inputs[MODULE_KEYS.Z_KEY]
             kept = kept_latents(*z.shape[-2:], device=z.device)
             inference_outputs[_KEPT] = kept
             inputs[MODULE_KEYS.Z_KEY] = torch.where(kept, z, 0.0)

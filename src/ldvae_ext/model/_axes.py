@@ -1,0 +1,85 @@
+"""A model on its network's axes, or on the axes of the rotation in force: decoders, posteriors, signs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+from anndata import AnnData
+from scvi import REGISTRY_KEYS
+
+from ldvae_ext._validate import listed
+from ldvae_ext.core import LinearDecoder
+from ldvae_ext.core.rotation import CONSENSUS, Rotation, with_signs
+from ldvae_ext.model._base import LDVAEBase
+from ldvae_ext.model._bridge import linear_decoder
+from ldvae_ext.model._cells import CellStream, stream_cells
+from ldvae_ext.model._registry import covariates_of, level_names
+
+
+def network_decoder(model: LDVAEBase) -> LinearDecoder:
+    """The decoder on the network's axes."""
+    return linear_decoder(
+        model.module,
+        model.get_var_names(),
+        level_names(model.registry, REGISTRY_KEYS.BATCH_KEY),
+        model.latent_names,
+        covariates_of(model.registry),
+        level_names(model.registry, REGISTRY_KEYS.LABELS_KEY),
+    )
+
+
+def factor_decoder(model: LDVAEBase) -> LinearDecoder:
+    """The decoder on the axes of the rotation in force, or on the network's."""
+    decoder = network_decoder(model)
+    return decoder if model.rotation is None else decoder.rotated(model.rotation.matrix_kk, model.rotation.names)
+
+
+def canonical_signs(model: LDVAEBase, decoder: LinearDecoder) -> np.ndarray:
+    """Sign of each factor, +1 or -1: towards the longer tail of genes, or as in the consensus."""
+    is_consensus = model.rotation is not None and model.rotation.method == CONSENSUS
+    return np.ones(model.n_latent, dtype=np.int64) if is_consensus else decoder.signs()
+
+
+def put_in_force(model: LDVAEBase, rotation: Rotation) -> None:
+    """Put a rotation in force, with canonical signs."""
+    matrix_kk = with_signs(network_decoder(model), rotation.matrix_kk)
+    model.rotation_ = {"matrix": matrix_kk, "method": rotation.method}
+
+
+def factor_stream(
+    model: LDVAEBase, adata: AnnData | None, indices: Any, batch_size: int | None, dataloader: Any = None
+) -> AbstractContextManager[CellStream]:
+    """Cells on the axes of the rotation in force, or on the network's."""
+    return stream_cells(model, adata, indices, batch_size, dataloader, rotation=model.rotation)
+
+
+def network_posterior(
+    model: LDVAEBase, adata: AnnData | None = None, indices: Any = None, batch_size: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Posterior means and variances of cells on the network's axes, shape (cells, latents) each."""
+    with stream_cells(model, adata, indices, batch_size) as cells:
+        parts = [(chunk.mean.astype(np.float64), chunk.variance) for chunk in cells.chunks]
+    if not parts:
+        msg = "There are no cells to look at."
+        raise ValueError(msg)
+    mean_nk, variance_nk = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return mean_nk, variance_nk
+
+
+def transform_batch_codes(model: LDVAEBase, transform_batch: Any) -> list[int | None]:
+    """Codes of batches given by their value in ``adata.obs``, as in scvi-tools; None for each cell's own batch."""
+    if isinstance(transform_batch, str) or not isinstance(transform_batch, Iterable):
+        transform_batch = [transform_batch]
+    transform_batch = list(transform_batch)
+    if not transform_batch:
+        msg = "`transform_batch` must name at least one batch; got none."
+        raise ValueError(msg)
+    known = list(level_names(model.registry, REGISTRY_KEYS.BATCH_KEY))
+    for batch in transform_batch:
+        if batch is not None and batch not in known:
+            msg = f"`transform_batch`: {batch!r} is no batch of this model; allowed are {listed(known)}."
+            raise ValueError(msg)
+    return [None if batch is None else known.index(batch) for batch in transform_batch]
