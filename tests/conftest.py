@@ -2,26 +2,29 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
-
-@pytest.fixture(autouse=True, scope="session")
-def _quiet_and_frugal():
-    """One thread: the models are small, and threads that wait for each other on a busy machine cost ten times as much."""
-    import torch
-
-    torch.set_num_threads(1)
-    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+# One thread: the models are small, and threads that wait for each other on a busy machine cost ten times as much. Set
+# before numpy and torch are imported; torch itself is imported by the tests that need it, not here.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(autouse=True)
-def _seed():
-    import scvi
-
-    scvi.settings.seed = 0
+def _seeded_and_quiet():
+    """A seed for each test, one thread and no notices of Lightning, if torch and scvi-tools are there at all."""
+    if (scvi := sys.modules.get("scvi")) is not None:
+        scvi.settings.seed = 0
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.set_num_threads(1)
+        for name in (
+            "lightning.pytorch",
+            "lightning.pytorch.utilities.rank_zero",
+            "lightning.pytorch.accelerators.cuda",
+        ):
+            logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ldvae_ext.core import LinearDecoder, ablation_effects, log_likelihood
-from ldvae_ext.core._compiled import compiled
+from ldvae_ext.kernels.threads import compiled
 from tests.core.decoders import cells, full_decoder
 
 

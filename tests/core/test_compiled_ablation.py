@@ -10,11 +10,9 @@ from scipy import sparse
 
 from ldvae_ext.core import ablation as ablation_module
 from ldvae_ext.core import ablation_effects
-from ldvae_ext.core._compiled import compiled, kernels
 from ldvae_ext.core._paired import Steps
+from ldvae_ext.kernels.threads import compiled
 from tests.core.decoders import full_decoder
-
-pytestmark = pytest.mark.skipif(kernels() is None, reason="numba is not installed")
 
 SETS = [0, 3, [0, 1, 2], [1, 2, 3], [], [2], [0, 1, 2, 3], [1, 2, 3], [3], [0, 3]]
 

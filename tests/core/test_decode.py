@@ -7,8 +7,8 @@ import pytest
 from scipy.special import softmax
 
 from ldvae_ext.core import _decode, population_expression
-from ldvae_ext.core._compiled import compiled
 from ldvae_ext.core._decode import put_scale
+from ldvae_ext.kernels.threads import compiled
 from tests.core.decoders import cells, full_decoder
 
 both_ways = pytest.mark.parametrize("on", [True, False])

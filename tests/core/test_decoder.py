@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 from dataclasses import FrozenInstanceError, replace
 
 import numpy as np
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ldvae_ext.core import BatchNorm, LinearDecoder, RawLinear
+from tests.core.decoders import full_decoder
 
 
 def make(seed=0, n_genes=9, n_factors=3, n_batches=2, likelihood="zinb", dispersion="gene-batch", latent="normal"):
@@ -275,3 +277,15 @@ def test_only_zinb_has_dropout_and_poisson_no_dispersion():
         poisson.dropout_logits(latents(poisson), 0)
     with pytest.raises(ValueError, match="no dispersion"):
         poisson.theta()
+
+
+def test_a_decoders_tables_are_its_own_and_travel_with_no_copy_of_it():
+    decoder = full_decoder(0, 12, likelihood="nb", dispersion="gene", covariates=())
+    size = len(pickle.dumps(decoder))
+    assert decoder._tables is decoder._tables
+    assert len(pickle.dumps(decoder)) == size
+    copy = pickle.loads(pickle.dumps(decoder))
+    np.testing.assert_array_equal(copy._tables.weight_kg, decoder._tables.weight_kg)
+    turned = replace(decoder, weight_gk=-decoder.weight_gk)
+    np.testing.assert_array_equal(turned._tables.weight_kg, -decoder._tables.weight_kg)
+    assert copy != decoder

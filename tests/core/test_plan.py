@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from ldvae_ext.core import LinearDecoder
-from ldvae_ext.core._compiled import compiled
 from ldvae_ext.core.cells import EncodedCells
 from ldvae_ext.core.plan import MODES, SCHEMES, AblationPlan, AblationRequest, LatentSummary
+from ldvae_ext.kernels.threads import compiled
 from tests.core.brute_force import brute_force, replaced_sets
 from tests.core.decoders import COVARIATES, full_decoder
 

@@ -13,6 +13,7 @@ from torch.distributions import Normal
 
 from ldvae_ext.core.importance import importance_weights, latent_log_density
 from ldvae_ext.model._cells import stream_cells
+from ldvae_ext.model._comparison import _log_px
 from tests.helpers import counts, network, untrained
 from tests.traps import codes, dense, encoded, ours_of, pair
 
@@ -143,7 +144,7 @@ def test_importance_weights_of_a_normal_latent_are_those_of_scvi_tools(monkeypat
     with stream_cells(ours, None, cells) as stream:
         chunks = list(stream.chunks)
     mean, variance = (np.concatenate([getattr(c, n) for c in chunks]) for n in ("mean", "variance"))
-    log_px = np.concatenate([ours._log_px(z_nk, chunks, cells) for z_nk in z])
+    log_px = np.concatenate([_log_px(ours, z_nk, chunks, cells) for z_nk in z])
     flat = z.reshape(-1, z.shape[-1])
     got = importance_weights(
         latent_log_density(flat, np.zeros((1, 4)), np.ones((1, 4)), "normal")[:, 0],

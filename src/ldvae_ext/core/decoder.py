@@ -345,7 +345,9 @@ class LinearDecoder(DecoderViews, FromArrays):
         origin_k = deterministic_latent(np.zeros((1, len(self.factors))), self.latent_distribution)[0]
         logits_bg = self.intercept_bg + self.weight_gk @ origin_k
         if self.covariate_cg is not None:
-            levels = [np.zeros(1) if c.levels is None else np.full(c.n_columns, 1 / c.n_columns) for c in self.covariates]
+            levels = [
+                np.zeros(1) if c.levels is None else np.full(c.n_columns, 1 / c.n_columns) for c in self.covariates
+            ]
             logits_bg = logits_bg + np.concatenate(levels) @ self.covariate_cg
         rho_g = self.apply_link(logits_bg).mean(axis=0)
         weight_gk = self.centered().weight_gk

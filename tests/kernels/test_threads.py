@@ -1,19 +1,15 @@
-"""Rows shared by threads, whatever the loop: compiled or not."""
+"""Rows shared by threads, and the switch between compiled loops and numpy."""
 
 from __future__ import annotations
 
-import pickle
+import os
 import subprocess
 import sys
 import threading
-from dataclasses import replace
 
-import numpy as np
 import pytest
 
-from ldvae_ext.core import _compiled
-from ldvae_ext.core._compiled import compiled, kernels, over_rows, threads
-from tests.core.decoders import full_decoder
+from ldvae_ext.kernels.threads import compiled, is_compiled, over_rows, threads
 
 
 @pytest.mark.parametrize("n_rows", [0, 1, 2, 7, 100])
@@ -53,11 +49,11 @@ def test_an_error_in_any_piece_reaches_the_caller_after_all_have_ended(culprit):
 
 
 def test_a_forked_process_makes_threads_of_its_own():
-    if not hasattr(_compiled.os, "fork"):
+    if not hasattr(os, "fork"):
         pytest.skip("no fork here")
     code = """
 import os
-from ldvae_ext.core._compiled import compiled, over_rows
+from ldvae_ext.kernels.threads import compiled, over_rows
 seen = []
 with compiled(n_threads=3):
     over_rows(lambda start, stop: seen.append(start), 3)
@@ -70,11 +66,11 @@ with compiled(n_threads=3):
     assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=False, timeout=60).returncode == 6
 
 
-def test_what_is_not_said_inside_is_as_outside_and_ends_there():
+def test_options_that_are_not_given_stay_as_they_were_and_all_end_with_the_context():
     before = threads()
     with compiled(n_threads=3):
         with compiled(on=False):
-            assert kernels() is None
+            assert not is_compiled()
             assert threads() == 3
             with compiled(on=True, n_threads=2):
                 assert threads() == 2
@@ -103,15 +99,3 @@ def test_the_environment_says_how_many_threads(monkeypatch, asked, expected):
     assert default >= 1
     monkeypatch.setenv("OMP_NUM_THREADS", asked)
     assert threads() == (default if expected is None else expected)
-
-
-def test_a_decoders_tables_are_its_own_and_travel_with_no_copy_of_it():
-    decoder = full_decoder(0, 12, likelihood="nb", dispersion="gene", covariates=())
-    size = len(pickle.dumps(decoder))
-    assert decoder._tables is decoder._tables
-    assert len(pickle.dumps(decoder)) == size
-    copy = pickle.loads(pickle.dumps(decoder))
-    np.testing.assert_array_equal(copy._tables.weight_kg, decoder._tables.weight_kg)
-    turned = replace(decoder, weight_gk=-decoder.weight_gk)
-    np.testing.assert_array_equal(turned._tables.weight_kg, -decoder._tables.weight_kg)
-    assert copy != decoder
