@@ -10,6 +10,7 @@ import pandas as pd
 from anndata import AnnData
 from scvi.utils import track
 
+from ldvae_ext._docs import fill_docstring
 from ldvae_ext._groups import codes_at, gene_ablation
 from ldvae_ext._keys import ABLATION_INFO
 from ldvae_ext._validate import check_one_of
@@ -33,6 +34,7 @@ class AblationMixin(LDVAEBase):
     """Ablation of latents: paired, streamed, on raw counts."""
 
     @with_torch_threads
+    @fill_docstring
     def ablate(
         self,
         adata: AnnData | None = None,
@@ -60,61 +62,32 @@ class AblationMixin(LDVAEBase):
 
         Parameters
         ----------
-        adata
-            Cells to ablate; the model's own if None. Unseen cells are encoded; the AnnData is not written to.
-        indices
-            Cells of ``adata`` to ablate, as positions or a mask.
-        latents
-            Latents to take out, one at a time: names (``"Z_3"``; ``"F_3"`` while a rotation is in force) or positions; all if
-            None. A mapping from a name to several takes each of these sets out as a whole. With ``scheme="keep_top"`` the
-            order in which latents are kept; if None by descending KL over all cells of ``adata``, or as they are numbered
-            after ``rotate("deviance")`` and :meth:`order_factors`.
-        mode
-            What a latent is replaced by (u under ``latent_distribution="ln"``, where z = softmax(u)):
-
-            * ``"zero"``: 0, the prior mean;
-            * ``"mean"``: its mean over all cells of ``adata``, whichever are asked for by ``indices``, so that what varies is
-              taken away;
-            * ``"group_mean"``: its mean over all cells of the cell's group of ``groupby``, so that what varies inside the
-              group is; NaN for a cell without a group;
-            * ``"permute"``: that of another cell of ``adata``, drawn without replacement, one donor for all latents of a cell;
-              keeps the marginal distribution, breaks the link to the cell;
-            * ``"prior"``: a standard normal draw;
-            * ``"value"``: ``value``;
-            * ``"drop"``: only under ``"ln"``: z = 0, and the other latents renormalised to sum to 1.
-        value
-            For ``mode="value"``: one number, one for each latent, or a mapping from names, which names the latents, too, if
-            ``latents`` does not.
-        groupby
-            For ``mode="group_mean"``: a column of ``obs``.
-        scheme
-            ``"leave_out"``: the named latents are replaced. ``"leave_in"``: all others are. ``"keep_top"``: all but the first
-            j are, for j from 0 (1 for ``"drop"``) to the number of latents.
-        refit_heads
-            Whether dropout logits (``"zinb"``) and dispersion (``"gene-cell"``) follow the replaced latents.
-        use_posterior
-            ``"mean"``: latents are the posterior means. ``"samples"``: the mean effect over draws from each cell's posterior, the
-            same draws on both sides (common random numbers); donors are drawn with theirs. The library is not drawn.
-        n_samples
-            Draws for ``use_posterior="samples"``; 10 if None.
-        seed
-            Seed of ``"permute"``, ``"prior"`` and ``"samples"``; ``scvi.settings.seed`` if None, or 0. Draws belong to (seed,
-            position of the cell in ``adata``) and depend on nothing else.
-        transform_batch
-            Batch, or batches, in which cells are decoded on both sides; their own if None. Effects are averaged over several.
-        batch_size
-            Cells per minibatch; ``scvi.settings.batch_size`` if None. The result does not depend on it.
-        dataloader
-            Minibatches of cells, instead of ``adata``. Their names are positions, since they bring no obs. What needs the
-            latents of all cells first reads them twice.
-        silent
-            Whether to hide the progress bar.
+        %(adata_of_model)s
+        %(indices)s
+        %(latents)s
+            Positions count along ``factor_names``. The default of that order is descending KL over all cells of
+            ``adata``, or the numbering of the factors after ``rotate("deviance")`` and :meth:`order_factors`.
+        %(mode)s
+        %(value)s
+            If ``latents`` is None and the scheme is ``"leave_out"``, the names of a mapping are also the latents.
+        %(groupby_of_mode)s
+        %(scheme)s
+        %(refit_heads)s
+        %(use_posterior)s
+        %(n_samples)s
+        %(seed)s
+            The seed is ``scvi.settings.seed`` if None, and 0 if that is None, too.
+        %(transform_batch)s
+        %(batch_size)s
+        %(dataloader)s
+            It is read twice if the latents of all cells are needed first.
+        %(silent)s
 
         Returns
         -------
         AnnData, cells x sets of latents, in the network's order. ``X`` is float64, in nats per cell: positive where the
-        latents help to explain the cell, negative where they hurt. ``obs`` is a copy; ``uns["ldvae_ablation"]`` says what was
-        done.
+        latents help to explain the cell, negative where they hurt. ``obs`` is a copy; ``uns["ldvae_ablation"]`` describes
+        the ablation.
 
         Raises
         ------
@@ -164,6 +137,7 @@ class AblationMixin(LDVAEBase):
         )
 
     @with_torch_threads
+    @fill_docstring
     def ablate_genes(
         self,
         groupby: str | None = None,
@@ -183,25 +157,44 @@ class AblationMixin(LDVAEBase):
         dataloader: Any = None,
         silent: bool = True,
     ) -> AnnData:
-        """What each gene contributes to the effect of an ablation, averaged over the cells of each group.
+        """Contribution of each gene to the effect of an ablation, averaged over the cells of each group.
 
         The sum over genes is the mean effect of :meth:`ablate` in the group. Sums are streamed: cells x genes x latents are
         never held.
 
         Parameters
         ----------
-        groupby
-            Column of ``obs``; cells without a value are left out. All cells are one group if None.
-        adata, indices, latents, mode, value, scheme, refit_heads, use_posterior, n_samples, seed, transform_batch
-            As in :meth:`ablate`; ``mode="group_mean"`` takes the groups of ``groupby``.
-        batch_size, dataloader, silent
-            As in :meth:`ablate`. A data loader brings no obs, so that there are no groups.
+        %(groupby)s
+        %(adata_of_model)s
+        %(indices)s
+        %(latents)s
+            Positions count along ``factor_names``. The default of that order is descending KL over all cells of
+            ``adata``, or the numbering of the factors after ``rotate("deviance")`` and :meth:`order_factors`.
+        %(mode)s
+        %(value)s
+            If ``latents`` is None and the scheme is ``"leave_out"``, the names of a mapping are also the latents.
+        %(scheme)s
+        %(refit_heads)s
+        %(use_posterior)s
+        %(n_samples)s
+        %(seed)s
+            The seed is ``scvi.settings.seed`` if None, and 0 if that is None, too.
+        %(transform_batch)s
+        %(batch_size)s
+        %(dataloader)s
+            It is read twice if the latents of all cells are needed first.
+        %(silent)s
 
         Returns
         -------
-        AnnData, (groups x genes) x sets of latents, in the network's order; :func:`ldvae_ext.get.gene_ablation_df` reads it as
-        a long table. ``X`` is float64, in nats per cell of the group; ``obs`` has ``group``, ``gene`` and ``n_cells``;
-        ``uns["ldvae_ablation"]`` says what was done.
+        AnnData, (groups x genes) x sets of latents, in the network's order; :func:`ldvae_ext.get.gene_ablation_df` reads it
+        as a long table. ``X`` is float64, in nats per cell of the group; ``obs`` has ``group``, ``gene`` and ``n_cells``;
+        ``uns["ldvae_ablation"]`` describes the ablation.
+
+        Raises
+        ------
+        ValueError, TypeError
+            As for :meth:`ablate`.
         """
         self._check_has_counts("ablate_genes")
         request = ablation_request(
@@ -232,6 +225,7 @@ class AblationMixin(LDVAEBase):
         return gene_ablation(total_pgs, n_p, groups, genes, plan.names, request.description(plan, groupby))
 
     @with_torch_threads
+    @fill_docstring
     def get_explained_deviance(
         self,
         groupby: str | None = None,
@@ -247,36 +241,54 @@ class AblationMixin(LDVAEBase):
     ) -> pd.DataFrame:
         """Share of the deviance of the counts that each latent explains, alone and with those before it.
 
-        ``D(S)`` is the deviance (twice the log-likelihood lost against a mean equal to the count, at the model's dispersion,
-        library and dropout logits) with the latents outside S replaced; ``D(null)`` that of a model which knows of a cell only
-        its library and batch: the pooled share of each gene in the counts of the batch, taken from the very cells that are
-        looked at. Latents are not independent, so that ``explained_deviance`` does not add up to the whole; ``cumulative`` does.
+        ``D(S)`` is the deviance with the latents outside S replaced: twice the log-likelihood lost against a mean equal to
+        the count, at the model's dispersion, library size and dropout logits. ``D(null)`` is the deviance of a null model
+        that has only the library size and batch of each cell: its mean is the pooled share of each gene in the counts of
+        the batch, computed from the selected cells. Latents are not independent, so ``explained_deviance`` does not add up
+        to the whole; ``cumulative`` does.
 
         Parameters
         ----------
-        groupby
-            Column of ``obs``; the deviances of a group are those of its cells, against the same null model. All cells are one
-            group if None.
-        adata, indices
-            Cells to look at, such as ``indices=model.validation_indices`` for those that were held out in training; the null
-            model is theirs. Other cells of ``adata`` count for the order by KL and for the means of ``mode="mean"``.
+        %(groupby)s
+            The null model is the same for all groups.
+        %(adata_of_model)s
+        indices
+            Cells of ``adata`` to summarise, as positions or a mask, such as ``indices=model.validation_indices`` for the
+            cells held out in training; all if None. The null model is computed from these cells. The order by KL and the
+            means of ``mode="mean"`` are computed from all cells of ``adata``.
         latents
-            Order in which latents are added up; if None as for ``scheme="keep_top"`` of :meth:`ablate`. Those left out are
+            Order in which latents are added up, as names or positions; if None, descending KL over all cells of ``adata``,
+            or the numbering of the factors after ``rotate("deviance")`` and :meth:`order_factors`. Latents left out are
             replaced throughout.
-        mode, value
-            What a latent is replaced by, see :meth:`ablate`; not the random ones.
-        batch_size, dataloader, silent
-            As in :meth:`ablate`; a data loader is read twice, and once more for the order by KL or a mean.
+        %(mode)s
+
+            ``"permute"`` and ``"prior"`` are not allowed here: the deviance would change with each draw.
+        %(value)s
+        %(batch_size)s
+        %(dataloader)s
+            It is read twice, and a third time for the order by KL or a mean.
+        %(silent)s
 
         Returns
         -------
-        One row for each group and latent, in order: ``group``, ``factor``, ``n_cells``, ``explained_deviance``
-        (``(D(all but it) - D(all)) / D(null)``), ``cumulative`` (``1 - D(it and those before it) / D(null)``) and
-        ``without_latents``, what ``cumulative`` starts from: that of the intercepts alone (NaN for ``"drop"``). All of them can be
-        negative: the null model knows the counts of these cells, and the intercepts, or a latent library that is far from a
-        cell's total, may do worse. NaN where the null model fits exactly, as it does a single cell.
+        DataFrame with one row for each group and latent, in order:
+
+        * ``group``, ``factor``, ``n_cells``;
+        * ``explained_deviance``: ``(D(all but it) - D(all)) / D(null)``;
+        * ``cumulative``: ``1 - D(it and those before it) / D(null)``;
+        * ``without_latents``: ``1 - D(none) / D(null)``, the intercepts alone, where ``cumulative`` starts; NaN for ``"drop"``.
+
+        All of them can be negative: the null model uses the counts of these cells, and the intercepts, or a latent library
+        size far from a cell's total, can fit worse. NaN where the null model fits exactly, as for a single cell.
+
+        Raises
+        ------
+        ValueError
+            As for :meth:`ablate`, or if the mode draws at random.
+        TypeError
+            If ``adata`` is no AnnData, or ``dataloader`` an iterator.
         """
-        # With random latents it would be another at each draw.
+        # The deviance would change with each draw of random latents.
         check_one_of("mode", mode, [known for known in MODES if known not in ("permute", "prior")])
         if isinstance(dataloader, Iterator):
             raise TypeError(READ_TWICE)
@@ -299,6 +311,7 @@ class AblationMixin(LDVAEBase):
                 sums.add(request.decoder, chunk, at, codes_at(code_n, at), profile.share_bg)
         return pd.DataFrame(sums.columns(groups, self.factor_names))
 
+    @fill_docstring
     def get_ablated_expression(
         self,
         latents: Any,
@@ -319,20 +332,34 @@ class AblationMixin(LDVAEBase):
     ) -> np.ndarray | pd.DataFrame:
         """Decoded expression with latents taken out, all of them at once.
 
-        What ``get_normalized_expression(use_posterior_mean=True)`` would be without them.
+        Equals ``get_normalized_expression(use_posterior_mean=True)`` with these latents replaced.
 
         Parameters
         ----------
         latents
-            Latents to take out together: names (``"Z_3"``) or positions.
-        mode, value, groupby, seed
-            What they are replaced by; see :meth:`ablate`.
-        adata, indices, transform_batch, gene_list, library_size, batch_size, return_numpy, silent, dataloader
+            Latents to take out together: names (``"Z_3"``; ``"F_3"`` under a rotation) or positions.
+        %(mode)s
+        %(adata_of_model)s
+        %(indices)s
+        transform_batch, gene_list, library_size, return_numpy
             As in :meth:`get_normalized_expression`.
+        %(batch_size)s
+        %(silent)s
+        %(dataloader)s
+            It is read twice if the latents of all cells are needed first.
+        %(value)s
+        %(groupby_of_mode)s
+        %(seed)s
+            The seed is ``scvi.settings.seed`` if None, and 0 if that is None, too.
 
         Returns
         -------
         Cells x genes, float32.
+
+        Raises
+        ------
+        ValueError, TypeError
+            As for :meth:`ablate`.
         """
         request = ablation_request(
             self, dataloader, groupby, None, latents={"all": latents}, mode=mode, value=value, seed=seed

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
+from ldvae_ext._docs import fill_docstring
 from ldvae_ext._groups import gene_ablation, groups_of
 from ldvae_ext._keys import ABLATION_INFO, DEFAULT_KEY
 from ldvae_ext._validate import cell_positions, check_positive_int, factor_indices
@@ -20,6 +21,7 @@ from ldvae_ext.tl._cells import ExportedCells
 CHUNK_SIZE = 1024
 
 
+@fill_docstring
 def ablate(
     adata: AnnData,
     latents: Any = None,
@@ -38,46 +40,45 @@ def ablate(
     transform_batch: Any = None,
     chunk_size: int = CHUNK_SIZE,
 ) -> AnnData:
-    """Change of each cell's negative log-likelihood when latents are taken out, from what was exported.
+    """Change of each cell's negative log-likelihood when latents are taken out, from an export.
 
-    The numbers are those of :meth:`ldvae_ext.model.LDVAE.ablate` (to rounding), without torch: latents, library sizes and the
-    decoder come from the export, counts and batches from ``adata``, which may be backed by a file.
+    Equals :meth:`ldvae_ext.model.LDVAE.ablate` up to rounding, without torch: latents, library sizes and the decoder come
+    from the export, counts and batches from ``adata``.
 
     Parameters
     ----------
-    adata
-        AnnData that :meth:`ldvae_ext.model.LDVAE.export_to_anndata` wrote to, with the raw counts of the model's genes.
-    latents
-        As in :meth:`ldvae_ext.model.LDVAE.ablate`; positions are in the exported order, which is the default of
-        ``scheme="keep_top"`` too.
-    mode, groupby, scheme, refit_heads, use_posterior, n_samples
-        As there.
-    layer
-        Layer with the counts; if None, the one that the model was set up with, or ``X``.
-    key
-        ``key_added`` of the export.
-    indices
-        Cells to ablate, as positions or a mask.
-    value
-        For ``mode="value"``, in the exported order and signs: one number, one for each latent, or a mapping from names.
-    seed
-        Seed of ``"permute"``, ``"prior"`` and ``"samples"``; 0 if None. Draws belong to (seed, position in ``adata``).
-    transform_batch
-        Batch, or batches, by name, in which cells are decoded on both sides.
-    chunk_size
-        Cells held at a time. The result does not depend on it.
+    %(adata_of_export)s
+    %(latents)s
+        Positions and the default of that order are those of the export.
+    %(mode)s
+    %(layer)s
+    %(key)s
+    %(indices)s
+    %(value)s
+        Numbers are in the exported order and signs. If ``latents`` is None and the scheme is ``"leave_out"``, the names of
+        a mapping are also the latents.
+    %(groupby_of_mode)s
+    %(scheme)s
+    %(refit_heads)s
+    %(use_posterior)s
+    %(n_samples)s
+    %(seed)s
+        The seed is 0 if None.
+    %(transform_batch)s
+    %(chunk_size)s
 
     Returns
     -------
-    AnnData, cells x sets of latents, in the exported order; else as from :meth:`ldvae_ext.model.LDVAE.ablate`. ``adata`` is not
-    written to.
+    AnnData, cells x sets of latents, in the exported order. ``X`` is float64, in nats per cell: positive where the latents
+    help to explain the cell, negative where they hurt. ``obs`` is a copy; ``uns["ldvae_ablation"]`` describes the ablation.
 
     Raises
     ------
     KeyError
         If there is no such export, layer or column.
     ValueError
-        If genes of the model are missing, the counts are none, or the request makes no sense.
+        If genes of the model are missing, the matrix does not hold counts, a latent, mode, batch or group does not exist, or
+        an argument has no use in the mode.
     """
     work = _Work(
         adata,
@@ -110,6 +111,7 @@ def ablate(
     )
 
 
+@fill_docstring
 def ablate_genes(
     adata: AnnData,
     groupby: str | None = None,
@@ -128,21 +130,43 @@ def ablate_genes(
     transform_batch: Any = None,
     chunk_size: int = CHUNK_SIZE,
 ) -> AnnData:
-    """What each gene contributes to the effect of an ablation in each group of cells, from what was exported.
+    """Contribution of each gene to the effect of an ablation, averaged over the cells of each group, from an export.
+
+    Equals :meth:`ldvae_ext.model.LDVAE.ablate_genes` up to rounding, without torch. The sum over genes is the mean effect of
+    :func:`ablate` in the group.
 
     Parameters
     ----------
-    adata, layer, key, indices, value, seed, transform_batch, chunk_size
-        As in :func:`ablate`.
-    groupby
-        Column of ``obs``; cells without a value are left out. All cells are one group if None.
-    latents, mode, scheme, refit_heads, use_posterior, n_samples
-        As in :meth:`ldvae_ext.model.LDVAE.ablate_genes`.
+    %(adata_of_export)s
+    %(groupby)s
+    %(latents)s
+        Positions and the default of that order are those of the export.
+    %(mode)s
+    %(layer)s
+    %(key)s
+    %(indices)s
+    %(value)s
+        Numbers are in the exported order and signs. If ``latents`` is None and the scheme is ``"leave_out"``, the names of
+        a mapping are also the latents.
+    %(scheme)s
+    %(refit_heads)s
+    %(use_posterior)s
+    %(n_samples)s
+    %(seed)s
+        The seed is 0 if None.
+    %(transform_batch)s
+    %(chunk_size)s
 
     Returns
     -------
-    AnnData, (groups x genes) x sets of latents, in the exported order; else as from
-    :meth:`ldvae_ext.model.LDVAE.ablate_genes`. ``adata`` is not written to.
+    AnnData, (groups x genes) x sets of latents, in the exported order; :func:`ldvae_ext.get.gene_ablation_df` reads it as a
+    long table. ``X`` is float64, in nats per cell of the group; ``obs`` has ``group``, ``gene`` and ``n_cells``;
+    ``uns["ldvae_ablation"]`` describes the ablation.
+
+    Raises
+    ------
+    KeyError, ValueError
+        As for :func:`ablate`.
     """
     work = _Work(
         adata,
