@@ -1,6 +1,6 @@
-"""Read linearly decoded VAEs of single-cell counts.
+"""Interpret linearly decoded VAEs of single-cell counts.
 
-``ldvae_ext.model.LDVAE`` is a drop-in replacement for :class:`scvi.model.LinearSCVI` with the reading built in: an
+``ldvae_ext.model.LDVAE`` is a drop-in replacement for :class:`scvi.model.LinearSCVI` with tools for interpretation: an
 exact decoder, paired ablation of latent dimensions, and latents in order of information, written to AnnData.
 """
 
@@ -12,14 +12,14 @@ from typing import Any
 
 __version__ = version("ldvae-ext")
 
-# Importing scvi-tools and torch takes seconds, so every room is opened at first use.
-_ROOMS = ("core", "datasets", "get", "model", "module", "pl", "tl")
+# Importing scvi-tools and torch takes seconds, so each subpackage is imported at first use.
+_SUBPACKAGES = ("core", "datasets", "get", "model", "module", "pl", "tl")
 
-__all__ = ["__version__", *_ROOMS]
+__all__ = ["__version__", *_SUBPACKAGES]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _ROOMS:
+    if name in _SUBPACKAGES:
         return import_module(f"{__name__}.{name}")
     msg = f"module {__name__!r} has no attribute {name!r}"
     raise AttributeError(msg)

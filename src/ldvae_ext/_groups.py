@@ -36,7 +36,7 @@ def groups_of(obs: Any, groupby: str) -> tuple[list[str], np.ndarray]:
         msg = f"`groupby`: no cell has a value in {groupby!r}."
         raise ValueError(msg)
     names = [str(name) for name in column.categories]
-    # Labels become names of fields, which numpy replaces where they are empty.
+    # Labels become names of fields, and numpy replaces empty names.
     if len(set(names)) < len(names) or "" in names:
         msg = f"`groupby`: the labels of {groupby!r} must be distinct and not empty, as strings; they are {listed(names)}."
         raise ValueError(msg)
@@ -44,7 +44,7 @@ def groups_of(obs: Any, groupby: str) -> tuple[list[str], np.ndarray]:
 
 
 def codes_at(code_n: np.ndarray | None, at: np.ndarray) -> np.ndarray:
-    """Group codes of cells at given positions; without groups all are in one."""
+    """Group codes of the cells at given positions; without groups, all cells are in group 0."""
     return np.zeros(len(at), dtype=np.int64) if code_n is None else code_n[at]
 
 
@@ -56,7 +56,7 @@ def gene_ablation(
     names: list[str],
     description: dict[str, Any],
 ) -> AnnData:
-    """Gene-wise sums of an ablation, shape (groups, genes, sets), as means in an AnnData, (groups x genes) x sets."""
+    """AnnData, (groups x genes) x sets of latents, with means from sums over cells of shape (groups, genes, sets)."""
     (present_p,) = np.nonzero(n_p)
     n_rows = n_p[present_p].repeat(len(genes))
     group = np.asarray(groups)[present_p].repeat(len(genes))
@@ -79,7 +79,7 @@ def directions_table(
     share_pjk: np.ndarray,
     variance_pj: np.ndarray,
 ) -> pd.DataFrame:
-    """What the directions of variation inside groups are made of, as a long table."""
+    """Share of each factor in the directions of variation inside groups, as a long table."""
     n_groups, n_directions, n_factors = share_pjk.shape
     whole_p1 = variance_pj.sum(axis=1, keepdims=True)
     variance_share_pj = np.divide(variance_pj, whole_p1, where=whole_p1 > 0, out=np.full_like(variance_pj, np.nan))

@@ -10,7 +10,7 @@ ORDERED_KEY = "ordered_latent"
 
 @dataclass(frozen=True)
 class ExportKeys:
-    """Where one export lies in an AnnData."""
+    """Keys of one export in an AnnData."""
 
     latent: str
     """``obsm``: posterior means, cells x factors."""
@@ -19,19 +19,19 @@ class ExportKeys:
     loadings: str
     """``varm``: canonical loadings, genes x factors."""
     genes: str
-    """``var``: True for the genes that the model knows."""
+    """``var``: True for the genes of the model."""
     library: str
     """``obs``: library size of each cell, or its size factor."""
     logits: str
     """``obsm``: posterior means of u under ``"ln"``, cells x factors."""
     network_variance: str
-    """``obsm``: posterior variances of the network's latents where the factors are rotated, cells x latents."""
+    """``obsm``: posterior variances of the network's latents if the factors are rotated, cells x latents."""
     info: str
     """``uns``: names, order, signs, statistics, decoder, versions."""
 
 
 def check_key_added(key_added: object) -> None:
-    """Raise unless something can be written under this key."""
+    """Raise if the key is not valid in an AnnData."""
     if not isinstance(key_added, str) or not key_added or "/" in key_added:
         msg = f"`key_added` must be a non-empty string without '/', which AnnData refuses in keys; got {key_added!r}."
         raise ValueError(msg)
@@ -55,23 +55,23 @@ def export_keys(key_added: str | None = None) -> ExportKeys:
 
 PCA_LATENT, PCA_LOADINGS, PCA_INFO = "X_pca", "PCs", "pca"
 MINIFIED_INFO = "_scvi_adata_minify_type"
-"""``uns``: scvi-tools' word on data without counts."""
+"""``uns``: scvi-tools' mark of minified data."""
 MINIFIED_WITHOUT_COUNTS = "latent_posterior_parameters"
 ABLATION_INFO = "ldvae_ablation"
 GROUPS_INFO = "rank_factors_groups"
 POPULATION_LOADINGS = "ldvae_population_loadings"
-"""``varm``: genes x factors x populations; ``uns``: their names."""
+"""``varm``: genes x factors x populations; ``uns``: names of factors and populations."""
 CONSENSUS_KEY = "ldvae_consensus"
 
 
 @dataclass(frozen=True)
 class ConsensusKeys:
-    """Where the consensus of an ensemble lies in an AnnData."""
+    """Keys of the consensus of an ensemble in an AnnData."""
 
     loadings: str
     """``varm``: consensus loadings, genes x factors."""
     spread: str
-    """``varm``: their standard deviation over runs."""
+    """``varm``: standard deviation of the loadings over runs."""
     info: str
     """``uns``: names, reproducibility, flags, agreement of runs."""
 

@@ -1,4 +1,4 @@
-"""The main job, from counts to a folder of results: what ``ldvae-ext run`` does."""
+"""The main job of ``ldvae-ext run``, from counts to a folder of results."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from ldvae_ext._validate import check_column
 if TYPE_CHECKING:
     from ldvae_ext.model import LDVAE
 
-# Genes are chosen where there are more than the first number; so many of them as the second says.
+# With more genes than MANY_GENES, N_TOP_GENES of them are selected.
 MANY_GENES, N_TOP_GENES = 5000, 2000
 # As in the LDVAE tutorial of scvi-tools.
 LEARNING_RATE, EXAMPLE_EPOCHS = 5e-3, 250
 MANY_GROUPS = 100
-# A cell to train on, one to validate on, one to spare; genes at both ends of a factor.
+# One cell to train on, one to validate on, and one more; a gene at each end of a factor.
 MIN_CELLS, MIN_GENES = 3, 2
 N_TABLE_GENES = 20
 N_SUMMARY_GENES = 5
@@ -36,12 +36,12 @@ N_FIGURE_GENES = 8
 
 
 class InputError(Exception):
-    """Something about the input that its owner can change, in one sentence."""
+    """Problem with the input that the user can solve, described in one sentence."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What to do: the options of the command."""
+    """Options of the command."""
 
     source: Path | None
     layer: str | None
@@ -55,28 +55,28 @@ class Job:
     overwrite: bool
 
 
-def run(job: Job, say: Callable[[str], None]) -> None:
-    """Do the job. Results appear in ``job.out`` when all of it is done, or not at all.
+def run(job: Job, echo: Callable[[str], None]) -> None:
+    """Run the job. Results appear in ``job.out`` when all of them are complete, or not at all.
 
     Parameters
     ----------
     job
-        What to do.
-    say
-        Takes a line for the user.
+        Options of the command.
+    echo
+        Function that prints a line for the user.
 
     Raises
     ------
     InputError
-        If the input or the folder will not do. Nothing has been written.
+        If the input or the folder is not usable. Nothing is written then.
     """
     out = job.out.absolute()
     _check_out(out, job)
     adata = _read(job)
     groupby = "bulk_labels" if job.source is None and job.groupby is None else job.groupby
-    model = _set_up(adata, job, say)
+    model = _set_up(adata, job, echo)
     out.parent.mkdir(parents=True, exist_ok=True)
-    # Training, which takes long and may be interrupted in ways that leave no time to clean up, writes nothing.
+    # Training writes nothing: it takes long, and an interruption may leave no time to clean up.
     _train(model, job)
     work, old = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent)), None
     try:
@@ -97,17 +97,15 @@ def run(job: Job, say: Callable[[str], None]) -> None:
             old.rename(out)
             old.parent.rmdir()
         raise
-    say(summary)
-    for what, name in written:
-        say(f"{what:<24}{job.out / name}")
+    echo(summary)
+    for description, name in written:
+        echo(f"{description:<24}{job.out / name}")
 
 
 def _check_out(out: Path, job: Job) -> None:
     existing = next(parent for parent in out.parents if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        msg = (
-            f"{job.out} cannot be made, since {existing} is no folder that can be written to; name another with --out."
-        )
+        msg = f"{job.out} cannot be created, since {existing} is not a writable folder; name another folder with --out."
         raise InputError(msg)
     if out.is_symlink():
         msg = f"{job.out} is a link; name a folder with --out."
@@ -123,12 +121,12 @@ def _check_out(out: Path, job: Job) -> None:
     kept = [Path.cwd(), Path.home(), *([] if job.source is None else [job.source.absolute()])]
     inside = [path for path in kept if path.resolve().is_relative_to(out.resolve())]
     if inside:
-        msg = f"{job.out} cannot be replaced, since {inside[0]} lies in it; name another folder with --out."
+        msg = f"{job.out} cannot be replaced, since it contains {inside[0]}; name another folder with --out."
         raise InputError(msg)
 
 
 def _read(job: Job) -> AnnData:
-    """The input or the bundled example, as far as it can be checked before scvi-tools is loaded."""
+    """Read and check the input or the bundled example, without loading scvi-tools."""
     if job.source is None:
         adata = datasets.pbmc68k()
     elif not job.source.is_file():
@@ -149,7 +147,7 @@ def _read(job: Job) -> AnnData:
             raise InputError(msg)
     for option, key in (("--batch-key", job.batch_key), ("--groupby", job.groupby)):
         if key is not None:
-            with _complaints_as_input_errors():
+            with _data_errors_as_input_errors():
                 check_column(adata.obs.columns, option, key)
     if job.groupby is not None:
         n_groups = adata.obs[job.groupby].nunique()
@@ -160,25 +158,25 @@ def _read(job: Job) -> AnnData:
 
 
 @contextmanager
-def _complaints_as_input_errors() -> Iterator[None]:
-    """What the package finds wrong with data, as an InputError."""
+def _data_errors_as_input_errors() -> Iterator[None]:
+    """Raise errors of the package about the data as InputError."""
     try:
         yield
     except (KeyError, ValueError) as error:
         raise InputError(str(error.args[0] if error.args else error)) from error
 
 
-def _set_up(adata: AnnData, job: Job, say: Callable[[str], None]) -> LDVAE:
-    """An untrained model on the genes to train on; counts are checked before genes are chosen by them."""
+def _set_up(adata: AnnData, job: Job, echo: Callable[[str], None]) -> LDVAE:
+    """Untrained model on the selected genes. Counts are checked before genes are selected by them."""
     import scanpy as sc
     import scvi
 
     from ldvae_ext.model import LDVAE
     from ldvae_ext.model._counts import check_counts
 
-    # Loading Lightning sets the level at which it speaks of accelerators and its other products.
+    # Importing Lightning sets a level that lets its notices on accelerators and other products through.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    with _complaints_as_input_errors():
+    with _data_errors_as_input_errors():
         check_counts(adata, job.layer)
     n_top = job.n_top_genes
     if n_top is None:
@@ -193,12 +191,12 @@ def _set_up(adata: AnnData, job: Job, say: Callable[[str], None]) -> LDVAE:
                 adata, flavor="seurat_v3", n_top_genes=n_top, layer=job.layer, batch_key=job.batch_key, inplace=False
             )
         except ValueError as error:
-            msg = f"Highly variable genes cannot be chosen ({error}); use all genes with --n-top-genes 0."
+            msg = f"Highly variable genes cannot be selected ({error}); use all genes with --n-top-genes 0."
             raise InputError(msg) from error
         chosen = table["highly_variable"].to_numpy()
-    say(f"{adata.n_obs:,} cells, {chosen.sum():,} of {adata.n_vars:,} genes, {job.n_latent} latents")
+    echo(f"{adata.n_obs:,} cells, {chosen.sum():,} of {adata.n_vars:,} genes, {job.n_latent} latents")
     scvi.settings.seed = job.seed
-    with _complaints_as_input_errors():
+    with _data_errors_as_input_errors():
         selected = adata[:, chosen].copy()
         LDVAE.setup_anndata(selected, layer=job.layer, batch_key=job.batch_key)
         return LDVAE(selected, n_latent=job.n_latent)
@@ -208,8 +206,8 @@ def _train(model: LDVAE, job: Job) -> None:
     import torch
 
     threads = torch.get_num_threads()
-    # Minibatches are small: several threads bring little on an idle machine, and on a busy one they wait for each
-    # other at every step, which costs ten times as much. OMP_NUM_THREADS is the user's word.
+    # Minibatches are small: several threads save little time on an idle machine. On a busy one they wait for each other
+    # at every step, which takes ten times as long. The user can set OMP_NUM_THREADS.
     wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
     torch.set_num_threads(int(wanted) if wanted.isdigit() and int(wanted) else 1)
     try:
@@ -222,7 +220,7 @@ def _train(model: LDVAE, job: Job) -> None:
 def _write_results(
     model: LDVAE, adata: AnnData, ablation: AnnData, groupby: str | None, folder: Path
 ) -> list[tuple[str, str]]:
-    """Write everything; returns what was written and where, relative to the folder."""
+    """Write all results; return a description and the path, relative to the folder, of each."""
     import matplotlib.pyplot as plt
 
     population = groupby
@@ -269,11 +267,11 @@ def _write_results(
 
 
 def _summary(adata: AnnData, ablation: AnnData, groupby: str | None) -> str:
-    """Two short tables: the genes of each factor, and the factor that each population would miss most."""
+    """Two short tables: top genes of each factor, and the factor with the largest effect in each population."""
     top = get.top_genes(adata, n=N_SUMMARY_GENES)
     lines = [
         "",
-        "Factors, by information (KL from the prior); at the high end of a factor genes go up that fall at its low end",
+        "Factors in order of information (KL from the prior); up: genes that rise with the factor, down: genes that fall",
     ]
     for name, kl in get.factors(adata)["kl"].items():
         up, down = (", ".join(top[(top["factor"] == name) & (top["direction"] == d)]["gene"]) for d in ("up", "down"))
@@ -281,7 +279,8 @@ def _summary(adata: AnnData, ablation: AnnData, groupby: str | None) -> str:
     if groupby is not None:
         lines += [
             "",
-            "What each population would miss most: change of the log-likelihood without the factor, and where its cells lie",
+            "Factor with the largest effect in each population: change of the negative log-likelihood without it, and the end "
+            "of the factor at which the cells lie",
         ]
         by_group = get.ablation_df(ablation, groupby)
         most = by_group.loc[by_group.groupby("group")["mean"].idxmax()]

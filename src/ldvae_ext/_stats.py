@@ -1,4 +1,4 @@
-"""What factors carry, by every measure, side by side."""
+"""Statistics of factors by several measures."""
 
 from __future__ import annotations
 
@@ -22,33 +22,42 @@ MEASURES = (
 
 
 def rank_table(values: pd.DataFrame) -> pd.DataFrame:
-    """Rank of each row in each column, 1 for the largest value; ties share their mean rank, NaN has none."""
+    """Rank of each row in each column, 1 for the largest value; ties have their mean rank, NaN stays NaN."""
     ranks = rankdata(-values.to_numpy(dtype=np.float64), axis=0, nan_policy="omit")
     return pd.DataFrame(ranks, index=values.index, columns=values.columns)
 
 
 def rank_agreement(values: pd.DataFrame) -> pd.DataFrame:
-    """Spearman's correlation between columns, over rows; NaN where a column is constant or unknown."""
+    """Spearman's correlation between columns, over rows; NaN if a column is constant or missing."""
     return values.corr(method="spearman")
 
 
 @dataclass(frozen=True, eq=False)
 class FactorStats:
-    """The ledger of a model's factors, from :meth:`ldvae_ext.model.LDVAE.get_factor_stats`."""
+    """Statistics of the factors of a model, from :meth:`ldvae_ext.model.LDVAE.get_factor_stats`."""
 
     factors: pd.DataFrame
     """One row for each group and factor: ``group``, ``factor``, ``n_cells``, ``kl_bits``, and the measures."""
     totals: pd.DataFrame
-    """One row for each group: ``group``, ``n_cells`` (those that the decomposition is of), ``kl`` of the joint posterior,
-    ``mutual_information``, ``total_correlation`` and ``dimension_wise_kl``, which add up to it, in nats."""
+    """One row for each group: ``group``, ``n_cells`` (cells in the decomposition), ``kl`` of the joint posterior, and
+    ``mutual_information``, ``total_correlation`` and ``dimension_wise_kl``, which add up to ``kl``; all in nats."""
 
     def table(self, group: str | None = None) -> pd.DataFrame:
-        """Factors x measures of one group, which need not be named if there is only one.
+        """Measures of the factors in one group.
 
         Parameters
         ----------
         group
-            Name of a group.
+            Name of a group; the only group if None.
+
+        Returns
+        -------
+        Factors x measures.
+
+        Raises
+        ------
+        ValueError
+            If there is no such group, or several and ``group`` is None.
         """
         known = self.totals["group"].tolist()
         if group is None and len(known) == 1:
@@ -60,7 +69,7 @@ class FactorStats:
         return rows.set_index("factor")[list(MEASURES)]
 
     def ranks(self, group: str | None = None) -> pd.DataFrame:
-        """The orders by each measure, side by side: rank of each factor, 1 for the largest value; factors x measures.
+        """Rank of each factor by each measure, 1 for the largest value; factors x measures.
 
         Parameters
         ----------
@@ -70,7 +79,7 @@ class FactorStats:
         return rank_table(self.table(group))
 
     def agreement(self, group: str | None = None) -> pd.DataFrame:
-        """Spearman's rank correlation between the orders, measures x measures; NaN for a measure that is not known.
+        """Spearman's rank correlation between measures, measures x measures; NaN for a measure that was not computed.
 
         Parameters
         ----------

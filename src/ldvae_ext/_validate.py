@@ -1,4 +1,4 @@
-"""Argument checks: each says the name, what is allowed and what was given."""
+"""Argument checks. Each error gives the name of the argument, the allowed values and the given value."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _PACKAGE = str(Path(__file__).parent)
 
 
 def warn(message: str) -> None:
-    """A UserWarning that points to the caller's line, not into this package."""
+    """Issue a UserWarning that points to the caller's line, not into this package."""
     warnings.warn(message, UserWarning, skip_file_prefixes=(_PACKAGE,))
 
 
 def listed(values: Iterable[Any], limit: int = 10) -> str:
-    """Values for an error message, the first few of them quoted."""
+    """Quote the first few values for an error message."""
     values = [v.item() if isinstance(v, np.generic) else v for v in values]
     shown = ", ".join(repr(v) for v in values[:limit])
     return f"{shown}, ... ({len(values)} in all)" if len(values) > limit else shown
@@ -26,7 +26,7 @@ def listed(values: Iterable[Any], limit: int = 10) -> str:
 
 def check_one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
     """Raise unless ``value`` is one of ``allowed``."""
-    # What has no hash, such as an AnnData, may refuse to be compared.
+    # Comparing a value without a hash, such as an AnnData, may raise.
     if not isinstance(value, Hashable) or value not in allowed:
         msg = f"`{name}` must be one of {listed(allowed)}; got {value!r}."
         raise ValueError(msg)
@@ -40,7 +40,7 @@ def check_positive_int(name: str, value: Any) -> None:
 
 
 def check_column(columns: Iterable[Any], name: str, key: str) -> None:
-    """Raise unless the columns of obs have the one that argument ``name`` asks for."""
+    """Raise unless ``key``, the value of argument ``name``, is a column of obs."""
     if key not in columns:
         msg = f"`{name}`: {key!r} is not a column of `adata.obs`, which has {listed(columns, 20)}."
         raise KeyError(msg)
@@ -67,7 +67,7 @@ def factor_indices(factors: Any, names: Sequence[str], *, argument: str = "laten
         else:
             msg = f"`{argument}`: {factor!r} is no latent of this model; allowed are {listed(names, 50)} or 0 to {len(names) - 1}."
             if {str(factor)[:2], names[0][:2]} == {"Z_", "F_"}:
-                msg += " While a rotation is in force they are F_0, ..., without one Z_0, ...: see `LDVAE.rotate`."
+                msg += " Factors are named F_0, ... under a rotation and Z_0, ... otherwise; see `LDVAE.rotate`."
             raise ValueError(msg)
     if not chosen:
         msg = f"`{argument}` must name at least one latent; got {factors!r}."
@@ -76,7 +76,7 @@ def factor_indices(factors: Any, names: Sequence[str], *, argument: str = "laten
 
 
 def cell_positions(indices: Any, n_cells: int) -> np.ndarray:
-    """Cells as positions: all of them for None, where a mask is True, or as given."""
+    """Positions of cells given as None (all cells), as a mask, or as positions."""
     if indices is None:
         return np.arange(n_cells)
     indices = np.asarray(indices)
@@ -93,12 +93,12 @@ def cell_positions(indices: Any, n_cells: int) -> np.ndarray:
     if outside.any():
         msg = f"`indices` must be positions of {n_cells} cells; got {positions[outside][0]}."
         raise ValueError(msg)
-    # As numpy counts them, from the end.
+    # Negative positions count from the end, as in numpy.
     return np.where(positions < 0, positions + n_cells, positions)
 
 
 def given_names(argument: str, value: Any) -> list[str]:
-    """Names as strings, where one may stand for a list of it."""
+    """Names as a list of strings; a single name becomes a list of one."""
     one = isinstance(value, (str, int, float, np.generic))
     names = [str(value)] if one else [str(name) for name in value]
     if not names:

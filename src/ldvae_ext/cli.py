@@ -26,7 +26,7 @@ def _app(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Read linearly decoded VAEs of single-cell counts."""
+    """Interpret linearly decoded VAEs of single-cell counts."""
 
 
 @app.command()
@@ -79,7 +79,7 @@ def run(
     )
     with warnings.catch_warnings():
         warnings.simplefilter("default")
-        # What training itself says of data loaders and loggers is of no use to somebody who runs a command.
+        # Lightning's warnings about data loaders and loggers are of no use on the command line.
         warnings.filterwarnings("ignore", module=r"lightning\.")
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", category=DeprecationWarning)

@@ -1,4 +1,4 @@
-"""Data to try things on: real counts that come with scanpy, and simulated ones with a known decoder."""
+"""Example data: real counts from scanpy, and simulated counts with a known decoder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["pbmc68k", "simulate"]
 
 # The log-counts were rounded to three decimals.
 _ROUNDING = 0.5e-3
-# Standard deviation of a simulated latent within a population; the means of populations have 1.
+# Standard deviation of a simulated latent within a population; the means of populations have standard deviation 1.
 _SPREAD = 0.5
 
 
@@ -26,7 +26,7 @@ def pbmc68k() -> AnnData:
 
     The data set that scanpy ships (Zheng et al. 2017, 10.1038/ncomms14049) holds log1p of counts per 10,000, rounded to
     three decimals. With the cell's total ``n_counts``, ``expm1(x) * n_counts / 1e4`` is an integer up to that rounding,
-    so the counts come back exactly; both are checked.
+    so the counts are recovered exactly; both are checked.
 
     Returns
     -------
@@ -40,7 +40,7 @@ def pbmc68k() -> AnnData:
     import scanpy as sc
 
     with warnings.catch_warnings():
-        # The file is old and says so.
+        # Reading a file of an old format warns.
         warnings.simplefilter("ignore")
         reduced = sc.datasets.pbmc68k_reduced()
     raw = reduced.raw.to_adata()
@@ -75,21 +75,21 @@ def simulate(
     """Counts from a known linear decoder.
 
     Each factor is a sparse program: a tenth of the genes have loadings, most of them positive. Latents are standard
-    normal, libraries log-normal, genes differ in abundance, and batches in small offsets of all genes.
+    normal and library sizes log-normal. Genes differ in abundance, and batches in small offsets of all genes.
 
-    Populations of cells, of equal sizes and each in all batches, differ in the means of the latents, which are standard
-    normal themselves; within a population a latent has standard deviation 0.5. With ``specific_program`` the last latent is
-    another thing: it varies in the first population alone, with mean 0 and standard deviation 1, and is 0 in all other
-    cells; no other factor has loadings in its genes.
+    Populations have equal sizes, and each is in all batches. They differ in the means of the latents, which are standard
+    normal; within a population a latent has standard deviation 0.5. With ``specific_program`` the last latent is different:
+    it varies only in the first population, with mean 0 and standard deviation 1, and is 0 in all other cells. No other
+    factor has loadings in its genes.
 
     Parameters
     ----------
     n_cells, n_genes, n_latent, n_batches
         Sizes.
     n_populations
-        Number of populations. With 1, the cells are one cloud of standard normal latents.
+        Number of populations. With 1, the latents of all cells are standard normal.
     specific_program
-        Whether the last factor is a program of the first population. Needs two populations and two factors at least, and
+        True if the last factor is a program of the first population. Needs at least two populations and two factors, and
         enough genes in which the other factors have no loadings.
     likelihood
         ``"nb"``, ``"zinb"`` or ``"poisson"``.
@@ -104,8 +104,8 @@ def simulate(
 
     Returns
     -------
-    The AnnData (``X``: CSR float32 counts; ``obs["batch"]``; ``obs["population"]`` where there are several, categorical:
-    ``"population_0"``, ...; ``obsm["z_true"]``) and the decoder that made it, which gives its expected expression as
+    The AnnData (``X``: CSR float32 counts; ``obs["batch"]``; ``obs["population"]`` if there are several, categorical:
+    ``"population_0"``, ...; ``obsm["z_true"]``) and the decoder that generated it. Its expected expression is
     ``decoder.scale(adata.obsm["z_true"], adata.obs["batch"])``.
 
     Raises
@@ -182,7 +182,7 @@ def simulate(
 
 
 def _programs(rng: np.random.Generator, n_genes: int, n_latent: int, *, last_is_disjoint: bool) -> np.ndarray:
-    """Sparse loadings, shape (genes, latents); those of the last factor may be in genes that no other has."""
+    """Sparse loadings, shape (genes, latents); with ``last_is_disjoint`` the last factor shares no gene with the others."""
     n_program = max(1, n_genes // 10)
     weight_gk = np.zeros((n_genes, n_latent))
     for k in range(n_latent):
@@ -191,8 +191,8 @@ def _programs(rng: np.random.Generator, n_genes: int, n_latent: int, *, last_is_
             allowed = allowed[~weight_gk.any(axis=1)]
             if len(allowed) < n_program:
                 msg = (
-                    f"`specific_program=True` needs {n_program} genes in which the other factors have no loadings; of {n_genes} "
-                    f"genes with {n_latent} factors {len(allowed)} are left."
+                    f"`specific_program=True` needs {n_program} genes in which the other factors have no loadings; "
+                    f"{len(allowed)} of {n_genes} genes are left with {n_latent} factors."
                 )
                 raise ValueError(msg)
         genes = rng.choice(allowed, n_program, replace=False)

@@ -1,4 +1,4 @@
-"""Tools that need only what was exported to AnnData, and write back to it: no torch."""
+"""Tools that read an export from AnnData and write results back, without torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ablation of what was exported, without the network."""
+"""Ablation of exported latents, without the network."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def ablate(
         If genes of the model are missing, the matrix does not hold counts, a latent, mode, batch or group does not exist, or
         an argument has no use in the mode.
     """
-    work = _Work(
+    work = _ExportAblation(
         adata,
         key,
         layer,
@@ -168,7 +168,7 @@ def ablate_genes(
     KeyError, ValueError
         As for :func:`ablate`.
     """
-    work = _Work(
+    work = _ExportAblation(
         adata,
         key,
         layer,
@@ -197,8 +197,8 @@ def ablate_genes(
     return gene_ablation(total_pgs[:, :, in_order], n_p, work.groups, genes, names, work.description(plan, groupby))
 
 
-class _Work:
-    """An ablation as it was asked for in the exported order and signs, said in the network's."""
+class _ExportAblation:
+    """Ablation requested in the exported order and signs, computed in those of the network."""
 
     def __init__(
         self,
@@ -226,10 +226,10 @@ class _Work:
         self.request = AblationRequest(
             decoder=exported.decoder,
             latents=latents,
-            value=self._turned(value),
+            value=self._in_network_signs(value),
             scheme=scheme,
             has_groups=groupby is not None,
-            batches=exported.named_batches(transform_batch),
+            batches=exported.batch_codes(transform_batch),
             **arguments,
         )
         self.groups, self.code_n = ["all"], np.zeros(adata.n_obs, dtype=np.int64)
@@ -242,7 +242,7 @@ class _Work:
         factor_indices(given, names)
         return [names[factor_indices([latent], names)[0]] for latent in given]
 
-    def _turned(self, value: Any) -> Any:
+    def _in_network_signs(self, value: Any) -> Any:
         names, signs = self.exported.names, self.exported.signs
         if value is None:
             return None
@@ -251,20 +251,20 @@ class _Work:
         return {name: given_k[k] * signs[k] for k, name in enumerate(names) if not np.isnan(given_k[k])}
 
     def chunks(self, positions: np.ndarray) -> Iterator[tuple[EncodedCells, np.ndarray]]:
-        """These cells, a chunk at a time; see :meth:`ExportedCells.chunks`."""
+        """Cells at these positions, in chunks; see :meth:`ExportedCells.chunks`."""
         return self.exported.chunks(positions, self._chunk_size, self._layer)
 
     def plan(self) -> AblationPlan:
-        """What is replaced by what, after a look at the exported latents."""
+        """Plan of the replacements, from the exported latents where they are needed."""
         if not self.request.needs_latents:
             return self.request.plan()
         exported = self.exported
-        seen = LatentSummary(len(exported.names), len(self.groups), keep=self.request.mode == "permute")
-        seen.add(exported.mean(), exported.variance(), self.code_n, exported.axes())
-        return self.request.plan(seen)
+        summary = LatentSummary(len(exported.names), len(self.groups), keep=self.request.mode == "permute")
+        summary.add(exported.mean(), exported.variance(), self.code_n, exported.axes())
+        return self.request.plan(summary)
 
     def description(self, plan: AblationPlan, groupby: str | None) -> dict[str, Any]:
-        """What was done, for ``uns``, in the exported order and signs."""
+        """Description of the ablation for ``uns``, in the exported order and signs."""
         info = self.request.description(plan, groupby)
         if "value" in info:
             info["value"] = info["value"][self.exported.order] * self.exported.signs
@@ -272,7 +272,7 @@ class _Work:
         return info
 
     def in_order(self, names: list[str]) -> list[int]:
-        """Columns of an ablation in the exported order, if they are latents."""
+        """Columns of an ablation in the exported order; as they are if they are sets of latents."""
         if not set(names) <= set(self.exported.names) or isinstance(self.request.latents, Mapping):
             return list(range(len(names)))
         return [names.index(name) for name in self.exported.names if name in names]

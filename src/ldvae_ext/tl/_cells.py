@@ -1,4 +1,4 @@
-"""The cells of an export, in the order and signs of the network, or of its rotated factors."""
+"""Cells of an export, in the order and signs of the network or of its rotated factors."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from ldvae_ext.get._export import export_of
 
 
 class ExportedCells:
-    """What was exported of each cell, turned back to what the network said, and its counts.
+    """Exported latents of each cell, converted back to the order and signs of the network, and its counts.
 
-    Draws, sets and sums are then those that the model itself makes.
+    Random draws, sets and sums are then the same as in the model.
     """
 
     def __init__(self, adata: AnnData, key: str) -> None:
@@ -29,8 +29,8 @@ class ExportedCells:
         self.decoder = LinearDecoder.from_arrays(info["decoder"])
         is_ln = self.decoder.latent_distribution == "ln"
         if keys.library not in adata.obs or (is_ln and keys.logits not in adata.obsm):
-            lost = f"obs[{keys.library!r}]" if keys.library not in adata.obs else f"obsm[{keys.logits!r}]"
-            msg = f"This export lacks `adata.{lost}`; export again with `LDVAE.export_to_anndata`."
+            missing = f"obs[{keys.library!r}]" if keys.library not in adata.obs else f"obsm[{keys.logits!r}]"
+            msg = f"This export lacks `adata.{missing}`; export again with `LDVAE.export_to_anndata`."
             raise KeyError(msg)
         self.names = strings(info["names"]).tolist()
         self.order, self.signs = np.asarray(info["order"]), np.asarray(info["signs"])
@@ -58,9 +58,9 @@ class ExportedCells:
             return np.zeros(self._adata.n_obs, dtype=np.int64)
         column = self._setup.get(setup)
         if column is None:
-            msg = f"The decoder has several levels of `{setup}`, but the export does not say which column of obs holds them."
+            msg = f"The decoder has several levels of `{setup}`, but the export does not name the column of obs with them."
             raise KeyError(msg)
-        # As many strings as there are levels, not cells.
+        # Strings are made once for each level, not for each cell.
         code_n, levels = pd.factorize(self._column(column), use_na_sentinel=False)
         return level_codes(names, levels.astype(str).to_numpy(), len(levels), column)[code_n]
 
@@ -73,7 +73,7 @@ class ExportedCells:
     def _covariates(self) -> pd.DataFrame | None:
         if not self.decoder.covariates:
             return None
-        # Levels are known by their names, numbers too.
+        # Levels are matched by name, also those that are numbers.
         return pd.DataFrame(
             {
                 c.name: self._column(c.name) if c.levels is None else self._column(c.name).astype(str)
@@ -90,13 +90,13 @@ class ExportedCells:
         return self._variance_nk[at].astype(np.float64)[:, self._back]
 
     def axes(self, at: Any = slice(None)) -> PosteriorAxes | None:
-        """What the posterior covariances of some cells are made of, where factors are rotated."""
+        """Variances and rotation that make up the posterior covariances of some cells; None without a rotation."""
         if self._axes is None:
             return None
         return self._axes._replace(variance_nk=self._axes.variance_nk[at].astype(np.float64))
 
-    def named_batches(self, transform_batch: Any) -> tuple[int | None, ...]:
-        """Codes of the batches that cells are to be decoded in; None for their own."""
+    def batch_codes(self, transform_batch: Any) -> tuple[int | None, ...]:
+        """Codes of the batches in which cells are decoded; None for each cell's own batch."""
         if transform_batch is None:
             return (None,)
         known = self.decoder.batches.tolist()
@@ -108,9 +108,9 @@ class ExportedCells:
         return tuple(known.index(batch) for batch in given)
 
     def counts(self, layer: str | None) -> Any:
-        """The count matrix of all genes of the AnnData."""
+        """Count matrix with all genes of the AnnData."""
         if self._adata.uns.get(MINIFIED_INFO) == MINIFIED_WITHOUT_COUNTS:
-            msg = "`adata` was minified: scvi-tools has taken its counts away, which a likelihood needs."
+            msg = "`adata` was minified: scvi-tools removed its counts, and the likelihood needs them."
             raise ValueError(msg)
         layer = self._setup.get("layer") if layer is None else layer
         if layer is not None and layer not in self._adata.layers:
@@ -123,14 +123,14 @@ class ExportedCells:
         return counts
 
     def _gene_positions(self) -> np.ndarray | None:
-        """Columns of the decoder's genes; None if they are all, in order."""
+        """Columns of the decoder's genes; None if these are all columns, in order."""
         names = self._adata.var_names.astype(str)
         position = names.get_indexer_for(pd.Index(self.decoder.genes))
         if len(position) != len(self.decoder.genes) or (position < 0).any():
-            lost = self.decoder.genes[~np.isin(self.decoder.genes, names)]
+            missing = self.decoder.genes[~np.isin(self.decoder.genes, names)]
             problem = (
-                f"lacks {len(lost)} of its {len(self.decoder.genes)} genes: {listed(lost)}"
-                if len(lost)
+                f"lacks {len(missing)} of its {len(self.decoder.genes)} genes: {listed(missing)}"
+                if len(missing)
                 else "has a gene twice"
             )
             msg = f"The likelihood of a cell needs the counts of all genes of the decoder; `adata` {problem}."
@@ -140,18 +140,18 @@ class ExportedCells:
     def chunks(
         self, positions: np.ndarray, chunk_size: int, layer: str | None
     ) -> Iterator[tuple[EncodedCells, np.ndarray]]:
-        """Cells, a chunk at a time, each with its positions; layer and genes are looked at before the first."""
+        """Chunks of cells with their positions. Layer and genes are checked at the call, before the first chunk."""
         counts, genes = self.counts(layer), self._gene_positions()
-        return self._walk(counts, genes, positions, chunk_size)
+        return self._read_chunks(counts, genes, positions, chunk_size)
 
-    def _walk(
+    def _read_chunks(
         self, counts: Any, genes: np.ndarray | None, positions: np.ndarray, chunk_size: int
     ) -> Iterator[tuple[EncodedCells, np.ndarray]]:
-        said = False
+        has_warned = False
         for i, chunk in enumerate(row_chunks(counts, positions, chunk_size)):
             at = positions[i * chunk_size : (i + 1) * chunk_size]
             x_ng = chunk if genes is None else chunk[:, genes]
-            said = _look_at(x_ng, said=said)
+            has_warned = _check_counts(x_ng, has_warned=has_warned)
             covariates = None if self.covariates is None else self.covariates.iloc[at]
             yield (
                 EncodedCells(
@@ -168,16 +168,17 @@ class ExportedCells:
             )
 
 
-def _look_at(x_ng: Any, *, said: bool) -> bool:
-    """Raise on what no count can be; warn, once, of what only raw counts are not."""
+def _check_counts(x_ng: Any, *, has_warned: bool) -> bool:
+    """Raise on negative or non-finite values; warn once about fractions. Return True if a warning was issued."""
     values = values_of(x_ng)
-    # NaN is neither.
+    # Both comparisons are false for NaN.
     if values.size and not (values.min() >= 0 and values.max() < np.inf):
         msg = "The counts hold NaN, infinite or negative values; `layer` names a layer with raw counts."
         raise ValueError(msg)
-    if not said and has_fractions(values):
+    if not has_warned and has_fractions(values):
         warn(
-            "The counts hold values that are not integers; the likelihood is that of raw counts. `layer` names a layer."
+            "The counts hold values that are not integers; the likelihood is for raw counts. `layer` names a layer with "
+            "raw counts."
         )
         return True
-    return said
+    return has_warned

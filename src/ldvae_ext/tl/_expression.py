@@ -1,4 +1,4 @@
-"""Mean expression of populations, from what was exported."""
+"""Mean expression of populations, from an export."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def population_expression(
     key: str = DEFAULT_KEY,
     chunk_size: int = CHUNK_SIZE,
 ) -> pd.DataFrame:
-    """Mean decoded expression of each population, from what was exported.
+    """Mean decoded expression of each population, from an export.
 
-    The numbers are those of :meth:`ldvae_ext.model.LDVAE.get_population_expression`, to rounding. No counts are read, no array of
-    cells x genes is made, and nothing is written.
+    Equals :meth:`ldvae_ext.model.LDVAE.get_population_expression` up to rounding. No counts are read, no array of cells x
+    genes is made, and nothing is written.
 
     Parameters
     ----------
@@ -41,17 +41,18 @@ def population_expression(
     groupby
         Column of ``obs``; cells without a value are left out.
     indices
-        Cells to look at, as positions or a mask.
+        Cells to average over, as positions or a mask; all if None.
     transform_batch
-        Batch, or batches, by name, in which cells are decoded; their own if None. Expression is averaged over several.
+        Name of the batch, or names of several, in which cells are decoded; each cell's own batch if None. Expression is
+        averaged over several batches.
     gene_list
-        Genes to return, in the model's order; all of them if None.
+        Genes to return, in the model's order; all if None.
     library_size
-        Counts to scale to; ``"latent"`` for each cell's own library. With 1, a share of expression.
+        Counts to scale to; ``"latent"`` for each cell's own library size. With 1, the result is a share of expression.
     key
         ``key_added`` of the export.
     chunk_size
-        Cells held at a time. The result does not depend on it.
+        Cells held in memory at a time. The result does not depend on it.
 
     Returns
     -------
@@ -69,10 +70,10 @@ def population_expression(
     exported = ExportedCells(adata, key)
     decoder = exported.decoder
     positions = cell_positions(indices, adata.n_obs)
-    # Groups of the chosen cells only, so that none is empty.
+    # Groups of the selected cells only, so that no group is empty.
     obs = cast("pd.DataFrame", adata.obs)
     groups, code_n = groups_of(obs if indices is None else obs.iloc[positions], groupby)
-    genes, batches = gene_positions(decoder.genes, gene_list), exported.named_batches(transform_batch)
+    genes, batches = gene_positions(decoder.genes, gene_list), exported.batch_codes(transform_batch)
     sums = GroupExpression(decoder, len(groups))
     for start in range(0, len(positions), chunk_size):
         at, group_n = positions[start : start + chunk_size], code_n[start : start + chunk_size]

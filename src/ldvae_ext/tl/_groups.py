@@ -1,4 +1,4 @@
-"""Which factors mark which groups of cells."""
+"""Ranking of factors that distinguish groups of cells."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ldvae_ext.get._export import check_no_export, export_mark, export_of
 METHODS = ("wilcoxon", "t-test", "t-test_overestim_var", "logreg")
 CORRECTIONS = ("benjamini-hochberg", "bonferroni")
 REST = "rest"
-# Fields of the entry, with the types that scanpy gives to those that it has.
+# Fields of the entry, with scanpy's types for the fields that scanpy writes, too.
 FIELDS = {
     "names": "O",
     "scores": "f4",
@@ -44,42 +44,44 @@ def rank_factors_groups(
     key_added: str = GROUPS_INFO,
     copy: bool = False,
 ) -> AnnData | None:
-    """Rank the factors that tell groups of cells apart, by the tests of :func:`scanpy.tl.rank_genes_groups`.
+    """Rank the factors that distinguish groups of cells, by the tests of :func:`scanpy.tl.rank_genes_groups`.
 
-    Each factor's posterior means in the cells of a group are compared with those in all other cells, or in a reference
-    group. The tests are scanpy's, with latents in the place of expression. Where it would give the logarithm of a ratio,
-    which negative latents do not have, this gives the difference of means.
+    The posterior means of each factor in the cells of a group are compared with those in all other cells, or in a
+    reference group. The tests are scanpy's, applied to latents instead of expression. The difference of means replaces
+    scanpy's logarithm of a ratio, which does not exist for negative latents.
 
-    Cells are not independent observations of a group, and groups are often made from the same latents: p-values
-    say little about other samples, and the AUROC, which does not grow with the number of cells, more.
+    Cells are not independent observations of a group, and groups are often computed from the same latents. P-values
+    therefore carry little information about other samples. The AUROC does not grow with the number of cells, and is the
+    better guide.
 
     Parameters
     ----------
     adata
         AnnData that :meth:`ldvae_ext.model.LDVAE.export_to_anndata` wrote to.
     groupby
-        Column of ``obs`` with the groups; cells where it is NaN are left out, groups without cells too. Groups are known
-        by their label as a string.
+        Column of ``obs`` with the groups. Cells without a value and groups without cells are left out. Groups are named by
+        their labels as strings.
     method
         ``"wilcoxon"``: rank-sum test, z-score. ``"t-test"``: Welch's. ``"t-test_overestim_var"``: the same, with the
-        variance of the other cells' mean as if they were as few as those of the group. ``"logreg"``: coefficients of a
-        logistic regression of the groups on all factors together, per unit of latent, without p-values.
+        variance of the mean of the other cells computed as if there were only as many of them as cells of the group.
+        ``"logreg"``: coefficients of a logistic regression of the groups on all factors, per unit of latent, without
+        p-values.
     groups
-        Groups to rank factors for, in this order; ``"all"`` for each, in the order of the categories. Other groups still
-        belong to the rest, but not under ``"logreg"``, which tells the chosen groups from each other.
+        Groups to rank factors for, in this order; ``"all"`` for all groups, in the order of the categories. Cells of other
+        groups are part of the rest, except under ``"logreg"``, which compares only the given groups.
     reference
-        What groups are compared with: ``"rest"``, all other cells that have a group, or the label of a group.
+        Cells that each group is compared with: ``"rest"`` (all other cells that have a group) or the label of a group.
     corr_method
-        Correction of p-values, over the factors of a group. Not used by ``"logreg"``, which has none.
+        Correction of p-values, over the factors of a group. Not used by ``"logreg"``, which has no p-values.
     rankby_abs
-        Whether to rank by the size of the score, since the sign of a factor is arbitrary, or by the score itself. Scores
-        keep their sign either way.
+        True to rank by the absolute score, since the sign of a factor is arbitrary; False to rank by the score. Scores
+        keep their sign in both cases.
     key
         ``key_added`` of the export.
     key_added
         Key of ``uns`` to write to.
     copy
-        Whether to return a copy of ``adata`` with the result, and to leave ``adata`` as it is.
+        True to return a copy of ``adata`` with the result and leave ``adata`` unchanged.
 
     Returns
     -------
@@ -88,7 +90,7 @@ def rank_factors_groups(
     Raises
     ------
     KeyError
-        If there is no such export, or if ``groupby`` is no column.
+        If there is no such export or column.
     ValueError
         If a group or the reference does not exist, if one of them, or the rest of a group, has fewer than two cells, if
         ``"logreg"`` is given a reference, or if labels are empty or equal as strings. Nothing is written.
@@ -101,13 +103,13 @@ def rank_factors_groups(
 
     * ``names``: names of the factors (``"Z_3"``);
     * ``scores``: z-score, t-statistic or coefficient, float32; positive: higher in the group;
-    * ``logfoldchanges``: mean in the group minus mean in what it is compared with, float32, in units of the latent;
-    * ``auroc``: area under the ROC curve of the factor, float64 in [0, 1]: the share of pairs of a cell of the group and
-      one of the others in which the first has the higher latent, ties counted half;
-    * ``pvals``, ``pvals_adj``: p-values, two-sided, and the same corrected, float64; not with ``"logreg"``;
+    * ``logfoldchanges``: mean in the group minus mean in the compared cells, float32, in units of the latent;
+    * ``auroc``: area under the ROC curve of the factor, float64 in [0, 1]: share of pairs of a cell in the group and a
+      compared cell in which the cell in the group has the higher latent; ties count half;
+    * ``pvals``, ``pvals_adj``: two-sided p-values, and corrected p-values, float64; not with ``"logreg"``;
     * ``factors``: names of all factors in the exported order;
     * ``params``: ``groupby``, ``reference``, ``method``, ``corr_method``, ``key`` and ``use_raw`` (False; scanpy's readers
-      ask for it).
+      need it).
     """
     keys, info = export_of(adata, key)
     check_one_of("method", method, METHODS)
@@ -115,7 +117,7 @@ def rank_factors_groups(
     check_no_export(adata, key_added)
     reference = str(reference)
     if method == "logreg" and reference != REST:
-        msg = f"`reference` must be 'rest' for `method='logreg'`, which tells `groups` from each other; got {reference!r}."
+        msg = f"`reference` must be 'rest' for `method='logreg'`, which compares `groups` with each other; got {reference!r}."
         raise ValueError(msg)
     names, code_n = groups_of(adata.obs, groupby)
     label_n = pd.Categorical.from_codes(code_n, pd.Index(names, dtype=object))
@@ -131,11 +133,11 @@ def rank_factors_groups(
 
     factors = strings(info["names"])
     params = {"groupby": groupby, "method": method, "reference": reference, "corr_method": corr_method}
-    ranked = _scanpys_ranking(z_nk, label_n, factors, chosen, rankby_abs=rankby_abs, **params)
+    ranked = _scanpy_ranking(z_nk, label_n, factors, chosen, rankby_abs=rankby_abs, **params)
     effects = _effects(z_nk, label_n, chosen, reference)
     tables = [_table(ranked, factors, group, *effects[group]) for group in chosen]
     if method == "logreg" and len(chosen) == 2:
-        tables = [_towards_its_group(table, rankby_abs=rankby_abs) for table in tables]
+        tables = [_with_signs_of_group(table, rankby_abs=rankby_abs) for table in tables]
     adata = adata.copy() if copy else adata
     adata.uns[key_added] = {
         **{
@@ -170,7 +172,7 @@ def _chosen(groups: Any, reference: str, known: list[str], groupby: str) -> list
 
 
 def _check_enough_cells(label_n: pd.Categorical, chosen: list[str], reference: str) -> None:
-    """Raise unless each side of each comparison has the two cells that a variance takes."""
+    """Raise unless each side of each comparison has at least two cells, which a variance needs."""
     n_cells = pd.Series(label_n).value_counts()
     for group in chosen if reference == REST else (*chosen, reference):
         if n_cells[group] < 2:
@@ -181,7 +183,7 @@ def _check_enough_cells(label_n: pd.Categorical, chosen: list[str], reference: s
             raise ValueError(msg)
 
 
-def _scanpys_ranking(
+def _scanpy_ranking(
     z_nk: np.ndarray,
     label_n: pd.Categorical,
     factors: np.ndarray,
@@ -190,13 +192,13 @@ def _scanpys_ranking(
     groupby: str,
     **options: Any,
 ) -> dict[str, Any]:
-    """What scanpy writes."""
+    """Entry that scanpy writes to ``uns``."""
     import scanpy as sc
 
     obs = pd.DataFrame({groupby: label_n}, index=pd.RangeIndex(len(label_n)).astype(str))
     cells = AnnData(z_nk, obs=obs, var=pd.DataFrame(index=factors))
     with warnings.catch_warnings(), np.errstate(all="ignore"):
-        # About log-ratios, which are replaced, and about the columns of its table where there are many groups.
+        # scanpy warns about log-ratios, which are replaced here, and about the columns of its table for many groups.
         warnings.simplefilter("ignore", pd.errors.PerformanceWarning)
         sc.tl.rank_genes_groups(cells, groupby, groups=chosen, key_added=GROUPS_INFO, **options)
     return cells.uns[GROUPS_INFO]
@@ -206,7 +208,7 @@ def _effects(
     z_nk: np.ndarray, label_n: pd.Categorical, chosen: list[str], reference: str
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Difference of means and AUROC of each group, by factor."""
-    # The rest and the group are all cells, whichever the group, and are ranked once.
+    # A group and its rest are always all cells, so ranks are computed once.
     rank_nk = rankdata(z_nk, axis=0) if reference == REST else None
     effects = {}
     for group in chosen:
@@ -228,18 +230,18 @@ def _table(
 ) -> dict[str, np.ndarray]:
     """Fields of a group, best factor first."""
     tested = ranked["names"].dtype.names
-    # Of two groups, scanpy has the one regression between them under the first.
+    # For two groups, scanpy writes their single regression under the first.
     source = group if group in tested else tested[0]
     table = {field: np.asarray(ranked[field][source]) for field in FIELDS if field in ranked}
     order = pd.Index(factors).get_indexer(table["names"])
     return table | {"logfoldchanges": difference_k[order], "auroc": auroc_k[order]}
 
 
-def _towards_its_group(table: dict[str, np.ndarray], *, rankby_abs: bool) -> dict[str, np.ndarray]:
-    """The regression between two groups with the signs for this one, where scanpy has those for the other.
+def _with_signs_of_group(table: dict[str, np.ndarray], *, rankby_abs: bool) -> dict[str, np.ndarray]:
+    """Regression between two groups with signs for this group; scanpy may give the signs for the other one.
 
-    Coefficients are for the group towards which they point: the likelihood is concave, so their product with the
-    difference of means, its slope where all of them are 0, is positive.
+    The likelihood is concave, and its gradient at coefficients of 0 is proportional to the difference of means. The
+    product of this gradient with the coefficients is therefore positive for the group that they belong to.
     """
     if table["scores"] @ table["logfoldchanges"] >= 0:
         return table

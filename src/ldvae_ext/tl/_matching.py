@@ -1,4 +1,4 @@
-"""Which factors of two models are the same."""
+"""Matching of the factors of two models."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ SOURCES = ("loadings", "scores")
 
 @dataclass(frozen=True, eq=False, repr=False)
 class FactorMatch:
-    """Factors of two models side by side, from :func:`match_factors`."""
+    """Matched factors of two models, from :func:`match_factors`."""
 
     pairs: pd.DataFrame
-    """One row for each pair: ``first``, ``second``, ``cosine`` (signed: negative where they point to opposite ends) and
-    ``aligned``, the cosine of the first with the best combination of all factors of the second that is orthogonal to those for the
-    other factors; NaN for ``by="scores"``."""
+    """One row for each pair: ``first``, ``second``, ``cosine`` (signed: negative if the factors have opposite directions) and
+    ``aligned``. This is the cosine of the first factor with its counterpart after the orthogonal rotation that fits the second
+    model best to the first; NaN for ``by="scores"``."""
     cosine: pd.DataFrame
-    """Cosine (``by="scores"``: correlation) of each factor of the first with each of the second."""
+    """Cosine (``by="scores"``: correlation) of each factor of the first model with each factor of the second."""
     procrustes_distance: float
-    """0 if the one is a rotation of the other, 1 if they have nothing in common; see
+    """0 if one model is a rotation of the other, 1 if they have nothing in common; see
     :func:`ldvae_ext.core.matching.procrustes`. NaN for ``by="scores"``."""
     n_shared: int
-    """Genes, or cells, that both have, which are compared."""
+    """Number of compared genes or cells, which both models have."""
     by: str
 
     def __repr__(self) -> str:
@@ -48,32 +48,32 @@ class FactorMatch:
 def match_factors(
     a: Any, b: Any, *, by: Literal["loadings", "scores"] = "loadings", key: str = DEFAULT_KEY, key_b: str | None = None
 ) -> FactorMatch:
-    """Pair the factors of two models, and say whether what differs is the axes or the subspace.
+    """Match the factors of two models, and separate a difference of axes from a difference of subspaces.
 
     Parameters
     ----------
     a, b
-        Each a model (LDVAE, with its rotation if one is in force; LinearSCVI; an ensemble, by its consensus), a
+        Each a model (LDVAE, rotated if it has a rotation; LinearSCVI; an ensemble, by its consensus), a
         :class:`ldvae_ext.core.LinearDecoder`, an AnnData with an export or a consensus, or a DataFrame, genes x factors (for
         ``by="scores"``: cells x factors).
     by
-        ``"loadings"``: canonical loadings (of a LinearSCVI or a DataFrame with their own signs) of the genes that both have,
-        centred over them. ``"scores"``: latents of the cells that
-        both have by name, centred; for models and AnnData. Different cells change loadings more than scores.
+        ``"loadings"``: canonical loadings (with the given signs for a LinearSCVI or a DataFrame) of the shared genes, centred
+        over these genes. ``"scores"``: latents of the cells whose names are shared, centred; for models and AnnData.
+        Training on different cells changes loadings more than scores.
     key, key_b
-        ``key_added`` of the exports in ``a`` and ``b`` where these are AnnData; ``key_b`` is ``key`` if None.
+        ``key_added`` of the exports in ``a`` and ``b`` if these are AnnData; ``key_b`` is ``key`` if None.
 
     Returns
     -------
-    A :class:`ldvae_ext.tl.FactorMatch`: ``pairs``, ``cosine``, ``procrustes_distance``. Pairs are one to one and make the sum of
-    absolute cosines largest (Hungarian method); with unequal numbers of factors some are left out.
+    A :class:`ldvae_ext.tl.FactorMatch`: ``pairs``, ``cosine``, ``procrustes_distance``. Pairs are one to one and maximise the
+    sum of absolute cosines (Hungarian method). With unequal numbers of factors, some are left out.
 
     Raises
     ------
     TypeError
-        If one is nothing that has factors.
+        If ``a`` or ``b`` has no factors.
     ValueError
-        If values are not finite, or they share no more genes or cells than they have factors.
+        If values are not finite, or the number of shared genes or cells does not exceed the number of factors.
     """
     check_one_of("by", by, SOURCES)
     read = _loadings if by == "loadings" else _scores
@@ -84,7 +84,7 @@ def match_factors(
                 msg = f"`{name}`: names must be unique; {names[names.duplicated()][0]!r} occurs more than once."
                 raise ValueError(msg)
         if not np.isfinite(table.to_numpy(dtype=np.float64)).all():
-            msg = f"`{name}` holds values that are NaN or infinite, which can be compared with nothing."
+            msg = f"`{name}` holds values that are NaN or infinite, which cannot be compared."
             raise ValueError(msg)
     shared = first.index.intersection(second.index, sort=False)
     n_factors = max(first.shape[1], second.shape[1])
@@ -131,8 +131,8 @@ def _loadings(source: Any, key: str) -> pd.DataFrame:
         is_consensus = source.rotation is not None and source.rotation.method == CONSENSUS
     if isinstance(decoder, LinearDecoder):
         signs = np.ones(len(decoder.factors), dtype=np.int64) if is_consensus else decoder.signs()
-        turned = decoder.reordered(np.arange(len(decoder.factors)), signs).centered()
-        return _named(pd.DataFrame(turned.weight_gk, index=decoder.genes, columns=decoder.factors))
+        canonical = decoder.reordered(np.arange(len(decoder.factors)), signs).centered()
+        return _named(pd.DataFrame(canonical.weight_gk, index=decoder.genes, columns=decoder.factors))
     if hasattr(source, "get_loadings"):
         return _named(source.get_loadings())
     if isinstance(getattr(source, "loadings", None), pd.DataFrame):

@@ -1,4 +1,4 @@
-"""What factors mean inside a population, written to AnnData."""
+"""Population loadings, written to AnnData."""
 
 from __future__ import annotations
 
@@ -33,10 +33,9 @@ def population_loadings(
     chunk_size: int = CHUNK_SIZE,
     copy: bool = False,
 ) -> AnnData | None:
-    """What each factor does to each gene in each population, from what was exported.
+    """Effect of each factor on each gene in each population, from an export.
 
-    The numbers are those of :meth:`ldvae_ext.model.LDVAE.get_population_loadings`, in the exported order and signs. No counts
-    are read.
+    Equals :meth:`ldvae_ext.model.LDVAE.get_population_loadings`, in the exported order and signs. No counts are read.
 
     Parameters
     ----------
@@ -45,40 +44,40 @@ def population_loadings(
     groupby
         Column of ``obs``; cells without a value are left out.
     indices
-        Cells to look at, as positions or a mask; the reference too is made of them. To compare conditions inside one cell
-        type, give the cells of the type.
+        Cells to use, as positions or a mask; all if None. The reference consists of these cells, too. To compare conditions
+        inside one cell type, give the cells of that type.
     kind, reference, scale
         As in :meth:`ldvae_ext.model.LDVAE.get_population_loadings`.
     key
         ``key_added`` of the export.
     key_added
-        Where to write.
+        Key of ``varm`` and ``uns`` to write to.
     chunk_size
         Cells decoded at a time (for ``"gradient"``). The result does not depend on it.
     copy
-        Whether to write to a copy, which is returned.
+        True to return a copy of ``adata`` with the result and leave ``adata`` unchanged.
 
     Returns
     -------
-    None, or the copy.
+    The copy if ``copy``, else None.
 
     Raises
     ------
     KeyError
         If there is no such export or column.
     ValueError
-        If a group or kind does not exist, a group is called as a reference is, an argument has no use for the kind, or
+        If a group or kind does not exist, a group has the name of a reference, an argument has no use for the kind, or
         ``key_added`` belongs to an export. Nothing is written.
 
     Notes
     -----
     Writes
 
-    * ``varm["ldvae_population_loadings"]``: genes x factors x populations, float32; NaN for genes that the model does not know;
-    * ``uns["ldvae_population_loadings"]``: ``names`` (of the factors, ``"batch"`` included, or of the directions), ``groups``,
-      ``n_cells`` of each group, ``groupby``, ``kind``, ``reference``, ``scale``, ``key``,
-      ``export`` (which export under the key it was); for ``"within"`` also ``factors``, ``share``
-      (populations x directions x factors) and ``variance`` (populations x directions).
+    * ``varm["ldvae_population_loadings"]``: genes x factors x populations, float32; NaN for genes outside the model;
+    * ``uns["ldvae_population_loadings"]``: ``names`` (of the factors, including ``"batch"``, or of the directions),
+      ``groups``, ``n_cells`` of each group, ``groupby``, ``kind``, ``reference``, ``scale``, ``key``, ``export`` (checksum
+      of the export under this key); for ``"within"`` also ``factors``, ``share`` (populations x directions x factors) and
+      ``variance`` (populations x directions).
 
     :func:`ldvae_ext.get.population_loadings_df` reads them.
     """
@@ -86,7 +85,7 @@ def population_loadings(
     check_positive_int("chunk_size", chunk_size)
     exported = ExportedCells(adata, key)
     positions = cell_positions(indices, adata.n_obs)
-    # Groups of the chosen cells only, so that none is empty.
+    # Groups of the selected cells only, so that no group is empty.
     groups, code_n = groups_of(cast("pd.DataFrame", adata.obs).iloc[positions], groupby)
     request = PopulationRequest(groups=groups, kind=kind, reference=str(reference), scale=scale)
     position = adata.var_names.astype(str).get_indexer_for(pd.Index(exported.decoder.genes))
