@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +92,24 @@ def names_of_imports(path):
 def test_numba_is_imported_in_kernels_alone(path):
     if layer(path) != "kernels":
         assert not [name for name in names_of_imports(path) if name.split(".")[0] == "numba"]
+
+
+def kernel_functions():
+    for path in sorted((SRC / "kernels").glob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and node.decorator_list and path.name != "threads.py":
+                yield pytest.param(path.name, node, id=f"{path.stem}.{node.name}")
+
+
+@pytest.mark.parametrize(("file", "node"), list(kernel_functions()))
+def test_arguments_of_compiled_loops_have_types_and_are_documented(file, node):
+    annotations = {a.arg: ast.unparse(a.annotation) for a in node.args.args}
+    assert "Any" not in {*annotations.values(), ast.unparse(node.returns)}
+    # Functions of single numbers have no shapes to document.
+    if file != "vector_math.py" and not node.name.startswith("_"):
+        documented = ast.get_docstring(node).split("Parameters\n")[1]
+        missing = [name for name in annotations if not re.search(rf"^(.*, )?{name}(, .*)?$", documented, re.M)]
+        assert not missing
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SRC)))

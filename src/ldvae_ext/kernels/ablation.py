@@ -1,19 +1,18 @@
-"""Compiled loops over cells and genes: decoding, and the paired differences of an ablation. Opened on first use.
+"""Compiled loop over cells and genes: paired differences of log-likelihood in an ablation.
 
-Each takes ``start`` and ``stop``, the rows that it works on, so that threads can share them (see
-:func:`ldvae_ext.kernels.threads.over_rows`). Arrays are contiguous and writeable, or numba compiles them once more.
+The loop takes ``start`` and ``stop`` first, so that threads can divide the cells, see
+:func:`ldvae_ext.kernels.threads.over_rows`. Arrays are contiguous and writeable; numba compiles others once more.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 from numba import njit
 
 from ldvae_ext.kernels.decoding import weighted_rows
-from ldvae_ext.kernels.jit import LOOP, PART
+from ldvae_ext.kernels.jit import LOOP, PART, BooleanArray, Float32Array, Float64Array, IntegerArray
 from ldvae_ext.kernels.vector_math import (
     HIGHEST,
     LOWEST,
@@ -29,23 +28,23 @@ _F = np.float32
 _EPS = _F(1e-8)
 # Genes whose terms are summed in float32 before they are added to a float64.
 _BLOCK = 2048
-# Numbers in a vector: what is left over at the end of a loop is done one by one, at many times the cost.
+# Numbers in a vector. Loops end with single numbers if their length is no multiple of it, at many times the cost.
 _WIDTH = 16
-# Where a gene's share is less, its log-rate falls by more, or the mean of e^t is larger, float32 will not do.
+# Bounds of float32: smallest share of a gene, largest fall of its log-rate, and largest mean of e^t.
 _LEAST, _WIDEST, _LARGEST = _F(1e-30), _F(69.0), 1e7
-# Where latents, or one of several that are replaced, move logits by more, what is left of the others is not enough.
+# Largest move of a logit by all latents, or by one of several that are replaced, for which float32 is enough.
 _FAR = _F(64.0)
-# Where one latent moves them by less, all is well whatever the mean of e^t.
+# Largest move of a logit by a single latent for which float32 is enough with any mean of e^t.
 _NEAR = _F(48.0)
-# Below this mean of e^t its rounding is felt, and t is shifted.
+# For a smaller mean of e^t rounding matters, and t is shifted.
 _SMALL = 0.5
-# A theta that is next to nothing beside the mean would leave nothing of 1 - a in float32.
+# Keeps 1 - a above 0 in float32, also for theta much smaller than the mean.
 _MOST = _F(1 - 1e-6)
 
 
 @njit(**LOOP)
-def _range(x_g: Any) -> Any:
-    """Smallest and largest of some float32, found as integers in the same order: those of floats are not vectorised."""
+def _range(x_g: Float32Array) -> tuple[np.float32, np.float32]:
+    """Smallest and largest value, by comparing integers in the same order, since a maximum of floats is not vectorised."""
     low, top = np.int32(0x7FFFFFFF), np.int32(-0x7FFFFFFF)
     for g in range(x_g.size):
         key = _ordered(_F(x_g[g]).view(np.int32))
@@ -54,14 +53,14 @@ def _range(x_g: Any) -> Any:
 
 
 @njit(**LOOP)
-def _ordered(bits: Any) -> Any:
-    """Bits of a float32 as an integer in its order, and back."""
+def _ordered(bits: np.int32) -> np.int32:
+    """Bits of a float32 as an integer that sorts in the same order; its own inverse."""
     return np.int32(bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
 
 
 @njit(**PART)
-def _shares(latent_g: Any, base_g: Any, out_g: Any) -> None:
-    """``base e^latent``, divided by its sum: rounded less than e to the power of a sum of both would be."""
+def _shares(latent_g: Float32Array, base_g: Float32Array, out_g: Float32Array) -> None:
+    """``base e^latent``, divided by its sum. Its rounding error is smaller than that of ``e^(log base + latent)``."""
     total = 0.0
     for first in range(0, out_g.size, _BLOCK):
         at = slice(first, first + _BLOCK)
@@ -72,7 +71,7 @@ def _shares(latent_g: Any, base_g: Any, out_g: Any) -> None:
 
 
 @njit(**PART)
-def _products(latent_g: Any, base_g: Any, out_g: Any) -> Any:
+def _products(latent_g: Float32Array, base_g: Float32Array, out_g: Float32Array) -> np.float32:
     """``base e^latent``; returns the sum."""
     total = _F(0)
     for g in range(out_g.size):
@@ -83,8 +82,8 @@ def _products(latent_g: Any, base_g: Any, out_g: Any) -> Any:
 
 
 @njit(**PART)
-def _excess_of_one(base_g: Any, scale: Any, share_g: Any, out_g: Any) -> Any:
-    """See :func:`_excess`, without stretch and shift, where no t is too large to be the exponent of a float32."""
+def _excess_of_one(base_g: Float32Array, scale: np.float32, share_g: Float32Array, out_g: Float32Array) -> np.float32:
+    """See :func:`_excess`, without stretch and shift, for t of at most ``_NEAR``."""
     mean = _F(0)
     for g in range(out_g.size):
         p, power = parts_of_exp(scale * base_g[g])
@@ -95,7 +94,15 @@ def _excess_of_one(base_g: Any, scale: Any, share_g: Any, out_g: Any) -> Any:
 
 
 @njit(**PART)
-def _excess_of_two(base_g: Any, scale: Any, latent_g: Any, stretch: Any, shift: Any, share_g: Any, out_g: Any) -> Any:
+def _excess_of_two(
+    base_g: Float32Array,
+    scale: np.float32,
+    latent_g: Float32Array,
+    stretch: np.float32,
+    shift: np.float32,
+    share_g: Float32Array,
+    out_g: Float32Array,
+) -> np.float32:
     """See :func:`_excess`."""
     mean = _F(0)
     for g in range(out_g.size):
@@ -105,12 +112,19 @@ def _excess_of_two(base_g: Any, scale: Any, latent_g: Any, stretch: Any, shift: 
     return mean
 
 
-# Genes are cut into blocks by slices, since numba asks of an index that does not begin at 0 whether it is negative.
+# Blocks of genes are slices, since numba checks the sign of an index that does not begin at 0.
 
 
 @njit(**LOOP)
 def _excess(
-    base_g: Any, scale: Any, is_small: bool, latent_g: Any, stretch: Any, shift: Any, share_g: Any, out_g: Any
+    base_g: Float32Array,
+    scale: np.float32,
+    is_small: bool,
+    latent_g: Float32Array,
+    stretch: np.float32,
+    shift: np.float32,
+    share_g: Float32Array,
+    out_g: Float32Array,
 ) -> float:
     """``e^t - 1`` of each gene, with ``t = scale base + stretch latent - shift``; returns its mean over the shares."""
     mean = 0.0
@@ -124,8 +138,16 @@ def _excess(
 
 
 @njit(**PART)
-def _gathered(at_i: Any, base_g: Any, scale: Any, latent_g: Any, stretch: Any, shift: Any, out_i: Any) -> None:
-    """The t of :func:`_excess` at some genes, clamped to where their exponential is a normal number."""
+def _gathered(
+    at_i: IntegerArray,
+    base_g: Float32Array,
+    scale: np.float32,
+    latent_g: Float32Array,
+    stretch: np.float32,
+    shift: np.float32,
+    out_i: Float32Array,
+) -> None:
+    """The t of :func:`_excess` at some genes, clamped so that the exponential is a normal number."""
     if stretch == 0:
         for i in range(at_i.size):
             out_i[i] = min(max(scale * base_g[at_i[i]] - shift, LOWEST), HIGHEST)
@@ -135,7 +157,9 @@ def _gathered(at_i: Any, base_g: Any, scale: Any, latent_g: Any, stretch: Any, s
 
 
 @njit(**PART)
-def _sum_of_some(e_g: Any, mean: Any, factor: Any, a_g: Any, theta_g: Any) -> Any:
+def _sum_of_some(
+    e_g: Float32Array, mean: np.float32, factor: np.float32, a_g: Float32Array, theta_g: Float32Array
+) -> np.float32:
     """See :func:`_sum_of_all`."""
     total, less = _F(0), mean * factor
     for g in range(e_g.size):
@@ -144,7 +168,9 @@ def _sum_of_some(e_g: Any, mean: Any, factor: Any, a_g: Any, theta_g: Any) -> An
 
 
 @njit(**PART)
-def _sum_of_all(e_g: Any, mean: Any, factor: Any, a_g: Any, theta_g: Any) -> float:
+def _sum_of_all(
+    e_g: Float32Array, mean: np.float32, factor: np.float32, a_g: Float32Array, theta_g: Float32Array
+) -> float:
     """``sum_g theta log1p(r a)``, with ``r = (e - mean) factor``."""
     total = 0.0
     for first in range(0, e_g.size, _BLOCK):
@@ -154,8 +180,16 @@ def _sum_of_all(e_g: Any, mean: Any, factor: Any, a_g: Any, theta_g: Any) -> flo
 
 
 @njit(**PART)
-def _sum_of_counts(t_i: Any, mean: Any, factor: Any, x_i: Any, part_i: Any, rest_i: Any, eps_i: Any) -> Any:
-    """What counts above 0 add: ``sum x log y``, with y as of :func:`_of_counts` and t as of :func:`_excess`."""
+def _sum_of_counts(
+    t_i: Float32Array,
+    mean: np.float32,
+    factor: np.float32,
+    x_i: Float32Array,
+    part_i: Float32Array,
+    rest_i: Float32Array,
+    eps_i: Float32Array,
+) -> np.float32:
+    """Contribution of positive counts, ``sum x log y``, with y of :func:`_count_terms` and t of :func:`_excess`."""
     total = _F(0)
     for i in range(t_i.size):
         p, power = parts_of_exp(t_i[i])
@@ -169,20 +203,28 @@ def _sum_of_counts(t_i: Any, mean: Any, factor: Any, x_i: Any, part_i: Any, rest
 
 
 @njit(**PART)
-def _of_genes(library: Any, share_g: Any, theta_g: Any, out_g: Any) -> None:
-    """``a = mu / (mu + theta + eps)``: what of the change of a rate goes through the dispersion."""
+def _gene_terms(library: np.float32, share_g: Float32Array, theta_g: Float32Array, out_g: Float32Array) -> None:
+    """``a = mu / (mu + theta + eps)``: factor of the relative change of a rate in the dispersion term."""
     for g in range(share_g.size):
         mu = library * share_g[g]
         out_g[g] = min(mu / (mu + theta_g[g] + _EPS), _MOST)
 
 
 @njit(**PART)
-def _of_counts(at_i: Any, library: Any, share_g: Any, theta_g: Any, part_i: Any, rest_i: Any, eps_i: Any) -> None:
-    """What :func:`_sum_of_counts` asks of the rates of some genes.
+def _count_terms(
+    at_i: IntegerArray,
+    library: np.float32,
+    share_g: Float32Array,
+    theta_g: Float32Array,
+    part_i: Float32Array,
+    rest_i: Float32Array,
+    eps_i: Float32Array,
+) -> None:
+    """Terms of :func:`_sum_of_counts` that depend on the rates of some genes.
 
     If a rate becomes ``mu ratio``, then ``(mu + eps) / (mu + theta + eps)`` is divided by
     ``y = (rest + eps / mu + part ratio) / (ratio + eps / mu)``, ``part = (mu + eps) / (mu + theta + eps)``, ``rest = 1 - part``;
-    so ``y - 1 = rest (1 - ratio) / (ratio + eps / mu)``, which keeps its digits where little changes.
+    ``y - 1 = rest (1 - ratio) / (ratio + eps / mu)`` is then accurate for small changes, too.
     """
     for i in range(at_i.size):
         mu, theta = library * share_g[at_i[i]], theta_g[at_i[i]]
@@ -196,38 +238,68 @@ def _of_counts(at_i: Any, library: Any, share_g: Any, theta_g: Any, part_i: Any,
 def ablate(
     start: int,
     stop: int,
-    z_nk: Any,
-    weight_kg: Any,
-    reach_k: Any,
-    base_rg: Any,
-    row_n: Any,
-    library_n: Any,
-    theta_rg: Any,
-    theta_row_n: Any,
-    indptr: Any,
-    indices: Any,
-    counts: Any,
-    delta_nk: Any,
-    scale_ns: Any,
-    stretch_ns: Any,
-    step_ptr: Any,
-    step_k: Any,
-    step_sign: Any,
-    is_fresh_s: Any,
+    z_nk: Float32Array,
+    weight_kg: Float32Array,
+    reach_k: Float32Array,
+    base_rg: Float32Array,
+    row_n: IntegerArray,
+    library_n: Float64Array,
+    theta_rg: Float32Array,
+    theta_row_n: IntegerArray,
+    indptr: IntegerArray,
+    indices: IntegerArray,
+    counts: Float32Array,
+    delta_nk: Float32Array,
+    scale_ns: Float32Array,
+    stretch_ns: Float32Array,
+    step_ptr: IntegerArray,
+    step_k: IntegerArray,
+    step_sign: Float32Array,
+    is_fresh_s: BooleanArray,
     n_real: int,
     is_nb: bool,
-    out_ns: Any,
+    out_ns: Float64Array,
 ) -> None:
-    """Change of the negative log-likelihood of each cell when sets of latents are replaced; NaN where float32 will not do.
+    """Change of the negative log-likelihood of each cell when sets of latents are replaced; NaN if float32 is not enough.
 
-    The logits of set s move by ``scale_ns sum_k delta_nk weight_kg + stretch_ns z weight``. A set is made of the one before it
-    (or of nothing, if it is fresh) by steps, each of which adds a latent or takes it away. ``reach`` is the largest weight
-    of each latent, ``base`` the numerators of the softmax at z = 0. Genes beyond the real ones fill up the last
-    vector: nothing is expected of them, and their base and theta are 0.
+    The logits move by ``scale_ns sum_k delta_nk weight_kg + stretch_ns z weight``, with k in set s. A set is made from the
+    set before it, or from the empty set, by steps that add or remove one latent each. Genes after the first ``n_real`` are
+    padding to whole vectors; their base and theta are 0.
+
+    Parameters
+    ----------
+    start, stop
+        First cell of this thread, and the end of its cells, integers.
+    z_nk
+        Latents, (cells, latents), float32.
+    weight_kg, reach_k
+        Loadings, (latents, genes), and the largest absolute loading of each latent, (latents,); float32.
+    base_rg, row_n
+        Numerators of the softmax at z = 0, (rows, genes), float32, and the row of each cell, (cells,), integers.
+    library_n
+        Library sizes, (cells,), float64.
+    theta_rg, theta_row_n
+        Inverse dispersions, (rows, genes), float32, and the row of each cell, (cells,), integers.
+    indptr, indices, counts
+        Counts as CSR arrays, (cells + 1,), (stored counts,) and (stored counts,); integers, integers, float32.
+    delta_nk
+        Change of each latent if it is replaced, (cells, latents), float32.
+    scale_ns, stretch_ns
+        Factors of the change and of the other latents, (cells, sets), float32; a scale of NaN gives NaN.
+    step_ptr, step_k, step_sign
+        Steps of set s are those from ``step_ptr[s]`` to ``step_ptr[s + 1]``, (sets + 1,), integers; each adds (1) or
+        removes (-1) a latent, (steps,), integers and float32.
+    is_fresh_s
+        True if a set starts from the empty set, (sets,).
+    n_real
+        Number of genes without padding.
+    is_nb
+        True for a negative binomial, False for a Poisson.
+    out_ns
+        Output, in nats, (cells, sets), float64.
     """
     n_genes = weight_kg.shape[1]
-    # Values one by one: an assignment to a slice compiles its error messages, too.
-    # Arrays one by one: of the rows of one array LLVM does not see that they are apart, and vectorises nothing.
+    # One array for each vector: LLVM does not vectorise loops over several rows of one array, which could overlap.
     latent_g = np.empty(n_genes, np.float32)
     share_g = np.empty(n_genes, np.float32)
     a_g = np.empty(n_genes, np.float32)
@@ -257,7 +329,7 @@ def ablate(
         if not _range(share_g[:n_real])[0] > _LEAST:
             out_ns[n] = np.nan
             continue
-        # Zeros of the first gene are added up to whole vectors.
+        # Padded to whole vectors with counts of 0 of the first gene.
         n_given = indptr[n + 1] - indptr[n]
         n_counts = (n_given + _WIDTH - 1) // _WIDTH * _WIDTH
         at_i, x_i = all_at_i[:n_counts], all_x_i[:n_counts]
@@ -268,8 +340,8 @@ def ablate(
             at_i[i] = 0
             x_i[i] = 0
         if is_nb:
-            _of_counts(at_i, library, share_g, theta_g, part_i[:n_counts], rest_i[:n_counts], eps_i[:n_counts])
-            _of_genes(library, share_g, theta_g, a_g)
+            _count_terms(at_i, library, share_g, theta_g, part_i[:n_counts], rest_i[:n_counts], eps_i[:n_counts])
+            _gene_terms(library, share_g, theta_g, a_g)
         is_near = True
         for s in range(is_fresh_s.size):
             first, last = step_ptr[s], step_ptr[s + 1]

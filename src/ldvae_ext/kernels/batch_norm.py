@@ -3,36 +3,54 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 from numba import njit
 
-from ldvae_ext.kernels.jit import LOOP
+from ldvae_ext.kernels.jit import LOOP, Float32Array, Float64Array
 
 _F = np.float32
 
 
 @njit(**LOOP)
 def fold_batch_norm(
-    input_np: Any,
-    weight_pg: Any,
-    gamma_g: Any,
-    beta_g: Any,
+    input_np: Float32Array,
+    weight_pg: Float32Array,
+    gamma_g: Float32Array,
+    beta_g: Float32Array,
     eps: float,
-    covariance_pp: Any,
-    centred_np: Any,
-    mean_p: Any,
-    spread_pg: Any,
-    inverse_g: Any,
-    folded_pg: Any,
-    intercept_g: Any,
-    mean_g: Any,
-    variance_g: Any,
+    covariance_pp: Float64Array,
+    centred_np: Float32Array,
+    mean_p: Float32Array,
+    spread_pg: Float32Array,
+    inverse_g: Float32Array,
+    folded_pg: Float32Array,
+    intercept_g: Float32Array,
+    mean_g: Float32Array,
+    variance_g: Float32Array,
 ) -> None:
-    """A linear layer and its batch norm in training as one affine map; see :func:`ldvae_ext.module._head.affine`.
+    """Linear layer and its batch norm in training as one affine map; see :func:`ldvae_ext.backends.decoder_head.affine_head`.
 
-    Covariances come in as float64 zeros.
+    Parameters
+    ----------
+    input_np
+        Inputs, (cells, inputs), float32.
+    weight_pg
+        Weights of the linear layer, (inputs, genes), float32.
+    gamma_g, beta_g, eps
+        Parameters of the batch norm, (genes,), float32, and its constant.
+    covariance_pp
+        Output: cells x covariances of the inputs, (inputs, inputs), float64; zeros at the call.
+    centred_np, mean_p
+        Output: inputs minus their means, (cells, inputs), and the means, (inputs,); float32.
+    spread_pg
+        Output: covariances x weights, (inputs, genes), float32.
+    inverse_g
+        Output: 1 / standard deviations of the genes, (genes,), float32.
+    folded_pg, intercept_g
+        Output: the affine map, (inputs, genes) and (genes,), float32.
+    mean_g, variance_g
+        Output: means, without the bias, and variances of the linear layer, (genes,), float32.
     """
     n_cells, n_inputs = input_np.shape
     for p in range(n_inputs):
@@ -71,24 +89,36 @@ def fold_batch_norm(
 
 @njit(**LOOP)
 def fold_batch_norm_backward(
-    centred_np: Any,
-    mean_p: Any,
-    weight_pg: Any,
-    gamma_g: Any,
-    inverse_g: Any,
-    spread_pg: Any,
-    folded_pg: Any,
-    d_folded_pg: Any,
-    d_intercept_g: Any,
-    d_covariance_pp: Any,
-    d_mean_p: Any,
-    along_g: Any,
-    d_variance_g: Any,
-    d_input_np: Any,
-    d_weight_pg: Any,
-    d_gamma_g: Any,
+    centred_np: Float32Array,
+    mean_p: Float32Array,
+    weight_pg: Float32Array,
+    gamma_g: Float32Array,
+    inverse_g: Float32Array,
+    spread_pg: Float32Array,
+    folded_pg: Float32Array,
+    d_folded_pg: Float32Array,
+    d_intercept_g: Float32Array,
+    d_covariance_pp: Float32Array,
+    d_mean_p: Float32Array,
+    along_g: Float32Array,
+    d_variance_g: Float32Array,
+    d_input_np: Float32Array,
+    d_weight_pg: Float32Array,
+    d_gamma_g: Float32Array,
 ) -> None:
-    """Gradients of :func:`fold_batch_norm`."""
+    """Gradients of :func:`fold_batch_norm`.
+
+    Parameters
+    ----------
+    centred_np, mean_p, weight_pg, gamma_g, inverse_g, spread_pg, folded_pg
+        Inputs and outputs of :func:`fold_batch_norm`.
+    d_folded_pg, d_intercept_g
+        Gradients of the affine map, (inputs, genes) and (genes,), float32; the first is overwritten.
+    d_covariance_pp, d_mean_p, along_g, d_variance_g
+        Working memory, (inputs, inputs), (inputs,), (genes,) and (genes,), float32.
+    d_input_np, d_weight_pg, d_gamma_g
+        Output: gradients, (cells, inputs), (inputs, genes) and (genes,), float32.
+    """
     n_cells, n_inputs = centred_np.shape
     for g in range(along_g.size):
         along_g[g] = _F(0)

@@ -1,31 +1,28 @@
-"""Compiled loops in float32: the linear decoder and the likelihood of counts, cell by cell, forward and back at once.
+"""Compiled loops in float32: fused forward and backward pass of the linear decoder and the likelihood, cell by cell.
 
-Logits of a cell are made, used and turned into gradients while they are in the processor's cache; an array of cells x genes
-does not exist. Opened on first use. Loops over cells take ``start`` and ``stop`` first, so that threads can share them, see
-:func:`ldvae_ext.kernels.threads.over_rows`; what is summed over cells has an axis ``t`` of threads. Counts are the three arrays
-of a CSR matrix.
+The logits of a cell are computed, used and replaced by gradients while they are in the processor's cache; no array of
+cells x genes exists. Loops over cells take ``start`` and ``stop`` first, so that threads can divide the cells, see
+:func:`ldvae_ext.kernels.threads.over_rows`; sums over cells have an axis ``t`` of threads.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numba import njit
 
-from ldvae_ext.kernels.jit import LOOP, PART
+from ldvae_ext.kernels.jit import LOOP, PART, Float32Array, IntegerArray
 from ldvae_ext.kernels.likelihood import negative_binomial, poisson, zero_inflated_negative_binomial
 
 _F = np.float32
-# Cells whose logits are made together, so that weights are read a quarter as often.
+# Number of cells whose logits are computed together: weights are read once for all of them.
 _TOGETHER = 4
 
 
-# Element by element: an assignment of slices would compile its error messages, too, which takes seconds.
+# Loops over elements: an assignment of slices would also compile its error messages, which takes seconds.
 
 
 @njit(**PART)
-def _load(input_np: Any, first: int, size: int, input_ip: Any, d_input_ip: Any) -> None:
+def _load(input_np: Float32Array, first: int, size: int, input_ip: Float32Array, d_input_ip: Float32Array) -> None:
     """Inputs of up to four cells, zeros for the others, and zeros for their gradients."""
     for i in range(_TOGETHER):
         for p in range(input_ip.shape[1]):
@@ -34,15 +31,15 @@ def _load(input_np: Any, first: int, size: int, input_ip: Any, d_input_ip: Any) 
 
 
 @njit(**PART)
-def _clear(row_ig: Any, first: int) -> None:
-    """Zeros from a row on."""
+def _clear(row_ig: Float32Array, first: int) -> None:
+    """Set the rows from ``first`` on to zero."""
     for i in range(first, _TOGETHER):
         for g in range(row_ig.shape[1]):
             row_ig[i, g] = _F(0)
 
 
 @njit(**PART)
-def _affine(input_ip: Any, weight_pg: Any, intercept_g: Any, row_ig: Any) -> None:
+def _affine(input_ip: Float32Array, weight_pg: Float32Array, intercept_g: Float32Array, row_ig: Float32Array) -> None:
     """Logits of four cells."""
     a, b, c, d = row_ig[0], row_ig[1], row_ig[2], row_ig[3]
     for g in range(a.size):
@@ -71,9 +68,14 @@ def _affine(input_ip: Any, weight_pg: Any, intercept_g: Any, row_ig: Any) -> Non
 
 @njit(**PART)
 def _affine_backward(
-    input_ip: Any, weight_pg: Any, row_ig: Any, d_input_ip: Any, d_weight_pg: Any, d_intercept_g: Any
+    input_ip: Float32Array,
+    weight_pg: Float32Array,
+    row_ig: Float32Array,
+    d_input_ip: Float32Array,
+    d_weight_pg: Float32Array,
+    d_intercept_g: Float32Array,
 ) -> None:
-    """Gradients of :func:`_affine`, added to what is there."""
+    """Gradients of :func:`_affine`, added to the arrays."""
     a, b, c, d = row_ig[0], row_ig[1], row_ig[2], row_ig[3]
     for g in range(a.size):
         d_intercept_g[g] += a[g] + b[g] + c[g] + d[g]
@@ -95,12 +97,13 @@ def _affine_backward(
 
 @njit(**PART)
 def _thread(start: int, n_rows: int, n_pieces: int) -> int:
-    """Which thread's rows begin at ``start``."""
+    """Number of the thread whose rows begin at ``start``."""
     return (start * n_pieces + n_rows - 1) // n_rows
 
 
 @njit(**PART)
-def _most_counts(start: int, stop: int, indptr: Any) -> int:
+def _most_counts(start: int, stop: int, indptr: IntegerArray) -> int:
+    """Largest number of stored counts of a cell."""
     most = 0
     for n in range(start, stop):
         most = max(most, indptr[n + 1] - indptr[n])
@@ -111,21 +114,41 @@ def _most_counts(start: int, stop: int, indptr: Any) -> int:
 def poisson_head(
     start: int,
     stop: int,
-    input_np: Any,
-    weight_pg: Any,
-    intercept_g: Any,
-    library_n: Any,
-    weight_n: Any,
-    indptr: Any,
-    indices: Any,
-    values: Any,
-    loss_n: Any,
-    d_input_np: Any,
-    d_log_library_n: Any,
-    d_weight_tpg: Any,
-    d_intercept_tg: Any,
+    input_np: Float32Array,
+    weight_pg: Float32Array,
+    intercept_g: Float32Array,
+    library_n: Float32Array,
+    weight_n: Float32Array,
+    indptr: IntegerArray,
+    indices: IntegerArray,
+    values: Float32Array,
+    loss_n: Float32Array,
+    d_input_np: Float32Array,
+    d_log_library_n: Float32Array,
+    d_weight_tpg: Float32Array,
+    d_intercept_tg: Float32Array,
 ) -> None:
-    """Negative log-likelihood of each cell, and ``weight_n`` times its gradient."""
+    """Negative log-likelihood of each cell, and ``weight_n`` times its gradient.
+
+    Parameters
+    ----------
+    start, stop
+        First cell of this thread, and the end of its cells, integers.
+    input_np
+        Inputs of the decoder, (cells, inputs), float32.
+    weight_pg, intercept_g
+        Affine map to the logits, (inputs, genes) and (genes,), float32.
+    library_n, weight_n
+        Library sizes, and weights of the gradients, (cells,), float32.
+    indptr, indices, values
+        Counts as CSR arrays, (cells + 1,), (stored counts,) and (stored counts,); integers, integers, float32.
+    loss_n
+        Output: negative log-likelihoods, (cells,), float32.
+    d_input_np, d_log_library_n
+        Output: gradients, (cells, inputs) and (cells,), float32.
+    d_weight_tpg, d_intercept_tg
+        Gradients, (threads, inputs, genes) and (threads, genes), float32; added to.
+    """
     (n_cells, n_inputs), n_genes = input_np.shape, intercept_g.size
     thread = _thread(start, n_cells, d_weight_tpg.shape[0])
     inputs, d_inputs = np.empty((_TOGETHER, n_inputs), _F), np.empty((_TOGETHER, n_inputs), _F)
@@ -151,33 +174,62 @@ def poisson_head(
 def negative_binomial_head(
     start: int,
     stop: int,
-    input_np: Any,
-    weight_pg: Any,
-    intercept_g: Any,
-    library_n: Any,
-    weight_n: Any,
-    indptr: Any,
-    indices: Any,
-    values: Any,
-    loss_n: Any,
-    d_input_np: Any,
-    d_log_library_n: Any,
-    d_weight_tpg: Any,
-    d_intercept_tg: Any,
-    code_n: Any,
-    theta_cg: Any,
-    inverse_cg: Any,
-    share_cg: Any,
-    log_gamma_cxg: Any,
-    digamma_cxg: Any,
-    d_theta_tcg: Any,
+    input_np: Float32Array,
+    weight_pg: Float32Array,
+    intercept_g: Float32Array,
+    library_n: Float32Array,
+    weight_n: Float32Array,
+    indptr: IntegerArray,
+    indices: IntegerArray,
+    values: Float32Array,
+    loss_n: Float32Array,
+    d_input_np: Float32Array,
+    d_log_library_n: Float32Array,
+    d_weight_tpg: Float32Array,
+    d_intercept_tg: Float32Array,
+    code_n: IntegerArray,
+    theta_cg: Float32Array,
+    inverse_cg: Float32Array,
+    share_cg: Float32Array,
+    log_gamma_cxg: Float32Array,
+    digamma_cxg: Float32Array,
+    d_theta_tcg: Float32Array,
 ) -> None:
-    """As :func:`poisson_head`, with inverse dispersions; see :func:`ldvae_ext.kernels.likelihood.dispersion_tables`."""
+    """As :func:`poisson_head`, with inverse dispersions; see :func:`ldvae_ext.kernels.likelihood.dispersion_tables`.
+
+    Parameters
+    ----------
+    start, stop
+        First cell of this thread, and the end of its cells, integers.
+    input_np
+        Inputs of the decoder, (cells, inputs), float32.
+    weight_pg, intercept_g
+        Affine map to the logits, (inputs, genes) and (genes,), float32.
+    library_n, weight_n
+        Library sizes, and weights of the gradients, (cells,), float32.
+    indptr, indices, values
+        Counts as CSR arrays, (cells + 1,), (stored counts,) and (stored counts,); integers, integers, float32.
+    loss_n
+        Output: negative log-likelihoods, (cells,), float32.
+    d_input_np, d_log_library_n
+        Output: gradients, (cells, inputs) and (cells,), float32.
+    d_weight_tpg, d_intercept_tg
+        Gradients, (threads, inputs, genes) and (threads, genes), float32; added to.
+    code_n
+        Row of the dispersions of each cell, (cells,), integers.
+    theta_cg, inverse_cg, share_cg
+        Inverse dispersions, and their terms, (rows, genes), float32; see
+        :func:`ldvae_ext.kernels.likelihood.dispersion_tables`.
+    log_gamma_cxg, digamma_cxg
+        Tables of gamma functions, (rows, N_TABLE + 1, genes), float32; see the same function.
+    d_theta_tcg
+        Gradient, (threads, rows, genes), float32; added to.
+    """
     (n_cells, n_inputs), n_genes = input_np.shape, intercept_g.size
     thread = _thread(start, n_cells, d_weight_tpg.shape[0])
     inputs, d_inputs = np.empty((_TOGETHER, n_inputs), _F), np.empty((_TOGETHER, n_inputs), _F)
-    rows, exp_g, slope_g = np.empty((_TOGETHER, n_genes), _F), np.empty(n_genes, _F), np.empty(n_genes, _F)
-    of_counts = np.empty((2, _most_counts(start, stop, indptr)), _F)
+    rows, exp_g, d_log_mean_g = np.empty((_TOGETHER, n_genes), _F), np.empty(n_genes, _F), np.empty(n_genes, _F)
+    workspace = np.empty((2, _most_counts(start, stop, indptr)), _F)
     for first in range(start, stop, _TOGETHER):
         size = min(_TOGETHER, stop - first)
         _load(input_np, first, size, inputs, d_inputs)
@@ -198,8 +250,8 @@ def negative_binomial_head(
                 log_gamma_cxg[code],
                 digamma_cxg[code],
                 exp_g,
-                slope_g,
-                of_counts,
+                d_log_mean_g,
+                workspace,
                 d_theta_tcg[thread, code],
             )
         _affine_backward(inputs, weight_pg, rows, d_inputs, d_weight_tpg[thread], d_intercept_tg[thread])
@@ -212,38 +264,71 @@ def negative_binomial_head(
 def zero_inflated_head(
     start: int,
     stop: int,
-    input_np: Any,
-    weight_pg: Any,
-    intercept_g: Any,
-    library_n: Any,
-    weight_n: Any,
-    indptr: Any,
-    indices: Any,
-    values: Any,
-    loss_n: Any,
-    d_input_np: Any,
-    d_log_library_n: Any,
-    d_weight_tpg: Any,
-    d_intercept_tg: Any,
-    code_n: Any,
-    theta_cg: Any,
-    inverse_cg: Any,
-    share_cg: Any,
-    log_gamma_cxg: Any,
-    digamma_cxg: Any,
-    d_theta_tcg: Any,
-    dropout_weight_pg: Any,
-    dropout_intercept_g: Any,
-    d_dropout_weight_tpg: Any,
-    d_dropout_intercept_tg: Any,
+    input_np: Float32Array,
+    weight_pg: Float32Array,
+    intercept_g: Float32Array,
+    library_n: Float32Array,
+    weight_n: Float32Array,
+    indptr: IntegerArray,
+    indices: IntegerArray,
+    values: Float32Array,
+    loss_n: Float32Array,
+    d_input_np: Float32Array,
+    d_log_library_n: Float32Array,
+    d_weight_tpg: Float32Array,
+    d_intercept_tg: Float32Array,
+    code_n: IntegerArray,
+    theta_cg: Float32Array,
+    inverse_cg: Float32Array,
+    share_cg: Float32Array,
+    log_gamma_cxg: Float32Array,
+    digamma_cxg: Float32Array,
+    d_theta_tcg: Float32Array,
+    dropout_weight_pg: Float32Array,
+    dropout_intercept_g: Float32Array,
+    d_dropout_weight_tpg: Float32Array,
+    d_dropout_intercept_tg: Float32Array,
 ) -> None:
-    """As :func:`negative_binomial_head`, with a second head for the logits of zero inflation."""
+    """As :func:`negative_binomial_head`, with a second head for the logits of zero inflation.
+
+    Parameters
+    ----------
+    start, stop
+        First cell of this thread, and the end of its cells, integers.
+    input_np
+        Inputs of the decoder, (cells, inputs), float32.
+    weight_pg, intercept_g
+        Affine map to the logits, (inputs, genes) and (genes,), float32.
+    library_n, weight_n
+        Library sizes, and weights of the gradients, (cells,), float32.
+    indptr, indices, values
+        Counts as CSR arrays, (cells + 1,), (stored counts,) and (stored counts,); integers, integers, float32.
+    loss_n
+        Output: negative log-likelihoods, (cells,), float32.
+    d_input_np, d_log_library_n
+        Output: gradients, (cells, inputs) and (cells,), float32.
+    d_weight_tpg, d_intercept_tg
+        Gradients, (threads, inputs, genes) and (threads, genes), float32; added to.
+    code_n
+        Row of the dispersions of each cell, (cells,), integers.
+    theta_cg, inverse_cg, share_cg
+        Inverse dispersions, and their terms, (rows, genes), float32; see
+        :func:`ldvae_ext.kernels.likelihood.dispersion_tables`.
+    log_gamma_cxg, digamma_cxg
+        Tables of gamma functions, (rows, N_TABLE + 1, genes), float32; see the same function.
+    d_theta_tcg
+        Gradient, (threads, rows, genes), float32; added to.
+    dropout_weight_pg, dropout_intercept_g
+        Affine map to the logits of zero inflation, (inputs, genes) and (genes,), float32.
+    d_dropout_weight_tpg, d_dropout_intercept_tg
+        Gradients, (threads, inputs, genes) and (threads, genes), float32; added to.
+    """
     (n_cells, n_inputs), n_genes = input_np.shape, intercept_g.size
     thread = _thread(start, n_cells, d_weight_tpg.shape[0])
     inputs, d_inputs = np.empty((_TOGETHER, n_inputs), _F), np.empty((_TOGETHER, n_inputs), _F)
-    rows, exp_g, slope_g = np.empty((_TOGETHER, n_genes), _F), np.empty(n_genes, _F), np.empty(n_genes, _F)
+    rows, exp_g, d_log_mean_g = np.empty((_TOGETHER, n_genes), _F), np.empty(n_genes, _F), np.empty(n_genes, _F)
     dropout_rows, d_dropout_rows = np.empty((_TOGETHER, n_genes), _F), np.empty((_TOGETHER, n_genes), _F)
-    of_counts = np.empty((5, _most_counts(start, stop, indptr)), _F)
+    workspace = np.empty((5, _most_counts(start, stop, indptr)), _F)
     for first in range(start, stop, _TOGETHER):
         size = min(_TOGETHER, stop - first)
         _load(input_np, first, size, inputs, d_inputs)
@@ -266,8 +351,8 @@ def zero_inflated_head(
                 log_gamma_cxg[code],
                 digamma_cxg[code],
                 exp_g,
-                slope_g,
-                of_counts,
+                d_log_mean_g,
+                workspace,
                 d_theta_tcg[thread, code],
                 dropout_rows[i],
                 d_dropout_rows[i],

@@ -1,19 +1,19 @@
-"""Compiled loops that decode cells, see :mod:`ldvae_ext.kernels.ablation`."""
+"""Compiled loops in float64 that decode cells, see :mod:`ldvae_ext.kernels.ablation`."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 from numba import njit
 
-from ldvae_ext.kernels.jit import LOOP
+from ldvae_ext.kernels.jit import LOOP, Float32Array, Float64Array, IntegerArray
 from ldvae_ext.kernels.vector_math import exp64
+
+FloatArray = Float32Array | Float64Array
 
 
 @njit(**LOOP)
-def _largest64(x_g: Any) -> float:
-    """The largest of some float64, found as an integer in the same order: that of floats is not vectorised."""
+def _largest64(x_g: Float64Array) -> float:
+    """Largest value, by comparing integers in the same order, since a maximum of floats is not vectorised."""
     top = np.int64(-0x7FFFFFFFFFFFFFFF)
     for g in range(x_g.size):
         bits = np.float64(x_g[g]).view(np.int64)
@@ -22,8 +22,18 @@ def _largest64(x_g: Any) -> float:
 
 
 @njit(**LOOP)
-def weighted_rows(value_k: Any, weight_kg: Any, out_g: Any) -> None:
-    """``value @ weight``, four rows at a time."""
+def weighted_rows(value_k: FloatArray, weight_kg: FloatArray, out_g: FloatArray) -> None:
+    """``value @ weight``, four rows at a time.
+
+    Parameters
+    ----------
+    value_k
+        Weights of the rows, (latents,), float64 or float32.
+    weight_kg
+        Rows, (latents, genes), of the same dtype.
+    out_g
+        Output, (genes,), of the same dtype.
+    """
     n_latent, n_genes = weight_kg.shape
     for g in range(n_genes):
         out_g[g] = 0
@@ -40,8 +50,8 @@ def weighted_rows(value_k: Any, weight_kg: Any, out_g: Any) -> None:
 
 
 @njit(**LOOP)
-def _softmax64(z_k: Any, weight_kg: Any, offset_g: Any, out_g: Any) -> float:
-    """Numerators of a cell's softmax over genes, in float64; returns what they are to be divided by."""
+def _softmax64(z_k: Float64Array, weight_kg: Float64Array, offset_g: Float64Array, out_g: Float64Array) -> float:
+    """Write the numerators of the softmax of a cell over genes; return its denominator."""
     weighted_rows(z_k, weight_kg, out_g)
     for g in range(out_g.size):
         out_g[g] += offset_g[g]
@@ -51,7 +61,7 @@ def _softmax64(z_k: Any, weight_kg: Any, offset_g: Any, out_g: Any) -> float:
         e = exp64(out_g[g] - top)
         out_g[g] = e
         total += e
-    # An exponential of NaN is a number here.
+    # exp64 of NaN is a number; NaN latents must give NaN.
     for k in range(z_k.size):
         total += 0.0 * z_k[k]
     return total
@@ -61,16 +71,36 @@ def _softmax64(z_k: Any, weight_kg: Any, offset_g: Any, out_g: Any) -> float:
 def decode(
     start: int,
     stop: int,
-    z_nk: Any,
-    weight_kg: Any,
-    offset_rg: Any,
-    row_n: Any,
-    library_n: Any,
-    genes: Any,
+    z_nk: Float64Array,
+    weight_kg: Float64Array,
+    offset_rg: Float64Array,
+    row_n: IntegerArray,
+    library_n: Float64Array,
+    genes: IntegerArray,
     share: float,
-    out_ng: Any,
+    out_ng: Float64Array,
 ) -> None:
-    """Set some genes of some cells, ascending, to ``share * library * softmax``, or add that where it is a share."""
+    """Write ``share * library * softmax`` of some genes and cells; add it if ``share`` is less than 1.
+
+    Parameters
+    ----------
+    start, stop
+        First cell of this thread, and the end of its cells, integers.
+    z_nk
+        Latents, (cells, latents), float64.
+    weight_kg
+        Loadings, (latents, genes), float64.
+    offset_rg, row_n
+        Offsets of the logits, (rows, genes), float64, and the row of each cell, (cells,), integers.
+    library_n
+        Library sizes, (cells,), float64.
+    genes
+        Genes to write, (selected genes,), ascending integers.
+    share
+        Factor of the result.
+    out_ng
+        Output, (cells, selected genes), float64.
+    """
     e_g = np.empty(weight_kg.shape[1])
     for n in range(start, stop):
         factor = share * library_n[n] / _softmax64(z_nk[n], weight_kg, offset_rg[row_n[n]], e_g)
@@ -90,16 +120,36 @@ def decode(
 def decode_groups(
     start: int,
     stop: int,
-    bounds: Any,
-    z_nk: Any,
-    weight_kg: Any,
-    offset_rg: Any,
-    row_n: Any,
-    library_n: Any,
-    group_n: Any,
-    out_ipg: Any,
+    bounds: IntegerArray,
+    z_nk: Float64Array,
+    weight_kg: Float64Array,
+    offset_rg: Float64Array,
+    row_n: IntegerArray,
+    library_n: Float64Array,
+    group_n: IntegerArray,
+    out_ipg: Float64Array,
 ) -> None:
-    """Add ``library * softmax`` of cells to their group, for pieces of the cells; a group of -1 is none."""
+    """Add ``library * softmax`` of each cell to its group, piece by piece; cells of group -1 are left out.
+
+    Parameters
+    ----------
+    start, stop
+        First piece of this thread, and the end of its pieces, integers.
+    bounds
+        Cells of piece i are those from ``bounds[i]`` to ``bounds[i + 1]``, (pieces + 1,), integers.
+    z_nk
+        Latents, (cells, latents), float64.
+    weight_kg
+        Loadings, (latents, genes), float64.
+    offset_rg, row_n
+        Offsets of the logits, (rows, genes), float64, and the row of each cell, (cells,), integers.
+    library_n
+        Library sizes, (cells,), float64.
+    group_n
+        Group of each cell, (cells,), integers; -1 for none.
+    out_ipg
+        Sums, (pieces, groups, genes), float64; added to.
+    """
     e_g = np.empty(weight_kg.shape[1])
     for i in range(start, stop):
         for n in range(bounds[i], bounds[i + 1]):

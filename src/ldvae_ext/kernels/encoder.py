@@ -1,35 +1,51 @@
-"""Compiled loops of an encoder behind its first layer: batch norm, ReLU, dropout, and the posterior. Opened on first use."""
+"""Compiled loops of an encoder after its first linear layer: batch norm, ReLU, dropout, and the posterior."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 from numba import njit
 
-from ldvae_ext.kernels.jit import LOOP
+from ldvae_ext.kernels.jit import LOOP, Float32Array
 
 _F = np.float32
 
 
 @njit(**LOOP)
 def hidden_layer(
-    before_nh: Any,
-    gamma_h: Any,
-    beta_h: Any,
-    kept_nh: Any,
+    before_nh: Float32Array,
+    gamma_h: Float32Array,
+    beta_h: Float32Array,
+    kept_nh: Float32Array,
     eps: float,
-    running_mean_h: Any,
-    running_variance_h: Any,
+    running_mean_h: Float32Array,
+    running_variance_h: Float32Array,
     momentum: float,
-    normal_nh: Any,
-    inverse_h: Any,
-    out_nh: Any,
+    normal_nh: Float32Array,
+    inverse_h: Float32Array,
+    out_nh: Float32Array,
 ) -> None:
     """Batch norm in training, ReLU and dropout: ``out = kept * max(0, gamma * normal + beta)``.
 
-    ``kept`` is what dropout multiplies with, 0 or ``1 / (1 - p)``. Running statistics are updated.
+    ``normal`` is the standardised input. Running statistics are updated.
+
+    Parameters
+    ----------
+    before_nh
+        Output of the linear layer, (cells, hidden units), float32.
+    gamma_h, beta_h
+        Parameters of the batch norm, (hidden units,), float32.
+    kept_nh
+        Factors of the dropout, 0 or ``1 / (1 - p)``, (cells, hidden units), float32.
+    eps, momentum
+        Constants of the batch norm.
+    running_mean_h, running_variance_h
+        Running statistics, (hidden units,), float32; updated.
+    normal_nh, inverse_h
+        Output: standardised inputs, (cells, hidden units), and 1 / standard deviations, (hidden units,); float32.
+    out_nh
+        Output, (cells, hidden units), float32.
     """
     n_cells, n_hidden = before_nh.shape
     mean_h, variance_h = np.zeros(n_hidden), np.zeros(n_hidden)
@@ -42,8 +58,8 @@ def hidden_layer(
     for n in range(n_cells):
         row = before_nh[n]
         for h in range(n_hidden):
-            apart = row[h] - mean_h[h]
-            variance_h[h] += apart * apart
+            centred = row[h] - mean_h[h]
+            variance_h[h] += centred * centred
     for h in range(n_hidden):
         running_mean_h[h] += _F(momentum * (mean_h[h] - running_mean_h[h]))
         running_variance_h[h] += _F(momentum * (variance_h[h] / (n_cells - 1) - running_variance_h[h]))
@@ -56,32 +72,44 @@ def hidden_layer(
         for h in range(n_hidden):
             normal[h] = (row[h] - shift_h[h]) * inverse_h[h]
             value = gamma_h[h] * normal[h] + beta_h[h]
-            # What is not a number is not positive: it has to get through.
+            # Written so that NaN stays NaN.
             out[h] = _F(0) if value <= _F(0) else kept[h] * value
 
 
 @njit(**LOOP)
 def hidden_layer_backward(
-    d_out_nh: Any,
-    gamma_h: Any,
-    beta_h: Any,
-    kept_nh: Any,
-    normal_nh: Any,
-    inverse_h: Any,
-    d_before_nh: Any,
-    d_gamma_h: Any,
-    d_beta_h: Any,
+    d_out_nh: Float32Array,
+    gamma_h: Float32Array,
+    beta_h: Float32Array,
+    kept_nh: Float32Array,
+    normal_nh: Float32Array,
+    inverse_h: Float32Array,
+    d_before_nh: Float32Array,
+    d_gamma_h: Float32Array,
+    d_beta_h: Float32Array,
 ) -> None:
-    """Gradients of :func:`hidden_layer`; those of gamma and beta come in as zeros."""
+    """Gradients of :func:`hidden_layer`.
+
+    Parameters
+    ----------
+    d_out_nh
+        Gradient of the output, (cells, hidden units), float32.
+    gamma_h, beta_h, kept_nh, normal_nh, inverse_h
+        Inputs and outputs of :func:`hidden_layer`.
+    d_before_nh
+        Output: gradient of the input, (cells, hidden units), float32.
+    d_gamma_h, d_beta_h
+        Output: gradients of the parameters, (hidden units,), float32; zeros at the call.
+    """
     n_cells, n_hidden = d_out_nh.shape
     for n in range(n_cells):
         d_out, kept, normal, d_before = d_out_nh[n], kept_nh[n], normal_nh[n], d_before_nh[n]
         for h in range(n_hidden):
             is_on = gamma_h[h] * normal[h] + beta_h[h] > _F(0)
-            slope = d_out[h] * kept[h] if is_on else _F(0)
-            d_before[h] = slope
-            d_beta_h[h] += slope
-            d_gamma_h[h] += slope * normal[h]
+            gradient = d_out[h] * kept[h] if is_on else _F(0)
+            d_before[h] = gradient
+            d_beta_h[h] += gradient
+            d_gamma_h[h] += gradient * normal[h]
     mean_h, along_h, scale_h = np.empty(n_hidden, _F), np.empty(n_hidden, _F), np.empty(n_hidden, _F)
     for h in range(n_hidden):
         mean_h[h], along_h[h] = d_beta_h[h] / n_cells, d_gamma_h[h] / n_cells
@@ -94,23 +122,42 @@ def hidden_layer_backward(
 
 @njit(**LOOP)
 def posterior(
-    hidden_nh: Any,
-    mean_weight_kh: Any,
-    mean_bias_k: Any,
-    variance_weight_kh: Any,
-    variance_bias_k: Any,
+    hidden_nh: Float32Array,
+    mean_weight_kh: Float32Array,
+    mean_bias_k: Float32Array,
+    variance_weight_kh: Float32Array,
+    variance_bias_k: Float32Array,
     least_variance: float,
-    draw_nk: Any,
-    prior_mean_n: Any,
-    prior_scale_n: Any,
-    mean_nk: Any,
-    scale_nk: Any,
-    sample_nk: Any,
-    divergence_n: Any,
+    draw_nk: Float32Array,
+    prior_mean_n: Float32Array,
+    prior_scale_n: Float32Array,
+    mean_nk: Float32Array,
+    scale_nk: Float32Array,
+    sample_nk: Float32Array,
+    divergence_n: Float32Array,
 ) -> None:
-    """Mean, scale, a sample and the KL divergence from a prior that is the same for all latents of a cell.
+    """Mean, standard deviation and a sample of the posterior, and its KL divergence from a normal prior.
 
     ``sample = mean + draw * scale``, ``KL = sum_k (r + ((mean - m0) / s0)^2 - 1 - log r) / 2`` with ``r = (scale / s0)^2``.
+
+    Parameters
+    ----------
+    hidden_nh
+        Hidden units, (cells, hidden units), float32.
+    mean_weight_kh, mean_bias_k
+        Linear layer of the means, (latents, hidden units) and (latents,), float32.
+    variance_weight_kh, variance_bias_k
+        Linear layer of the log variances, of the same shapes, float32.
+    least_variance
+        Number added to the variances.
+    draw_nk
+        Standard normal draws, (cells, latents), float32.
+    prior_mean_n, prior_scale_n
+        Mean and standard deviation of the prior of all latents of a cell, (cells,), float32.
+    mean_nk, scale_nk, sample_nk
+        Output, (cells, latents), float32.
+    divergence_n
+        Output: KL divergences, (cells,), float32, in nats.
     """
     n_hidden = hidden_nh.shape[1]
     for n in range(hidden_nh.shape[0]):
@@ -135,24 +182,36 @@ def posterior(
 
 @njit(**LOOP)
 def posterior_backward(
-    hidden_nh: Any,
-    mean_weight_kh: Any,
-    variance_weight_kh: Any,
+    hidden_nh: Float32Array,
+    mean_weight_kh: Float32Array,
+    variance_weight_kh: Float32Array,
     least_variance: float,
-    draw_nk: Any,
-    prior_mean_n: Any,
-    prior_scale_n: Any,
-    mean_nk: Any,
-    scale_nk: Any,
-    d_sample_nk: Any,
-    d_divergence_n: Any,
-    d_hidden_nh: Any,
-    d_mean_weight_kh: Any,
-    d_mean_bias_k: Any,
-    d_variance_weight_kh: Any,
-    d_variance_bias_k: Any,
+    draw_nk: Float32Array,
+    prior_mean_n: Float32Array,
+    prior_scale_n: Float32Array,
+    mean_nk: Float32Array,
+    scale_nk: Float32Array,
+    d_sample_nk: Float32Array,
+    d_divergence_n: Float32Array,
+    d_hidden_nh: Float32Array,
+    d_mean_weight_kh: Float32Array,
+    d_mean_bias_k: Float32Array,
+    d_variance_weight_kh: Float32Array,
+    d_variance_bias_k: Float32Array,
 ) -> None:
-    """Gradients of :func:`posterior`, added to what is there."""
+    """Gradients of :func:`posterior`, added to the arrays.
+
+    Parameters
+    ----------
+    hidden_nh, mean_weight_kh, variance_weight_kh, least_variance, draw_nk, prior_mean_n, prior_scale_n, mean_nk, scale_nk
+        Inputs and outputs of :func:`posterior`.
+    d_sample_nk, d_divergence_n
+        Gradients of the outputs, (cells, latents) and (cells,), float32.
+    d_hidden_nh
+        Gradient of the hidden units, (cells, hidden units), float32; added to.
+    d_mean_weight_kh, d_mean_bias_k, d_variance_weight_kh, d_variance_bias_k
+        Gradients of the layers, of their shapes, float32; added to.
+    """
     n_hidden = hidden_nh.shape[1]
     for n in range(hidden_nh.shape[0]):
         row, d_row, weight = hidden_nh[n], d_hidden_nh[n], d_divergence_n[n]

@@ -1,10 +1,17 @@
-"""Options with which loops are compiled."""
+"""Options with which loops are compiled, and types of their arrays."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from numba import njit
+from numpy.typing import NDArray
+
+Float32Array = NDArray[np.float32]
+Float64Array = NDArray[np.float64]
+IntegerArray = NDArray[np.integer[Any]]
+BooleanArray = NDArray[np.bool_]
 
 
 def _can_cache() -> bool:
@@ -17,18 +24,18 @@ def _can_cache() -> bool:
 
 
 CACHE = _can_cache()
-# Sums may be taken in any order, or they cannot be vectorised; a division by zero is IEEE's.
+# Sums in a fixed order could not be vectorised; division by zero follows IEEE.
 LOOP: dict[str, Any] = {
     "nogil": True,
-    # No C code calls the loops, and a wrapper that is not compiled takes no time.
+    # No C code calls the loops; the wrapper would take time to compile.
     "no_cfunc_wrapper": True,
     "cache": CACHE,
     "error_model": "numpy",
     "fastmath": {"reassoc", "contract", "nsz", "arcp"},
 }
-# Parts of a larger loop, inlined where they are called: a part that is called once or twice is then compiled once.
+# Parts of a larger loop are inlined into it, so that a part with one or two callers is compiled once.
 PART: dict[str, Any] = LOOP | {"inline": "always"}
-# The order of operations is kept: the result depends on it to the last digit.
+# Operations keep their order, on which the last digits depend.
 EXACT: dict[str, Any] = {
     "no_cfunc_wrapper": True,
     "cache": CACHE,

@@ -1,13 +1,13 @@
-"""Exponentials and logarithms for compiled loops, and how these are compiled. Opened on first use.
+"""Exponentials and logarithms for compiled loops.
 
-Exponentials and logarithms are polynomials (Cephes, S. L. Moshier, expf.c and logf.c), which unlike calls of a library the
-compiler turns into vector instructions. Both are written for small arguments: the relative error is 1e-7 everywhere.
+They are polynomials (Cephes, S. L. Moshier, expf.c and logf.c), which the compiler vectorises, unlike calls of a library.
+The relative error is 1e-7 for all arguments, also for small ones. Arguments and results are single numbers, float32 unless a
+name ends in 64.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 from numba import njit
@@ -22,7 +22,7 @@ _LN2_HIGH, _LN2_LOW = _F(0.693359375), _F(-2.12194440e-4)
 LOWEST, HIGHEST = _F(-87.0), _F(88.0)
 _BIAS, _MANTISSA, _ROUND = _I(127), _I(23), _F(12582912.0)
 _ONE_BITS, _ROOT_HALF_BITS = _I(0x3F800000), _I(0x3F3504F3)
-# The exponent where it stands in a float32, and log 2 for each of it.
+# Mask of the exponent in a float32, and log 2 in units of its lowest bit.
 _EXPONENT_BITS, _LN2_OF_BITS = _I(-(2**23)), _F(math.log(2) / 2**23)
 _LOG2_E_64, _ROUND_64 = 1.4426950408889634, 6755399441055744.0
 _LN2_HIGH_64, _LN2_LOW_64 = 6.93147180369123816490e-01, 1.90821492927058770002e-10
@@ -32,7 +32,7 @@ _TAYLOR = tuple(_REST)
 
 
 @njit(**EXACT)
-def _exp_near_zero(r: Any) -> Any:
+def _exp_near_zero(r: np.float32) -> np.float32:
     """``e^r - 1`` of a float32, -0.35 < r < 0.35."""
     p = _F(1.9875691500e-4)
     p = p * r + _F(1.3981999507e-3)
@@ -44,8 +44,8 @@ def _exp_near_zero(r: Any) -> Any:
 
 
 @njit(**EXACT)
-def _parts_of_exp(x: Any) -> Any:
-    """The p and the power of two of ``e^x = (1 + p) power``; x is clamped to where that is a normal number."""
+def _parts_of_exp(x: np.float32) -> tuple[np.float32, np.float32]:
+    """The p and the power of two of ``e^x = (1 + p) power``; x is clamped so that the power is a normal number."""
     x = min(max(x, LOWEST), HIGHEST)
     n = np.floor(x * _LOG2_E + _F(0.5))
     r = x - n * _LN2_HIGH
@@ -54,7 +54,7 @@ def _parts_of_exp(x: Any) -> Any:
 
 
 @njit(**EXACT)
-def parts_of_exp(x: Any) -> Any:
+def parts_of_exp(x: np.float32) -> tuple[np.float32, np.float32]:
     """See :func:`_parts_of_exp`, for -87 < x < 88."""
     # Adding 1.5 2^23 rounds to an integer, which the lowest bits then hold.
     shifted = x * _LOG2_E + _ROUND
@@ -65,27 +65,27 @@ def parts_of_exp(x: Any) -> Any:
 
 
 @njit(**EXACT)
-def excess(p: Any, power: Any) -> Any:
-    """``(1 + p) power - 1``. A function, since a loop that may reorder sums would take the 1 elsewhere."""
+def excess(p: np.float32, power: np.float32) -> np.float32:
+    """``(1 + p) power - 1``. A function of its own, so that a loop that may reorder sums keeps this order."""
     return p * power + (power - _F(1))
 
 
 @njit(**EXACT)
-def exp(x: Any) -> Any:
+def exp(x: np.float32) -> np.float32:
     """``e^x`` of a float32."""
     p, power = _parts_of_exp(x)
     return p * power + power
 
 
 @njit(**EXACT)
-def expm1(x: Any) -> Any:
+def expm1(x: np.float32) -> np.float32:
     """``e^x - 1`` of a float32."""
     p, power = _parts_of_exp(x)
     return p * power + (power - _F(1))
 
 
 @njit(**EXACT)
-def _log_near_one(m: Any) -> Any:
+def _log_near_one(m: np.float32) -> np.float32:
     """``log(1 + m)`` of a float32, -0.3 < m < 0.42."""
     p = _F(7.0376836292e-2)
     p = p * m + _F(-1.1514610310e-1)
@@ -100,13 +100,13 @@ def _log_near_one(m: Any) -> Any:
 
 
 @njit(**EXACT)
-def _exponent(x: Any) -> Any:
-    """The power of two next to a normal float32, downwards for up to 1.4 times of it."""
+def _exponent(x: np.float32) -> np.int32:
+    """Exponent e of a normal float32 as ``x = m 2^e``, with m between 0.7 and 1.4."""
     return _I(_I(_F(x).view(np.int32) - _ROOT_HALF_BITS) >> _MANTISSA)
 
 
 @njit(**EXACT)
-def log(x: Any) -> Any:
+def log(x: np.float32) -> np.float32:
     """Natural logarithm of a normal float32."""
     exponent = _exponent(x)
     power = _I(_ONE_BITS - _I(exponent << _MANTISSA)).view(np.float32)
@@ -114,7 +114,7 @@ def log(x: Any) -> Any:
 
 
 @njit(**EXACT)
-def log1p(x: Any) -> Any:
+def log1p(x: np.float32) -> np.float32:
     """``log(1 + x)`` of a float32, x > -1 and 1 + x a normal number."""
     bits = _I(_I(_F(x + _F(1)).view(np.int32) - _ROOT_HALF_BITS) & _EXPONENT_BITS)
     power = _I(_ONE_BITS - bits).view(np.float32)
@@ -123,8 +123,8 @@ def log1p(x: Any) -> Any:
 
 
 @njit(**EXACT)
-def log_of_ratio(x: Any, y: Any) -> Any:
-    """``log(y)`` of a normal float32, y = 1 + x: x has the digits near 1, y those where it is small."""
+def log_of_ratio(x: np.float32, y: np.float32) -> np.float32:
+    """``log(y)`` of a normal float32, ``y = 1 + x``, accurate from x near y = 1 and from y for small y."""
     exponent = _exponent(y)
     power = _I(_ONE_BITS - _I(exponent << _MANTISSA)).view(np.float32)
     m = y * power - _F(1) if y < _F(0.5) else x * power + (power - _F(1))
@@ -132,8 +132,8 @@ def log_of_ratio(x: Any, y: Any) -> Any:
 
 
 @njit(**EXACT)
-def exp64(x: Any) -> Any:
-    """``e^x`` of a float64, to 1e-15; clamped to where that is a normal number."""
+def exp64(x: float) -> float:
+    """``e^x`` of a float64, to 1e-15; x is clamped so that the result is a normal number."""
     x = min(max(x, -708.0), 709.0)
     # Adding 1.5 2^52 rounds to an integer, which the lowest bits then hold: conversions do not vectorise everywhere.
     shifted = x * _LOG2_E_64 + _ROUND_64
