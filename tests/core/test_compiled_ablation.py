@@ -10,7 +10,7 @@ from scipy import sparse
 
 from ldvae_ext.core import ablation as ablation_module
 from ldvae_ext.core import ablation_effects
-from ldvae_ext.core._paired import Steps
+from ldvae_ext.core._paired import SetUpdates
 from ldvae_ext.kernels.threads import compiled
 from tests.core.decoders import full_decoder
 
@@ -144,7 +144,7 @@ def test_counts_of_other_cells_or_genes_are_refused_before_they_are_read():
 
 @given(st.lists(st.sets(st.integers(0, 5)), max_size=8))
 def test_steps_lead_to_the_sets(sets):
-    steps, reached = Steps.of([np.array(sorted(members), dtype=int) for members in sets]), None
+    steps, reached = SetUpdates.of([np.array(sorted(members), dtype=int) for members in sets]), None
     for s, members in enumerate(sets):
         at = slice(steps.ptr[s], steps.ptr[s + 1])
         is_single = steps.is_fresh[s] and at.stop == at.start + 1

@@ -203,7 +203,7 @@ def test_canonical_signs_do_not_depend_on_the_given_signs_or_gauge(seed):
 def test_a_point_of_the_simplex_cannot_be_turned():
     decoder = make(latent="ln")
     np.testing.assert_array_equal(decoder.signs(), 1)
-    with pytest.raises(ValueError, match="-z is no point of the simplex"):
+    with pytest.raises(ValueError, match="-z is not on the simplex"):
         decoder.reordered([0, 1, 2], [1, -1, 1])
 
 

@@ -303,7 +303,7 @@ def decoder():
         ({"n_samples": 3}, "`n_samples` belongs to `use_posterior='samples'`"),
         ({"use_posterior": "samples", "n_samples": 0}, "`n_samples` must be an integer of at least 1; got 0"),
         ({"use_posterior": "samples", "n_samples": 2.0}, "`n_samples` must be an integer of at least 1; got 2.0"),
-        ({"mode": "mean", "seed": 1}, "`seed` is of no use, since `mode='mean'` with `use_posterior='mean'` draws nothing"),
+        ({"mode": "mean", "seed": 1}, "`seed` has no effect: `mode='mean'` with `use_posterior='mean'` draws no random numbers"),
         ({"mode": "prior", "seed": -1}, "`seed` must be a non-negative integer below .*; got -1"),
         ({"mode": "prior", "seed": "a"}, "`seed` must be a non-negative integer below .*; got 'a'"),
         ({"mode": "prior", "seed": 0.5}, "`seed` must be a non-negative integer below .*; got 0.5"),

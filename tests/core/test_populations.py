@@ -236,7 +236,7 @@ def test_the_sums_do_not_depend_on_how_cells_are_cut(scale):
 def test_slopes_must_have_been_summed():
     decoder = decoder_of("softmax", "normal")
     moments = moments_of(decoder, cells(decoder, 10), np.zeros(10, dtype=int))
-    with pytest.raises(ValueError, match="slopes were not summed"):
+    with pytest.raises(ValueError, match="derivatives were not summed"):
         moments.gradient_loadings()
 
 
@@ -247,9 +247,9 @@ def test_slopes_must_have_been_summed():
         ({"scale": "counts"}, "`scale` must be one of 'log', 'expression'"),
         ({"kind": "path", "scale": "log"}, "`scale` belongs to `kind='gradient'`"),
         ({"kind": "path", "reference": "c"}, "`reference` must be one of 'rest', 'prior', 'a', 'b'; got 'c'"),
-        ({"kind": "within", "reference": "a"}, "`reference` is of no use with `kind='within'`"),
+        ({"kind": "within", "reference": "a"}, "`reference` has no effect with `kind='within'`"),
         ({"kind": "path", "groups": ["rest", "b"]}, "may be the group of that name or not"),
-        ({"kind": "path", "groups": ["a"]}, "one group only, 'a', and nothing to compare it with"),
+        ({"kind": "path", "groups": ["a"]}, "only one group, 'a', and no other to compare it with"),
     ],
 )
 def test_bad_requests_are_named(arguments, message):

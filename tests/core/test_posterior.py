@@ -1,20 +1,18 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.distributions import Normal, kl_divergence
 
 from ldvae_ext.core import kl_per_dimension
 from ldvae_ext.core.posterior import deterministic_latent
 
 
 @given(st.integers(0, 2**31), st.floats(-6, 3))
-def test_kl_is_that_of_torch_and_never_negative(seed, log_scale):
+def test_kl_is_that_of_the_formula_and_never_negative(seed, log_scale):
     rng = np.random.default_rng(seed)
     mean, variance = rng.normal(size=(5, 3)), np.exp(log_scale * rng.random((5, 3)))
-    expected = kl_divergence(Normal(torch.as_tensor(mean), torch.as_tensor(variance).sqrt()), Normal(0.0, 1.0)).numpy()
+    expected = (mean**2 + variance - 1 - np.log(variance)) / 2
     got = kl_per_dimension(mean, variance)
     np.testing.assert_allclose(got, expected, atol=1e-12)
     assert (got >= 0).all()

@@ -236,7 +236,7 @@ class TestRotation:
 
     def test_a_logistic_normal_latent_is_refused_with_the_reason(self):
         decoder = full_decoder(latent_distribution="ln")
-        with pytest.raises(ValueError, match=r"cannot be rotated: z = softmax\(u\) lies on the simplex"):
+        with pytest.raises(ValueError, match=r"cannot be rotated: z = softmax\(u\) is on the simplex"):
             decoder.rotated(np.eye(3))
 
 

@@ -85,7 +85,7 @@ def _change(
     return lambda rate_ng: before_ng - mean_dependent_part(likelihood, x_ng, rate_ng, theta, dropout_ng)
 
 
-# The two below work in the rate they are given: at this size the passes over memory are what costs.
+# The two functions below write into their argument: at this size the time goes into passes over memory.
 
 
 def _nb_change(x: Nonzero, full_ng: np.ndarray, theta: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:

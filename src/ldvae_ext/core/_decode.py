@@ -52,7 +52,7 @@ def put_scale(
     decoder
         The decoder.
     out_ng
-        What is set or added to, float64 or float32; all is computed in float64.
+        Output, or the array that is added to; float64 or float32. All computations are in float64.
     z_nk, batch_n, design_nc
         Latents, batch codes, and the design of the covariates, if there are any.
     library_n
@@ -103,7 +103,7 @@ def add_group_scale(
     decoder, z_nk, batch_n, design_nc, library_n
         See :func:`put_scale`.
     total_pg
-        What is added to.
+        Sums that are added to.
     group_n
         Group codes.
     """

@@ -1,4 +1,4 @@
-"""What a decoder conditions on besides the latent: batches, categorical and continuous covariates."""
+"""Design of a decoder: batches, categorical and continuous covariates."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Covariate:
 
     @property
     def n_columns(self) -> int:
-        """Columns that the covariate has in the design: one for each level, or one slope."""
+        """Number of columns of the covariate in the design: one for each level, or one for a continuous covariate."""
         return 1 if self.levels is None else len(self.levels)
 
 
@@ -129,14 +129,14 @@ def covariates_to_arrays(covariates: Sequence[Covariate]) -> dict[str, np.ndarra
     levels = [level for covariate in covariates if covariate.levels is not None for level in covariate.levels]
     return {
         "covariate_names": strings([covariate.name for covariate in covariates]),
-        # -1 says that a covariate is continuous.
+        # -1 marks a continuous covariate.
         "covariate_n_levels": np.array([-1 if c.levels is None else len(c.levels) for c in covariates]),
         "covariate_levels": strings(levels),
     }
 
 
 def covariates_from_arrays(arrays: Any) -> tuple[Covariate, ...]:
-    """What :func:`covariates_to_arrays` took apart."""
+    """Inverse of :func:`covariates_to_arrays`."""
     if "covariate_names" not in arrays:
         return ()
     levels, covariates = strings(arrays["covariate_levels"]), []

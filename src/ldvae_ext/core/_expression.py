@@ -47,7 +47,7 @@ class GroupExpression:
         add_group_scale(self._decoder, self._total_pg, z_nk, batch_n, design_nc, share * library_n, group_n)
 
     def count(self, group_n: np.ndarray) -> None:
-        """Say whose expression was added; once for each cell, however many shares it came in."""
+        """Add cells to the number of cells of each group; once for each cell, even if its expression is added in several parts."""
         self.n_p += np.bincount(group_n[group_n >= 0], minlength=len(self.n_p))
 
     @property
@@ -67,7 +67,7 @@ def population_expression(
     covariates: Any = None,
     library: Any = 1.0,
 ) -> np.ndarray:
-    """Mean decoded expression of populations: ``library * scale`` of each cell, averaged over those of the population.
+    """Mean decoded expression of populations: ``library * scale``, averaged over the cells of each population.
 
     No array of cells x genes is made. It is not the expression at the mean latent, which differs since the link is not linear.
 
@@ -107,7 +107,7 @@ def check_library_size(library_size: Any) -> None:
 
 
 def gene_positions(genes: np.ndarray, gene_list: Sequence[str] | None) -> np.ndarray:
-    """Positions of the asked-for genes, in the model's order."""
+    """Positions of the requested genes, in the model's order."""
     if gene_list is None:
         return np.arange(len(genes))
     gene_list = [gene_list] if isinstance(gene_list, str) else list(gene_list)

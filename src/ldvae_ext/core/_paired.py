@@ -1,4 +1,4 @@
-"""What an ablation hands to the compiled loop."""
+"""Arguments of the compiled loop of ablations."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ldvae_ext.core.decoder import LinearDecoder
 from ldvae_ext.core.posterior import deterministic_latent
 from ldvae_ext.kernels.threads import is_compiled, over_rows
 
-# On the simplex the other latents grow where one goes; beyond this too little was left of them for float32.
+# On the simplex the other latents grow if one is removed. With larger factors float32 is not accurate enough.
 _MOST_STRETCHED = 16.0
 
 
-class Steps(NamedTuple):
-    """Sets of latents, each made of the one before it or of nothing by adding latents and taking them away."""
+class SetUpdates(NamedTuple):
+    """Sets of latents. Each is made from the set before it, or from the empty set, by adding and removing latents."""
 
     ptr: np.ndarray
     latent: np.ndarray
@@ -27,7 +27,7 @@ class Steps(NamedTuple):
     is_fresh: np.ndarray
 
     @classmethod
-    def of(cls, sets: Sequence[np.ndarray]) -> Steps:
+    def of(cls, sets: Sequence[np.ndarray]) -> SetUpdates:
         """The shorter way to each set."""
         if sets and all(len(members) == 1 for members in sets):
             n = len(sets)
@@ -54,12 +54,12 @@ class Steps(NamedTuple):
 
 
 def can_be_compiled(decoder: LinearDecoder) -> bool:
-    """Whether there is a loop for it: counts under a softmax, with a dispersion that does not depend on the latent."""
+    """True if there is a loop for the decoder: counts under a softmax, and a dispersion that does not depend on the latent."""
     return (
         decoder.link == "softmax"
         and decoder.likelihood in ("nb", "poisson")
         and (decoder.dispersion != "gene-cell" or decoder.likelihood == "poisson")
-        # A simplex of one latent is a point: nothing moves, to the last digit.
+        # A simplex of one latent is a point, so that all changes are exactly 0.
         and (decoder.latent_distribution == "normal" or len(decoder.factors) > 1)
         and is_compiled()
     )
@@ -106,7 +106,7 @@ def compiled_effects(
         plain(theta_row_n, np.int64),
         *csr_parts(x_ng),
         *_moves(decoder.latent_distribution, mean_nk, value_nk, sets),
-        *Steps.of(sets),
+        *SetUpdates.of(sets),
         len(decoder.genes),
         decoder.likelihood == "nb",
         out_ns,
@@ -117,7 +117,7 @@ def compiled_effects(
 def _moves(
     latent_distribution: str, mean_nk: np.ndarray, value_nk: np.ndarray, sets: Sequence[np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What each latent moves by if it is replaced, then by what all are multiplied, and by what the rest has grown.
+    """Changes of replaced latents, factors of all changes, and relative growth of the other latents.
 
     Multiplied by NaN where float32 will not do.
     """

@@ -18,7 +18,7 @@ _TEXT = ("likelihood", "dispersion", "latent_distribution", "link")
 
 
 class FromArrays:
-    """What lets a decoder be frozen, taken apart and put together again."""
+    """Methods that make a decoder immutable, and convert it to arrays and back."""
 
     def _freeze(self, name: str, shape: tuple[int | None, ...]) -> None:
         if getattr(self, name) is not None:
@@ -29,7 +29,7 @@ class FromArrays:
         return [field.name for field in fields(cls) if field.name not in (*_RAW, "covariates")]  # type: ignore[arg-type]
 
     def to_arrays(self) -> dict[str, Any]:
-        """A flat dictionary of arrays, strings and numbers, without None: what ``.npz`` and ``adata.uns`` can hold."""
+        """Flat dictionary of arrays, strings and numbers, without None: values that ``.npz`` and ``adata.uns`` can store."""
         out = {name: getattr(self, name) for name in self._plain() if getattr(self, name) is not None}
         out.update(covariates_to_arrays(self.covariates))  # type: ignore[attr-defined]
         for name in _RAW:
@@ -55,6 +55,6 @@ class FromArrays:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read a decoder that :meth:`save` wrote; nothing is unpickled."""
+        """Read a decoder that :meth:`save` wrote. No pickles are loaded."""
         with np.load(Path(path), allow_pickle=False) as arrays:
             return cls.from_arrays({name: arrays[name] for name in arrays.files})

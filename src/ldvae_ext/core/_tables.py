@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.special import softmax
 
-# Numbers in some vectors, as many as a loop works on at once.
+# A whole number of vectors, which a loop processes together.
 _WIDTH = 64
 
 

@@ -1,4 +1,4 @@
-"""The same decoder seen from elsewhere: turned, rotated, in another gauge or order."""
+"""Equivalent decoders: with other signs, axes, gauge, or order."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HEADS = ("", "dropout_", "dispersion_")
 
 
 class DecoderViews:
-    """What gives a decoder other axes or another gauge, and the same expression."""
+    """Methods that return a decoder with other axes or another gauge, and the same expression."""
 
     weight_gk: np.ndarray
     intercept_bg: np.ndarray
@@ -49,7 +49,7 @@ class DecoderViews:
 
         The softmax ignores a constant added to all genes of a cell, so each column of the loadings, each intercept and
         each effect of a covariate is free up to one. Under ``"ln"``, where z sums to 1, a vector added to all columns
-        and taken from the intercepts changes nothing either; there the loadings also sum to zero over factors. A
+        and subtracted from the intercepts changes nothing either; then the loadings also sum to zero over factors. A
         softplus fixes the constant over genes, so that nothing is centred over genes there.
         """
         weight_gk, intercept_bg, covariate_cg = self.weight_gk, self.intercept_bg, self.covariate_cg
@@ -63,7 +63,7 @@ class DecoderViews:
         return self._with(weight_gk=weight_gk, intercept_bg=intercept_bg, covariate_cg=covariate_cg)
 
     def reordered(self, order: Sequence[int] | np.ndarray, signs: Sequence[int] | np.ndarray | None = None) -> Self:
-        """The same decoder with its factors permuted and, where asked for, turned.
+        """The same decoder with its factors permuted and, on request, with other signs.
 
         ``decoder.reordered(order, signs).scale(z[:, order] * signs)`` equals ``decoder.scale(z)``. The raw parts stay
         in the network's order.
@@ -84,10 +84,10 @@ class DecoderViews:
             msg = f"`signs` must be +1 or -1 for each factor; got {signs.tolist()}."
             raise ValueError(msg)
         if self.latent_distribution == "ln" and (signs < 0).any():
-            msg = "A factor of a logistic-normal latent cannot be turned: -z is no point of the simplex."
+            msg = "The sign of a factor of a logistic-normal latent cannot change: -z is not on the simplex."
             raise ValueError(msg)
-        turned = {name: weight[:, order] * signs for name, weight in self._weights().items()}
-        return self._with(**turned, factors=self.factors[order])
+        signed = {name: weight[:, order] * signs for name, weight in self._weights().items()}
+        return self._with(**signed, factors=self.factors[order])
 
     def rotated(self, rotation_kk: np.ndarray, factors: Sequence[str] | None = None) -> Self:
         """The same decoder with the axes of its latent space rotated.
@@ -99,7 +99,7 @@ class DecoderViews:
         Parameters
         ----------
         rotation_kk
-            Orthogonal, shape (latents, factors): column j holds factor j in the present axes.
+            Orthogonal, shape (latents, factors): column j is factor j in the present axes.
         factors
             Names of the new factors; ``F_0``, ``F_1``, ... if None.
 
@@ -117,7 +117,7 @@ class DecoderViews:
         )
 
     def with_genes_in_order(self, order: np.ndarray) -> Self:
-        """The same decoder with its genes permuted; the raw parts are left out, since they belong to the network.
+        """The same decoder with its genes permuted, without the raw parts, whose genes are in the network's order.
 
         Parameters
         ----------
@@ -146,8 +146,8 @@ def check_rotatable(latent_distribution: str) -> None:
     """
     if latent_distribution == "ln":
         msg = (
-            "A logistic-normal latent cannot be rotated: z = softmax(u) lies on the simplex, and the softmax of rotated u is "
-            "no rotation of z. `latent_distribution='normal'` can."
+            "A logistic-normal latent cannot be rotated: z = softmax(u) is on the simplex, and the softmax of a rotated u is "
+            "no rotation of z. Train with `latent_distribution='normal'` to rotate factors."
         )
         raise ValueError(msg)
 

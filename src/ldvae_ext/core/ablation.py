@@ -1,4 +1,4 @@
-"""Paired change of a cell's likelihood when latents are replaced by something that knows nothing of the cell."""
+"""Paired change of the likelihood of each cell when latents are replaced."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def ablation_effects(
         - sum_g x log((mu' + eps) / (mu + eps)) + sum_g (x + theta) log((theta + mu' + eps) / (theta + mu + eps))
 
     without a gamma function, where the first sum needs the non-zero counts only. Under a softmax, for ``"nb"`` (unless the
-    dispersion is ``"gene-cell"``) and ``"poisson"``, a compiled loop in float32 computes it where numba is there, to 1e-5 of
-    the largest effect; cells that float32 is not enough for, and all else, are numpy's.
+    dispersion is ``"gene-cell"``) and ``"poisson"``, a compiled loop in float32 computes it to 1e-5 of the largest effect, plus
+    1e-7 nats for each count of the library. numpy computes the cells for which float32 is not enough, and all other cases.
 
     Parameters
     ----------
@@ -57,15 +57,15 @@ def ablation_effects(
     batch
         See :meth:`ldvae_ext.core.LinearDecoder.batch_codes`.
     value
-        What latents are set to, broadcast to (cells, factors). Under ``"ln"`` minus infinity drops a latent: its z is 0
+        Values that replace the latents, broadcast to (cells, factors). Under ``"ln"`` minus infinity drops a latent: its z is 0
         and the others are renormalised.
     factors
         Positions of the latents to replace: each entry one of them, or several that are replaced together.
     covariates, label
         See :meth:`ldvae_ext.core.LinearDecoder.scale` and :meth:`~ldvae_ext.core.LinearDecoder.theta`.
     refit_heads
-        Whether dropout logits and dispersion follow the latent, where they depend on it, instead of staying those of the
-        unablated cell.
+        True if dropout logits and dispersion are computed from the replaced latent, if they depend on it; False to keep
+        those of the unablated cell.
 
     Returns
     -------
@@ -143,7 +143,7 @@ def _names(decoder: LinearDecoder) -> list[str]:
 
 
 def _check(decoder: LinearDecoder, x_ng: Any, batch_n: np.ndarray, label_n: Any, n_cells: int) -> None:
-    """Raise on what a compiled loop would read beyond."""
+    """Raise on arguments with which a compiled loop would read out of bounds."""
     if x_ng.shape != (n_cells, len(decoder.genes)):
         msg = f"`x` must have shape ({n_cells}, {len(decoder.genes)}), as the latents and the genes; got {x_ng.shape}."
         raise ValueError(msg)

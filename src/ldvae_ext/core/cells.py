@@ -10,7 +10,7 @@ from scipy import sparse
 
 
 class PosteriorAxes(NamedTuple):
-    """Axes along which posteriors are independent, where those of the factors are others."""
+    """Axes along which posteriors are independent, if these are not the factors."""
 
     variance_nk: np.ndarray
     """Posterior variances along these axes, cells x latents."""
@@ -19,7 +19,7 @@ class PosteriorAxes(NamedTuple):
 
     @classmethod
     def of(cls, variance_nk: np.ndarray, axes: PosteriorAxes | None) -> PosteriorAxes:
-        """The given axes, or those of the factors where there are no others."""
+        """The given axes; those of the factors if None."""
         return cls(np.asarray(variance_nk), np.eye(variance_nk.shape[1])) if axes is None else axes
 
 
@@ -41,11 +41,11 @@ class EncodedCells(NamedTuple):
     counts: Any
     """Counts, cells x genes, dense or CSR."""
     axes: PosteriorAxes | None = None
-    """Where the factors are rotated: what their posterior covariance is made of."""
+    """Variances and rotation that make up the posterior covariance of rotated factors; None without a rotation."""
 
     @property
     def spread(self) -> PosteriorAxes:
-        """What the posterior covariance is made of, rotated or not."""
+        """Variances and rotation that make up the posterior covariance, with or without a rotation."""
         return PosteriorAxes.of(self.variance, self.axes)
 
 
@@ -74,9 +74,9 @@ def nonzero(x_ng: Any) -> Nonzero:
 
 
 def csr_parts(x_ng: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Counts of a dense or sparse matrix as those of a CSR matrix: ``indptr``, ``indices`` and values in float32.
+    """CSR arrays of a dense or sparse matrix of counts: ``indptr``, ``indices`` and values in float32.
 
-    Zeros may be stored, and a count in several parts: what is linear in counts does not mind.
+    They may contain zeros and duplicates, which have no effect on functions that are linear in counts.
     """
     if not sparse.issparse(x_ng):
         x_ng = np.asarray(x_ng)
@@ -88,7 +88,7 @@ def csr_parts(x_ng: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     x_ng = x_ng.tocsr()
     parts = ((x_ng.indptr, np.int64), (x_ng.indices, np.int32), (x_ng.data, np.float32))
     indptr, indices, values = (np.require(array, dtype, ["C", "W"]) for array, dtype in parts)
-    # numba asks of each index with a sign whether it counts from the end.
+    # numba checks the sign of each signed index.
     return indptr, indices.view(np.uint32), values
 
 
@@ -98,7 +98,7 @@ def values_of(x_ng: Any) -> np.ndarray:
 
 
 def has_fractions(x_ng: Any) -> bool:
-    """Whether a dense or sparse matrix holds values that are no integers."""
+    """True if a dense or sparse matrix has values that are not integers."""
     values = values_of(x_ng)
     return not np.issubdtype(values.dtype, np.integer) and bool((values != np.rint(values)).any())
 
@@ -116,7 +116,7 @@ def at_rows(covariates: Any, names: Iterable[str], rows: Any, n_cells: int) -> d
 
 
 def indicator(group_n: np.ndarray, n_groups: int) -> sparse.csr_array:
-    """Which cell is in which group, shape (groups, cells); a cell with -1 in none."""
+    """Indicator matrix of groups, shape (groups, cells); a cell with -1 is in no group."""
     (inside,) = np.nonzero(group_n >= 0)
     return sparse.csr_array((np.ones(len(inside)), (group_n[inside], inside)), shape=(n_groups, len(group_n)))
 

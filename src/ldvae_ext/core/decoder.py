@@ -27,7 +27,7 @@ LINKS = ("softmax", "softplus")
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class LinearDecoder(DecoderViews, FromArrays):
-    """An affine map from the latent space to the log-rates of genes, with what a likelihood needs besides.
+    """An affine map from the latent space to the log-rates of genes, with the other parameters of the likelihood.
 
     For a cell of batch ``b`` with latent ``z``, covariates ``c`` and library size ``l`` the decoder of an LDVAE in
     evaluation mode is::
@@ -51,18 +51,18 @@ class LinearDecoder(DecoderViews, FromArrays):
     dispersion
         ``"gene"``, ``"gene-batch"``, ``"gene-label"`` or ``"gene-cell"``.
     theta_bg
-        Inverse dispersion of the negative binomial, in counts, where the variance is ``rate + rate^2 / theta``; the standard
+        Inverse dispersion of the negative binomial, in counts; the variance is ``rate + rate^2 / theta``. The standard
         deviation under ``"normal"``. Shape (1, genes) for ``"gene"``, (batches, genes) for ``"gene-batch"``, (labels, genes)
         for ``"gene-label"``; None under ``"poisson"`` and for ``"gene-cell"``.
     latent_distribution
-        ``"normal"``, or ``"ln"``, where z = softmax(u) lies on the simplex.
+        ``"normal"``, or ``"ln"``: z = softmax(u) is on the simplex.
     link
         ``"softmax"`` or ``"softplus"``.
     covariates
-        Covariates besides the batch, :class:`ldvae_ext.core.Covariate` each.
+        Covariates other than the batch, each a :class:`ldvae_ext.core.Covariate`.
     covariate_cg
-        What a level of a categorical covariate, or one unit of a continuous one, adds to the logits; shape (columns of the
-        covariates, genes). None without covariates.
+        Effect of each level of a categorical covariate, or of one unit of a continuous one, on the logits; shape (columns of
+        the covariates, genes). None without covariates.
     labels
         Names of the labels; only for ``"gene-label"``.
     dropout_weight_gk, dropout_intercept_bg, dropout_covariate_cg
@@ -70,7 +70,7 @@ class LinearDecoder(DecoderViews, FromArrays):
     dispersion_weight_gk, dispersion_intercept_bg, dispersion_covariate_cg
         The same for the log of theta; only for ``"gene-cell"``.
     raw, raw_dropout
-        The parts of the network that the folded arrays came from, where there are any.
+        Parts of the network from which the folded arrays were computed; None if there are none.
     """
 
     weight_gk: np.ndarray
@@ -328,19 +328,19 @@ class LinearDecoder(DecoderViews, FromArrays):
         return self.theta_bg if self.dispersion == "gene" else self.theta_bg[self.batch_codes(batch, n_cells)]
 
     def gene_information(self) -> np.ndarray:
-        """Share of each gene in what the counts say about each factor, for a cell at the prior mean.
+        """Share of each gene in the Fisher information of the counts about each factor, for a cell at the prior mean.
 
         The Fisher information of a cell's counts, given their total n, about ``z_k`` is ``n Var_rho(L_k)``, the
         variance of the loadings under the expression ``rho``; gene g contributes ``rho_g (L_gk - E_rho[L_k])^2``. Large
-        loadings of genes that are hardly expressed say little about a cell, and are known badly. (Counts are taken for
-        multinomial here, and for Poisson under softplus, where gene g contributes ``rho_g (d log rho_g / d z_k)^2``;
-        over-dispersion is left out.) ``rho`` is the scale at z = 0 (u = 0 under ``"ln"``), averaged over batches, at the
+        loadings of genes with low expression contribute little information, and are estimated badly. (Counts are taken as
+        multinomial here, and as Poisson under softplus, with contributions ``rho_g (d log rho_g / d z_k)^2``; overdispersion
+        is left out.) ``rho`` is the scale at z = 0 (u = 0 under ``"ln"``), averaged over batches, at the
         mean of a categorical covariate's levels and 0 of a continuous one.
 
         Returns
         -------
-        Shape (genes, factors), float64; each column sums to 1, absolutely. The sign says whether the gene's share of
-        expression rises or falls with the factor.
+        Shape (genes, factors), float64. Absolute values of each column sum to 1. The sign is positive if the gene's share
+        of expression increases with the factor.
         """
         origin_k = deterministic_latent(np.zeros((1, len(self.factors))), self.latent_distribution)[0]
         logits_bg = self.intercept_bg + self.weight_gk @ origin_k

@@ -1,10 +1,10 @@
-"""Random numbers that belong to a cell: the same whichever cells are asked for, in whatever chunks."""
+"""Random numbers of each cell, independent of the selection of cells and of the size of chunks."""
 
 from __future__ import annotations
 
 import numpy as np
 
-# What a draw is for; two purposes never share a number.
+# Purposes of draws; two purposes never use the same number.
 POSTERIOR, PRIOR = 0, 1
 
 
@@ -19,7 +19,7 @@ def normal_draws(seed: int, purpose: int, position_n: np.ndarray, n_latent: int,
     seed
         A non-negative integer.
     purpose
-        What the draws are for.
+        Purpose of the draws.
     position_n
         Positions of the cells, shape (cells,).
     n_latent, n_samples

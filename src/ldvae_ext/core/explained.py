@@ -1,4 +1,4 @@
-"""How much of what varies in counts a decoder explains."""
+"""Share of the variation in counts that a decoder explains."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ldvae_ext.core.posterior import deterministic_latent
 
 
 class PooledProfile:
-    """The share of each gene in the counts of each batch: what is expected of a cell of which only that is known.
+    """Share of each gene in the counts of each batch: the expectation for a cell of which only the batch is known.
 
     Running sums over cells, with which ``share_bg = sum x / sum library``.
     """
@@ -55,11 +55,11 @@ def cell_deviances(decoder: LinearDecoder, cells: EncodedCells, share_bg: np.nda
 
 
 def explained_sets(plan: AblationPlan) -> AblationPlan:
-    """The plan of a scree: each latent of the order taken out alone, then all but the first none, one, two, ... ."""
+    """Plan of a scree: replace each latent of the order by itself, then all but the first 0, 1, 2, ... latents."""
     whole = np.arange(plan.value_pk.shape[1])
     alone = [np.array([k]) for k in plan.order]
     beyond = [np.setdiff1d(whole, plan.order[:j]) for j in range(len(plan.order) + 1)]
-    # Without any latent on the simplex there is no point of it, and all are left in instead: not reported.
+    # On the simplex not all latents can be dropped. This set keeps all of them, and its value is not reported.
     beyond[0] = beyond[0] if plan.mode != "drop" else beyond[-1]
     return replace(plan, sets=[*alone, *beyond])
 
@@ -93,7 +93,7 @@ class ExplainedSums:
     def columns(self, groups: Sequence[str], factors: Sequence[str]) -> dict[str, Any]:
         """A long table, column by column: each group's latents, in order."""
         order, (present_p,) = self._plan.order, np.nonzero(self._n_p)
-        # A null model that fits exactly, such as that of a single cell, leaves nothing to explain.
+        # A null model that fits exactly, such as that of a single cell, has no deviance to explain.
         null_p1 = self._null_p[present_p, None].copy()
         null_p1[null_p1 <= 1e-9 * (1 + np.abs(self._full_p[present_p, None]))] = np.nan
         alone_pk, beyond_pj = np.split(self._lost_ps[present_p], [len(order)], axis=1)

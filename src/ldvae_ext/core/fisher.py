@@ -1,4 +1,4 @@
-"""Which directions of the latent space the counts are most sensitive to: the start of the ordering rotation."""
+"""Fisher information of the counts about directions of the latent space: the start of the ordering rotation."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def log_mean_information(likelihood: str, mu_ng: np.ndarray, theta: Any = None, 
     """Fisher information of each count about the log of its mean.
 
     ``mu / (1 + mu / theta)`` for a negative binomial, ``mu`` for a Poisson, ``(mu / sigma)^2`` for a normal. Under zero
-    inflation that of the negative binomial times the probability of no dropout: what would be known if dropouts could
-    be told from other zeros, and so an upper bound.
+    inflation it is the information of the negative binomial times the probability of no dropout. This is an upper bound:
+    dropouts cannot be distinguished from other zeros.
 
     Parameters
     ----------
@@ -47,7 +47,7 @@ def log_mean_information(likelihood: str, mu_ng: np.ndarray, theta: Any = None, 
 def logit_information(decoder: LinearDecoder, cells: EncodedCells) -> np.ndarray:
     """Information of the counts of each gene about its logit, at the posterior mean, summed over cells.
 
-    That of :func:`log_mean_information` times ``(d log mu / d logit)^2``, which is 1 under softmax up to the constant that
+    :func:`log_mean_information` times ``(d log mu / d logit)^2``, which is 1 under softmax up to the constant that
     all genes of a cell share, and ``(sigmoid / softplus)^2`` of the logit under softplus.
 
     Parameters
@@ -67,8 +67,8 @@ def logit_information(decoder: LinearDecoder, cells: EncodedCells) -> np.ndarray
     if decoder.link == "softplus":
         scale_ng = mu_ng / cells.library[:, None]
         # sigmoid(m) = 1 - exp(-softplus(m)); the ratio tends to 1 for small scales.
-        slope_ng = np.divide(-np.expm1(-scale_ng), scale_ng, out=np.ones_like(scale_ng), where=scale_ng > 0)
-        information_ng = information_ng * np.square(slope_ng)
+        derivative_ng = np.divide(-np.expm1(-scale_ng), scale_ng, out=np.ones_like(scale_ng), where=scale_ng > 0)
+        information_ng = information_ng * np.square(derivative_ng)
     return information_ng.sum(axis=0)
 
 

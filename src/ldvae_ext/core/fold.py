@@ -63,13 +63,13 @@ def fold_batch_norm(
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class RawLinear:
-    """A decoder layer as the network holds it, before folding.
+    """A decoder layer of the network before folding.
 
     Parameters
     ----------
     weight
-        Weight of the linear layer, shape (genes, columns). The columns belong to the latents, the continuous covariates,
-        the batches (none with a single one) and the levels of each categorical covariate (none if it has only one).
+        Weight of the linear layer, shape (genes, columns). Columns: the latents, the continuous covariates, the batches
+        (none for a single batch) and the levels of each categorical covariate (none for a single level).
     bias
         Bias of the linear layer, shape (genes,), or None.
     batch_norm
@@ -135,7 +135,7 @@ class RawLinear:
         return weight_gk, intercept_bg, effect_cg if self.batch_norm is None else effect_cg * self.batch_norm.slope
 
     def to_arrays(self) -> dict[str, Any]:
-        """The parts as a flat dictionary, without those that are None."""
+        """Parts that are not None, as a flat dictionary."""
         out: dict[str, Any] = {"weight": self.weight}
         for name in ("bias", "batch_embedding"):
             if getattr(self, name) is not None:

@@ -1,4 +1,4 @@
-"""What the likelihood of a cell needs besides the scale: dispersion and dropout, which may depend on the latent."""
+"""Dispersion and dropout of a likelihood, which may depend on the latent."""
 
 from __future__ import annotations
 

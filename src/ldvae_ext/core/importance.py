@@ -10,12 +10,12 @@ from scipy.special import logsumexp
 def latent_log_density(
     z_nk: np.ndarray, mean_ak: np.ndarray, variance_ak: np.ndarray, latent_distribution: str
 ) -> np.ndarray:
-    """Log density of latents under Gaussian posteriors, up to a term of the latent alone.
+    """Log density of latents under Gaussian posteriors, up to a term that depends only on the latent.
 
     For a normal latent the density itself. For a logistic-normal one, z = softmax(u) with u ~ N(m, diag v), the density
-    of ``y = H' log z`` where the columns of H are an orthonormal basis of the vectors that sum to zero: y = H' u does not
-    know the constant that softmax forgets, and is Gaussian with mean H' m and covariance H' diag(v) H. The Jacobian of y
-    depends on z alone, so that ratios of densities at one z are exact.
+    of ``y = H' log z``. The columns of H are an orthonormal basis of the vectors that sum to zero, so that y = H' u does
+    not depend on the constant that softmax removes. It is Gaussian with mean H' m and covariance H' diag(v) H. The Jacobian
+    of y depends on z only, so that ratios of densities at one z are exact.
 
     Parameters
     ----------

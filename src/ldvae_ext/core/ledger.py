@@ -1,4 +1,4 @@
-"""Where the KL of the posteriors goes: information about cells, dependence between factors, misfit to the prior."""
+"""Decomposition of the KL of posteriors: information about cells, dependence between factors, misfit to the prior."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ldvae_ext.core.draws import POSTERIOR, normal_draws
 from ldvae_ext.core.posterior import kl_per_dimension
 
 _LOG_2PI = np.log(2 * np.pi)
-# Intervals of a lattice to the smallest standard deviation of its octave, and standard deviations that a component
-# reaches: cubic interpolation is then off by 3e-5 of a component's peak at most, and 1e-15 of its mass is left out.
+# Number of lattice intervals in the smallest standard deviation of an octave, and range of a component in standard
+# deviations. The error of cubic interpolation is at most 3e-5 of the peak of a component; the cut mass is 1e-15.
 _INTERVALS_PER_SD, _REACH = 4, 8
-_BLOCK = 1024  # components that are looked at at a time
+_BLOCK = 1024  # components in one computation
 
 
 class InformationLedger(NamedTuple):
@@ -28,7 +28,7 @@ class InformationLedger(NamedTuple):
     kl_k: np.ndarray
     """Mean over cells of the KL of the factor's marginal posterior from its prior."""
     mutual_information_k: np.ndarray
-    """What the factor alone says about which cell it is, ``kl_k - dimension_wise_kl_k``: from 0 to log(cells)."""
+    """Mutual information of the factor and the cell, ``kl_k - dimension_wise_kl_k``: from 0 to log(cells)."""
     dimension_wise_kl_k: np.ndarray
     """KL of the factor's aggregated posterior from its prior."""
     total_correlation_k: np.ndarray
@@ -36,7 +36,7 @@ class InformationLedger(NamedTuple):
     kl: float
     """Mean over cells of the KL of the joint posterior from the prior."""
     mutual_information: float
-    """What all factors together say about which cell it is: from 0 to log(cells); sampled."""
+    """Mutual information of all factors together and the cell: from 0 to log(cells); sampled."""
     total_correlation: float
     """KL of the aggregated posterior from the product of its margins; sampled."""
     dimension_wise_kl: float
@@ -62,12 +62,12 @@ def information_ledger(
     ``mean_n KL(q(z|n) || p) = I(z; n) + KL(q(z) || prod_k q(f_k)) + sum_k KL(q(f_k) || p(f_k))``
 
     (Hoffman & Johnson 2016, "ELBO surgery"; Chen et al. 2018, arXiv:1802.04942, eq. 2), where ``f = R' z`` are the
-    factors. The KL and the mutual information of all factors together do not depend on R, the rest does. No mutual
-    information with cells exceeds log(cells): near it every cell is told from every other, and more cells would give
-    a larger number.
+    factors. The KL and the mutual information of all factors together do not depend on R; the other terms do. No mutual
+    information with cells exceeds log(cells). Close to this bound every cell is distinct from every other, and more cells
+    would increase the value.
 
-    What is said of one factor by itself is integrated, to about 1e-5 nats, whatever the seed. What is sampled is a mean
-    over draws from each cell's posterior, not clipped: what is zero can come out slightly negative. The work grows with
+    Terms of single factors are integrated, to about 1e-5 nats, and do not depend on the seed. Joint terms are means over
+    draws from each cell's posterior. They are not clipped, so that an estimate of zero can be slightly negative. Time grows with
     cells squared: 5000 cells and 10 factors take seconds.
 
     Parameters
@@ -82,7 +82,7 @@ def information_ledger(
     seed
         A non-negative integer that the draws are keyed by.
     chunk_size
-        Draws that are looked at at a time; the result does not depend on it but for rounding.
+        Number of draws in one computation; the result does not depend on it, up to rounding.
 
     Returns
     -------
@@ -164,12 +164,12 @@ class _Lattice(NamedTuple):
     """The components of a mixture whose standard deviations lie in one octave, on as fine a lattice as they need."""
 
     spacing: float
-    """Distance of nodes, a power of two: the intervals of a lattice split those of every coarser one."""
+    """Distance of nodes, a power of two, so that each interval of a coarser lattice is a union of intervals."""
     node_i: np.ndarray
     """Nodes that some component reaches, as multiples of the spacing, ascending."""
     value_i: np.ndarray
     """Sum of the components' densities there."""
-    slope_i: np.ndarray
+    derivative_i: np.ndarray
     """Its derivative, times the spacing."""
 
     @classmethod
@@ -180,10 +180,10 @@ class _Lattice(NamedTuple):
         window_w = np.arange(-reach, reach + 2)
         mean_n, sd_n = (v_n[np.argsort(mean_n)] for v_n in (mean_n, sd_n))
         left_n = np.floor(mean_n / spacing).astype(np.int64)
-        # Where windows leave a gap it is left out, so that the table is never larger than they are.
+        # Gaps between windows are left out of the table, which is then never larger than the windows.
         start_n = np.cumsum(np.minimum(np.diff(left_n, prepend=left_n[0]), len(window_w)))
         node_i = np.empty(start_n[-1] + len(window_w), dtype=np.int64)
-        value_i, slope_i = np.zeros(len(node_i)), np.zeros(len(node_i))
+        value_i, derivative_i = np.zeros(len(node_i)), np.zeros(len(node_i))
         for block in range(0, len(mean_n), _BLOCK):
             mean_n1, sd_n1, left_n1, start_n1 = (
                 v[block : block + _BLOCK, None] for v in (mean_n, sd_n, left_n, start_n)
@@ -194,8 +194,8 @@ class _Lattice(NamedTuple):
             value_nw = np.exp(-0.5 * t_nw**2) / (np.sqrt(2 * np.pi) * sd_n1)
             node_i[table][at_nw] = node_nw
             value_i[table] += np.bincount(at_nw.ravel(), weights=value_nw.ravel())
-            slope_i[table] -= np.bincount(at_nw.ravel(), weights=(value_nw * t_nw * spacing / sd_n1).ravel())
-        return cls(spacing, node_i, value_i, slope_i)
+            derivative_i[table] -= np.bincount(at_nw.ravel(), weights=(value_nw * t_nw * spacing / sd_n1).ravel())
+        return cls(spacing, node_i, value_i, derivative_i)
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """Density by cubic Hermite interpolation."""
@@ -203,8 +203,8 @@ class _Lattice(NamedTuple):
         t = x / self.spacing - left
         i = np.minimum(np.searchsorted(self.node_i, left), len(self.node_i) - 2)
         inside = (self.node_i[i] == left) & (self.node_i[i + 1] == left + 1)
-        a, b, slope_a, slope_b = self.value_i[i], self.value_i[i + 1], self.slope_i[i], self.slope_i[i + 1]
-        cubic = a + t * (slope_a + t * (3 * (b - a) - 2 * slope_a - slope_b + t * (2 * (a - b) + slope_a + slope_b)))
+        a, b, d_a, d_b = self.value_i[i], self.value_i[i + 1], self.derivative_i[i], self.derivative_i[i + 1]
+        cubic = a + t * (d_a + t * (3 * (b - a) - 2 * d_a - d_b + t * (2 * (a - b) + d_a + d_b)))
         # Many standard deviations out the cubic can dip below zero.
         return np.where(inside, np.maximum(cubic, 0.0), 0.0)
 
@@ -238,7 +238,7 @@ class _Mixture:
     def _partition(self) -> list[tuple[float, np.ndarray]]:
         """Intervals that hold all mass, each as short as the narrowest component that reaches it demands."""
         partition, held, last = [], np.empty(0, dtype=np.int64), max(self._lattices)
-        # From the finest octave up: what finer intervals hold is left out, once completed to whole ones of this octave.
+        # Octaves from fine to coarse. Intervals in a finer octave, completed to whole intervals of this octave, are left out.
         for exponent in range(min(self._lattices), last + 1):
             spacing = float(np.ldexp(1.0 / _INTERVALS_PER_SD, exponent - 1))
             lattice = self._lattices.get(exponent)
@@ -281,10 +281,10 @@ class _JointMixture:
             log_sum_ck[:, 0] = np.logaddexp(log_sum_ck[:, 0], _log_sum_exp(joint_cn.copy()))
             for k in range(n_factors):
                 # Squared, the deviation in standard deviations over sqrt(2) is minus the exponent of the conditional.
-                slope_ni = self._precision_nk[at] * self._rotation_kk[:, k]
-                slope_ni /= np.sqrt(2 * self._conditional_nk[at, k, None])
-                others_cn = z_ck @ slope_ni.T
-                others_cn -= (slope_ni * self._mean_nk[at]).sum(axis=1)
+                gradient_ni = self._precision_nk[at] * self._rotation_kk[:, k]
+                gradient_ni /= np.sqrt(2 * self._conditional_nk[at, k, None])
+                others_cn = z_ck @ gradient_ni.T
+                others_cn -= (gradient_ni * self._mean_nk[at]).sum(axis=1)
                 others_cn *= others_cn
                 others_cn += joint_cn
                 others_cn += 0.5 * (_LOG_2PI - np.log(self._conditional_nk[at, k]))

@@ -1,7 +1,7 @@
 """Log-likelihoods of counts, with scvi-tools' own formulas.
 
 scvi-tools adds ``eps = 1e-8`` inside the logarithms of its negative binomials (``scvi.distributions``), which matters
-when an ablation sends a mean to almost nothing; the same eps is used here. Its Poisson is torch's, without eps.
+when an ablation makes a mean very small; the same eps is used here. Its Poisson is torch's, without eps.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def mean_dependent_part(
 ) -> np.ndarray:
     """The terms of :func:`log_likelihood` that the mean changes; all that a paired difference needs.
 
-    No gamma function is evaluated: those terms depend on counts and dispersion alone and cancel.
+    No gamma function is computed: these terms depend only on counts and dispersion, and cancel.
     """
     if likelihood == "poisson":
         return xlogy(x_ng, mu_ng) - mu_ng

@@ -1,4 +1,4 @@
-"""Which factors of two models are the same, and what several models agree on."""
+"""Matching of the factors of two models, and consensus of several models."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def match_columns(cosine_kj: np.ndarray) -> Match:
 
 
 def procrustes(a_gk: np.ndarray, b_gj: np.ndarray) -> tuple[np.ndarray, float]:
-    """The rotation that brings loadings nearest to others, and what distance is left.
+    """Rotation that minimises the distance of loadings to others, and the remaining distance.
 
     Minimises ``|A - B Q|^2`` over matrices Q with orthonormal rows or columns (Schonemann 1966, 10.1007/BF02289451), both scaled
     to unit Frobenius norm; with the singular values s of ``B'A`` the distance is ``1 - (sum s)^2``. It is 0 where the one is a
@@ -78,8 +78,7 @@ def consensus_loadings(loadings: Sequence[np.ndarray], n_factors: int | None = N
     """Loadings that several models agree on, whatever their axes: pooled singular vectors, then varimax.
 
     ``[L_1 | ... | L_M] / sqrt(M)`` depends on the axes of no model, since ``sum L_m L_m'`` does not. Its leading left singular
-    vectors, times the singular values, span what the models have in common, at the scale of one of them; what is found by one
-    model only shrinks.
+    vectors, times the singular values, span the common factors, at the scale of one model; factors of a single model shrink.
 
     Parameters
     ----------
@@ -90,7 +89,7 @@ def consensus_loadings(loadings: Sequence[np.ndarray], n_factors: int | None = N
 
     Returns
     -------
-    Shape (genes, factors), each column turned to its longer tail of genes; their order has no meaning.
+    Shape (genes, factors). Signs are such that the longer tail of genes is positive; the order has no meaning.
     """
     n_factors = int(np.median([value.shape[1] for value in loadings])) if n_factors is None else n_factors
     pooled = np.concatenate(loadings, axis=1) / np.sqrt(len(loadings))
@@ -101,14 +100,14 @@ def consensus_loadings(loadings: Sequence[np.ndarray], n_factors: int | None = N
 
 
 class Consensus(NamedTuple):
-    """What several models agree on, and how well."""
+    """Consensus of several models, and their agreement."""
 
     loading_gk: np.ndarray
     """Consensus loadings, genes x factors."""
     spread_gk: np.ndarray
     """Standard deviation over models of the loadings of the matched factors, genes x factors."""
     cosine_mk: np.ndarray
-    """Absolute cosine of each model's matched factor with the consensus of the others (of those of another kind)."""
+    """Absolute cosine of each model's matched factor with the consensus of the other models (of other kinds)."""
     partner_mk: np.ndarray
     """Position in each model of the factor that is matched; -1 if none is."""
     sign_mk: np.ndarray
@@ -127,8 +126,8 @@ class Consensus(NamedTuple):
 def consensus_of(loadings: Sequence[np.ndarray], kind_m: Sequence[int] | None = None) -> Consensus:
     """Consensus of models, and the reproducibility of each of its factors by leaving models out.
 
-    A model is compared with a consensus that knows nothing of it: that of all other models or, where several models were
-    trained on the same cells and others on other cells, that of the models on other cells. Factors of the one are the
+    A model is compared with a consensus from which it is left out: that of all other models or, if several models were
+    trained on the same cells and others on other cells, that of the models of other cells. Factors of the one are the
     factors of the other by signed matching.
 
     Parameters
@@ -137,7 +136,7 @@ def consensus_of(loadings: Sequence[np.ndarray], kind_m: Sequence[int] | None = 
         Canonical loadings of at least two models, shape (genes, factors) each, on the axes that are to be compared
         (varimax).
     kind_m
-        Which models are left out together, an integer for each; each alone if None.
+        Kind of each model, an integer. Models of a kind are left out together; each model by itself if None.
     """
     kinds = list(range(len(loadings))) if kind_m is None else list(kind_m)
     if len(set(kinds)) < 2:

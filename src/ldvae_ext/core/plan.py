@@ -1,4 +1,4 @@
-"""Which latents an ablation replaces, and by what."""
+"""Sets of latents that an ablation replaces, and the values that replace them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ N_SAMPLES = 10
 
 @dataclass(frozen=True, kw_only=True)
 class AblationRequest:
-    """What a user asked of an ablation, checked against the decoder; no cell has been looked at yet."""
+    """Arguments of an ablation, checked against the decoder before any cell is read."""
 
     decoder: LinearDecoder
     latents: Any = None
@@ -55,13 +55,12 @@ class AblationRequest:
         problems = {
             "`mode='drop'` takes a latent out of the simplex; `latent_distribution='normal'` has none. `mode='zero'` "
             "sets it to the prior mean.": self.mode == "drop" and decoder.latent_distribution != "ln",
-            "`mode='drop'` leaves nothing of a single latent.": self.mode == "drop" and len(decoder.factors) == 1,
+            "`mode='drop'` needs at least two latents.": self.mode == "drop" and len(decoder.factors) == 1,
             "`mode='group_mean'` needs `groupby`.": self.mode == "group_mean" and not self.has_groups,
             "`mode='value'` needs `value`.": self.mode == "value" and self.value is None,
-            f"`value` belongs to `mode='value'`; got mode {self.mode!r}.": self.mode != "value"
-            and self.value is not None,
+            f"`value` belongs to `mode='value'`; got mode {self.mode!r}.": self.mode != "value" and self.value is not None,
             "`n_samples` belongs to `use_posterior='samples'`.": not is_sampled and self.n_samples is not None,
-            f"`seed` is of no use, since `mode={self.mode!r}` with `use_posterior='mean'` draws nothing.": not is_sampled
+            f"`seed` has no effect: `mode={self.mode!r}` with `use_posterior='mean'` draws no random numbers.": not is_sampled
             and self.mode not in ("permute", "prior")
             and self.seed is not None,
             "`refit_heads`: neither dropout nor dispersion of this decoder depends on the latent.": self.refit_heads
@@ -85,19 +84,21 @@ class AblationRequest:
                 raise ValueError(msg)
 
     def reject_unused_groups(self) -> None:
-        """Raise if groups were named that nothing is replaced by."""
+        """Raise if groups are given in a mode that does not use them."""
         if self.has_groups and self.mode != "group_mean":
-            msg = f"`groupby` belongs to `mode='group_mean'`; got mode {self.mode!r}. `get.ablation_df` summarises by group."
+            msg = (
+                f"`groupby` belongs to `mode='group_mean'`; got mode {self.mode!r}. `get.ablation_df` summarises by group."
+            )
             raise ValueError(msg)
 
     @property
     def needs_latents(self) -> bool:
-        """Whether the latents of all cells must be seen first."""
+        """True if the latents of all cells are needed first."""
         by_kl = self.scheme == "keep_top" and self.latents is None
         return by_kl or self.mode in ("mean", "group_mean", "permute")
 
     def plan(self, seen: LatentSummary | None = None, *, default_seed: int = 0) -> AblationPlan:
-        """What is replaced by what, given the latents of all cells where they are needed."""
+        """Plan of the replacements, from a summary of the latents of all cells if one is needed."""
         order = None if seen is None else np.argsort(-seen.kl_k, kind="stable")
         value_pk = np.zeros((1, len(self.decoder.factors)))
         if self.mode == "value":
@@ -129,7 +130,7 @@ class AblationRequest:
         )
 
     def description(self, plan: AblationPlan, groupby: str | None = None) -> dict[str, Any]:
-        """What was done, for ``uns``."""
+        """Description of the ablation, for ``uns``."""
         info: dict[str, Any] = {"mode": self.mode, "scheme": self.scheme, "use_posterior": self.use_posterior}
         if groupby is not None:
             info["groupby"] = groupby
@@ -154,14 +155,14 @@ class AblationRequest:
 
 
 class LatentSummary:
-    """What an ablation must know of the latents of all cells before it looks at one: running sums, mergeable.
+    """Summary of the latents of all cells that an ablation may need: running sums, which can be merged.
 
     Parameters
     ----------
     n_latent, n_groups
         Sizes.
     keep
-        Whether the latents themselves are kept, which a permutation needs.
+        True to keep the latents, which a permutation needs.
     """
 
     def __init__(self, n_latent: int, n_groups: int = 0, *, keep: bool = False) -> None:
@@ -206,7 +207,7 @@ class LatentSummary:
         return self._kl_k / max(1, self._n)
 
     def latents(self) -> tuple[np.ndarray, PosteriorAxes]:
-        """Posteriors of all cells, where they were kept."""
+        """Posteriors of all cells, if they were kept."""
         n_latent = len(self._total_k)
         if not self._kept:
             return np.empty((0, n_latent)), PosteriorAxes(np.empty((0, n_latent)), np.eye(n_latent))
@@ -219,16 +220,16 @@ class Donated(NamedTuple):
     """Latents that cells are given instead of their own."""
 
     donor_n: np.ndarray
-    """Which cell's, for each cell."""
+    """Source cell of each cell."""
     mean_nk: np.ndarray
     """Posterior means of all cells."""
     axes: PosteriorAxes
-    """What the posterior covariances of all cells are made of."""
+    """Variances and rotation that make up the posterior covariances of all cells; None without a rotation."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AblationPlan:
-    """Sets of latents, and what replaces them in each cell."""
+    """Sets of latents, and the values that replace them in each cell."""
 
     mode: str
     order: np.ndarray
@@ -271,7 +272,7 @@ class AblationPlan:
         position_n: np.ndarray,
         group_n: np.ndarray,
     ) -> None:
-        """Add what each gene contributes, summed over the cells of each group, to shape (groups, genes, sets)."""
+        """Add the contributions of each gene, summed over the cells of each group, to shape (groups, genes, sets)."""
         indicator_pn = indicator(group_n, len(total_pgs))
         for s, change_ng in self._changes(decoder, cells, position_n, group_n):
             total_pgs[:, :, s] += (indicator_pn @ change_ng) / self._n_terms
@@ -320,7 +321,7 @@ class AblationPlan:
     def _pairs(
         self, cells: EncodedCells, position_n: np.ndarray, group_n: np.ndarray
     ) -> Iterator[tuple[np.ndarray, Any]]:
-        """The latents of the cells and what they are replaced by, for each sample."""
+        """Latents of the cells, and the values that replace them, for each sample."""
         mean_nk = np.asarray(cells.mean, dtype=np.float64)
         n_latent, n_draws = mean_nk.shape[1], max(1, self.n_samples)
         own = [mean_nk] if self.n_samples == 0 else self._samples(mean_nk, cells.spread, position_n)
@@ -350,7 +351,7 @@ class AblationPlan:
 
 
 def value_of_each(decoder: LinearDecoder, value: Any) -> np.ndarray:
-    """What each latent is set to, shape (1, latents), from one number, one for each or a mapping; NaN for one without."""
+    """Values of latents, shape (1, latents), from a number, one number for each latent, or a mapping; NaN if not in it."""
     names, out_k = decoder.factors.tolist(), np.full(len(decoder.factors), np.nan)
     try:
         if hasattr(value, "keys"):

@@ -1,4 +1,4 @@
-"""What factors mean inside a population of cells."""
+"""Loadings of factors in populations of cells."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from ldvae_ext.core.posterior import deterministic_latent
 KINDS = ("gradient", "contribution", "path", "within")
 SCALES = ("log", "expression")
 REFERENCES = ("rest", "prior")
-# Column of a path for what is no factor's: batches and covariates.
+# Column of a path for batches and covariates.
 BATCH = "batch"
-# Nodes of the quadrature along a path, which is cut into more pieces until the split is exact, in log-rate; it is said where
-# it is not even good.
+# Nodes of the quadrature along a path. A path is cut into more pieces until the sum is exact, in log-rate; a warning follows
+# if it does not become exact.
 _NODES, _PIECES = 16, (1, 2, 4, 8, 16, 64, 256)
 _EXACT, _GOOD = 1e-10, 1e-6
 
 
 class GroupMoments:
-    """What populations are made of: running sums over the cells of each group.
+    """Running sums over the cells of each population.
 
     Parameters
     ----------
@@ -35,7 +35,7 @@ class GroupMoments:
     n_groups
         Number of groups.
     scale
-        ``"log"`` or ``"expression"`` to sum slopes of the decoder too, which takes a decoding of each cell.
+        ``"log"`` or ``"expression"`` to also sum derivatives of the decoder, for which each cell is decoded.
     """
 
     def __init__(self, decoder: LinearDecoder, n_groups: int, scale: str | None = None) -> None:
@@ -46,7 +46,7 @@ class GroupMoments:
         self._zz_pkk = np.zeros((n_groups, n_latent, n_latent))
         self._batch_pb = np.zeros((n_groups, len(decoder.batches)))
         self._design_pc = np.zeros((n_groups, sum(c.n_columns for c in decoder.covariates)))
-        self._slope_pgk = None if scale is None else np.zeros((n_groups, n_genes, n_latent))
+        self._derivative_pgk = None if scale is None else np.zeros((n_groups, n_genes, n_latent))
 
     def add(self, z_nk: np.ndarray, batch_n: np.ndarray, covariates: Any, group_n: np.ndarray) -> None:
         """Count some cells in.
@@ -73,7 +73,7 @@ class GroupMoments:
             inside = group_n == p
             z_ik = z_nk[inside]
             self._zz_pkk[p] += z_ik.T @ z_ik
-            if self._slope_pgk is not None and self._scale is not None:
+            if self._derivative_pgk is not None and self._scale is not None:
                 values = None
                 if covariates is not None:
                     values = {
@@ -81,7 +81,7 @@ class GroupMoments:
                         for c in decoder.covariates
                     }
                 batch = decoder.batches[batch_n[inside]]
-                self._slope_pgk[p] += summed_slopes(decoder, z_ik, batch, values, self._scale)
+                self._derivative_pgk[p] += summed_derivatives(decoder, z_ik, batch, values, self._scale)
 
     @property
     def mean_pk(self) -> np.ndarray:
@@ -90,7 +90,7 @@ class GroupMoments:
 
     @property
     def offset_pg(self) -> np.ndarray:
-        """Intercept of each group: those of the batches by the group's shares, and the mean effect of its covariates."""
+        """Intercept of each group: mean over its batches, by their shares, and the mean effect of its covariates."""
         total_pg = self._batch_pb @ self._decoder.intercept_bg
         if self._decoder.covariate_cg is not None:
             total_pg = total_pg + self._design_pc @ self._decoder.covariate_cg
@@ -109,20 +109,20 @@ class GroupMoments:
         return weight_p @ self.mean_pk[others], weight_p @ self.offset_pg[others]
 
     def gradient_loadings(self) -> np.ndarray:
-        """Mean slope of the decoder in each group, shape (groups, genes, factors); see :func:`summed_slopes`."""
-        if self._slope_pgk is None:
-            msg = "The slopes were not summed: `scale` must be given."
+        """Mean derivative of the decoder in each group, shape (groups, genes, factors); see :func:`summed_derivatives`."""
+        if self._derivative_pgk is None:
+            msg = "The derivatives were not summed: `scale` must be given."
             raise ValueError(msg)
-        return self._slope_pgk / self.n_p[:, None, None]
+        return self._derivative_pgk / self.n_p[:, None, None]
 
 
-def summed_slopes(decoder: LinearDecoder, z_nk: np.ndarray, batch: Any, covariates: Any, scale: str) -> np.ndarray:
+def summed_derivatives(decoder: LinearDecoder, z_nk: np.ndarray, batch: Any, covariates: Any, scale: str) -> np.ndarray:
     """Slope of each gene's expression along each factor, summed over cells.
 
-    On the log scale ``d log rho_g / d z_k = L_gk - E_rho[L_k]``, where ``E_rho`` weighs genes by the cell's expression; on the
-    scale of expression that times ``rho_g``. Under ``"ln"``, where z = softmax(u), the slope along u_k:
-    ``sum_j z_j (delta_jk - z_k)`` times that along z_j. Under a softplus ``d log s / dz = L sigmoid / softplus``, with nothing
-    to subtract.
+    On the log scale ``d log rho_g / d z_k = L_gk - E_rho[L_k]``; ``E_rho`` weighs genes by the cell's expression. On the scale
+    of expression this is multiplied by ``rho_g``. Under ``"ln"``, z = softmax(u), the derivative along u_k is
+    ``sum_j z_j (delta_jk - z_k)`` times the derivative along z_j. Under a softplus ``d log s / dz = L sigmoid / softplus``,
+    without a common term.
 
     Parameters
     ----------
@@ -141,7 +141,7 @@ def summed_slopes(decoder: LinearDecoder, z_nk: np.ndarray, batch: Any, covariat
     logits_ng = decoder.logits(z_nk, batch, covariates)
     expression_ng = decoder.apply_link(logits_ng)
     is_softmax = decoder.link == "softmax"
-    # The slope of a cell is (steepness_g L_gk - common_k), times its expression on that scale.
+    # The derivative of a cell is (steepness_g L_gk - common_k), times its expression on that scale.
     steepness_ng = np.ones_like(logits_ng) if is_softmax else _softplus_log_slope(logits_ng)
     common_nk = expression_ng @ weight_gk if is_softmax else np.zeros_like(z_nk)
     times_ng = expression_ng if scale == "expression" else np.ones_like(logits_ng)
@@ -154,7 +154,7 @@ def summed_slopes(decoder: LinearDecoder, z_nk: np.ndarray, batch: Any, covariat
 
 
 def contribution_loadings(decoder: LinearDecoder, difference_k: np.ndarray) -> np.ndarray:
-    """What a difference of latents does to the log-rates, factor by factor: ``(z - z_ref)_k`` times the centred loading.
+    """Effect of a difference of latents on the log-rates, by factor: ``(z - z_ref)_k`` times the centred loading.
 
     Returns
     -------
@@ -174,8 +174,8 @@ def path_attribution(
 
     ``A_gk = (z - z_ref)_k int_0^1 (L_gk - E_rho(t)[L_k]) dt`` along the straight path from the reference to the point
     (integrated gradients: Sundararajan et al. 2017, arXiv:1703.01365), by Gauss-Legendre quadrature; the difference of
-    intercepts is treated as one more factor. Rows sum to ``log s_g(z) - log s_g(z_ref)``, where s is the softmax or, under a
-    softplus, that: there the integrand is ``L_gk`` times the slope of its logarithm.
+    intercepts is treated as one more factor. Rows sum to ``log s_g(z) - log s_g(z_ref)``; s is the softmax or the softplus.
+    For the softplus the integrand is ``L_gk`` times the derivative of its logarithm.
 
     Parameters
     ----------
@@ -188,7 +188,7 @@ def path_attribution(
 
     Returns
     -------
-    Shape (genes, factors + 1), float64, in log-rate; the last column is that of the intercept.
+    Shape (genes, factors + 1), float64, in log-rate; the last column is for the intercept.
     """
     direction_gk = np.concatenate(
         [decoder.weight_gk * (z_k - reference_k), (offset_g - reference_offset_g)[:, None]], axis=1
@@ -218,7 +218,7 @@ def path_attribution(
 
 
 def _log_softplus(logits: np.ndarray) -> np.ndarray:
-    """Logarithm of the softplus, also where that is too small to be told from 0."""
+    """Logarithm of the softplus, also for softplus values that round to 0."""
     inside = np.clip(logits, -30.0, 20.0)
     # Below, softplus is an exponential; above, torch's is the identity.
     return np.where(logits < -30.0, logits, np.log(np.where(logits > 20.0, logits, np.logaddexp(0.0, inside))))
@@ -227,26 +227,26 @@ def _log_softplus(logits: np.ndarray) -> np.ndarray:
 def _softplus_log_slope(logits: np.ndarray) -> np.ndarray:
     """Derivative of :func:`_log_softplus`."""
     inside = np.clip(logits, -30.0, 20.0)
-    slope = np.where(logits > 20.0, 1.0 / np.maximum(logits, 1.0), expit(inside) / np.logaddexp(0.0, inside))
-    return np.where(logits < -30.0, 1.0, slope)
+    derivative = np.where(logits > 20.0, 1.0 / np.maximum(logits, 1.0), expit(inside) / np.logaddexp(0.0, inside))
+    return np.where(logits < -30.0, 1.0, derivative)
 
 
 class WithinDirections(NamedTuple):
-    """What varies inside a population."""
+    """Directions of variation inside a population."""
 
     loading_gj: np.ndarray
     """Change of the log-rates along each direction, per standard deviation of the cells along it; genes x directions."""
     variance_j: np.ndarray
     """Variance of the log-rates along each direction, summed over genes; descending."""
     share_jk: np.ndarray
-    """Share of each factor in it; rows sum to 1, and are NaN for a direction in which nothing varies."""
+    """Share of each factor in the direction. Rows sum to 1, and are NaN for a direction without variation."""
 
 
 def within_directions(decoder: LinearDecoder, covariance_kk: np.ndarray) -> WithinDirections:
     """Leading directions of a population's latent covariance, pushed through the centred loadings.
 
     The principal components of the centred log-rates ``L z`` of its cells: with the singular value decomposition
-    ``L S^(1/2) = U D V'``, where S is the covariance of the latents, direction j moves the genes by ``U_j D_j`` for each of its
+    ``L S^(1/2) = U D V'`` and the covariance S of the latents, direction j moves the genes by ``U_j D_j`` for each of its
     standard deviations. Its variance ``D_j^2 = sum_k (L'U_j)_k (S L'U_j)_k`` is a sum over factors; a term is negative where a
     factor works against the others.
 
@@ -280,7 +280,7 @@ def within_directions(decoder: LinearDecoder, covariance_kk: np.ndarray) -> With
 def reference_point(
     moments: GroupMoments, decoder: LinearDecoder, p: int, reference: str | int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Latent and intercept of what group ``p`` is compared with: the rest, the prior (z = 0, u = 0), or another group."""
+    """Latent and intercept of the reference of group ``p``: the rest, the prior (z = 0, u = 0), or another group."""
     if reference == "rest":
         return moments.rest(p)
     if reference == "prior":
@@ -295,11 +295,11 @@ class PopulationLoadings(NamedTuple):
     groups: list[int]
     """Positions of the groups: all but the reference."""
     columns: list[str]
-    """Factors, with ``"batch"`` for what the intercepts say, or directions."""
+    """Factors, with ``"batch"`` for the effect of intercepts, or directions."""
     value_pgk: np.ndarray
     """Groups x genes x columns."""
     directions: list[WithinDirections]
-    """Of each group, for ``kind="within"``."""
+    """For each group, if ``kind="within"``."""
 
 
 def population_loadings(
@@ -334,7 +334,7 @@ def population_loadings(
 
 @dataclass(frozen=True, kw_only=True)
 class PopulationRequest:
-    """What a user asked of population loadings, checked against the groups that there are."""
+    """Arguments of population loadings, checked against the existing groups."""
 
     groups: list[str]
     kind: str = "gradient"
@@ -351,18 +351,18 @@ class PopulationRequest:
         check_one_of("reference", self.reference, [*REFERENCES, *self.groups])
         if self.kind in ("gradient", "within"):
             if self.reference != "rest":
-                msg = f"`reference` is of no use with `kind={self.kind!r}`, which looks inside each group."
+                msg = f"`reference` has no effect with `kind={self.kind!r}`, which describes the inside of each group."
                 raise ValueError(msg)
         elif self.reference in REFERENCES and self.reference in self.groups:
             msg = f"`reference={self.reference!r}` may be the group of that name or not; rename the group."
             raise ValueError(msg)
         elif self.reference != "prior" and len(self.groups) == 1:
-            msg = f"There is one group only, {self.groups[0]!r}, and nothing to compare it with; `reference='prior'` needs no other."
+            msg = f"There is only one group, {self.groups[0]!r}, and no other to compare it with; use `reference='prior'`."
             raise ValueError(msg)
 
     @property
     def summed_scale(self) -> str | None:
-        """The scale on which slopes must be summed; None if none are needed."""
+        """Scale of the derivatives to sum; None if they are not needed."""
         return (self.scale or "expression") if self.kind == "gradient" else None
 
     def loadings(self, decoder: LinearDecoder, moments: GroupMoments) -> PopulationLoadings:

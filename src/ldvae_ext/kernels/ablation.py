@@ -36,7 +36,7 @@ _LEAST, _WIDEST, _LARGEST = _F(1e-30), _F(69.0), 1e7
 _FAR = _F(64.0)
 # Largest move of a logit by a single latent for which float32 is enough with any mean of e^t.
 _NEAR = _F(48.0)
-# For a smaller mean of e^t rounding matters, and t is shifted.
+# For a smaller mean of e^t rounding matters, and t is shifted. If the mean stays smaller, float32 is not enough.
 _SMALL = 0.5
 # Keeps 1 - a above 0 in float32, also for theta much smaller than the mean.
 _MOST = _F(1 - 1e-6)
@@ -372,7 +372,7 @@ def ablate(
             if not _SMALL <= 1 + mean <= _LARGEST:
                 shift = _F(math.log(max(1 + mean, 1e-30)))
                 mean = _excess(base_g, scale, is_small, latent_g, stretch, shift, share_g, e_g)
-            if not (np.isfinite(scale) and 1e-3 <= 1 + mean <= _LARGEST):
+            if not (np.isfinite(scale) and _SMALL <= 1 + mean <= _LARGEST):
                 out_ns[n, s] = np.nan
                 continue
             factor = _F(1 / (1 + mean))
