@@ -58,7 +58,8 @@ class AblationRequest:
             "`mode='drop'` needs at least two latents.": self.mode == "drop" and len(decoder.factors) == 1,
             "`mode='group_mean'` needs `groupby`.": self.mode == "group_mean" and not self.has_groups,
             "`mode='value'` needs `value`.": self.mode == "value" and self.value is None,
-            f"`value` belongs to `mode='value'`; got mode {self.mode!r}.": self.mode != "value" and self.value is not None,
+            f"`value` belongs to `mode='value'`; got mode {self.mode!r}.": self.mode != "value"
+            and self.value is not None,
             "`n_samples` belongs to `use_posterior='samples'`.": not is_sampled and self.n_samples is not None,
             f"`seed` has no effect: `mode={self.mode!r}` with `use_posterior='mean'` draws no random numbers.": not is_sampled
             and self.mode not in ("permute", "prior")
@@ -86,9 +87,7 @@ class AblationRequest:
     def reject_unused_groups(self) -> None:
         """Raise if groups are given in a mode that does not use them."""
         if self.has_groups and self.mode != "group_mean":
-            msg = (
-                f"`groupby` belongs to `mode='group_mean'`; got mode {self.mode!r}. `get.ablation_df` summarises by group."
-            )
+            msg = f"`groupby` belongs to `mode='group_mean'`; got mode {self.mode!r}. `get.ablation_df` summarises by group."
             raise ValueError(msg)
 
     @property

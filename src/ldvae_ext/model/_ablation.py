@@ -239,7 +239,7 @@ class AblationMixin(LDVAEBase):
         dataloader: Any = None,
         silent: bool = True,
     ) -> pd.DataFrame:
-        """Share of the deviance of the counts that each latent explains, alone and with those before it.
+        """Share of the deviance of the counts that each latent explains, by itself and with the latents before it.
 
         ``D(S)`` is the deviance with the latents outside S replaced: twice the log-likelihood lost against a mean equal to
         the count, at the model's dispersion, library size and dropout logits. ``D(null)`` is the deviance of a null model
@@ -257,8 +257,8 @@ class AblationMixin(LDVAEBase):
             cells held out in training; all if None. The null model is computed from these cells. The order by KL and the
             means of ``mode="mean"`` are computed from all cells of ``adata``.
         latents
-            Order in which latents are added up, as names or positions; if None, descending KL over all cells of ``adata``,
-            or the numbering of the factors after ``rotate("deviance")`` and :meth:`order_factors`. Latents left out are
+            Order in which latents are added up, as names or positions. If None: descending KL over all cells of ``adata``, or
+            the numbering of the factors after ``rotate("deviance")`` and :meth:`order_factors`. Latents that are not in it are
             replaced throughout.
         %(mode)s
 
@@ -275,8 +275,8 @@ class AblationMixin(LDVAEBase):
 
         * ``group``, ``factor``, ``n_cells``;
         * ``explained_deviance``: ``(D(all but it) - D(all)) / D(null)``;
-        * ``cumulative``: ``1 - D(it and those before it) / D(null)``;
-        * ``without_latents``: ``1 - D(none) / D(null)``, the intercepts alone, where ``cumulative`` starts; NaN for ``"drop"``.
+        * ``cumulative``: ``1 - D(the latent and those before it) / D(null)``;
+        * ``without_latents``: ``1 - D(none) / D(null)``, from the intercepts only, the start of ``cumulative``; NaN for ``"drop"``.
 
         All of them can be negative: the null model uses the counts of these cells, and the intercepts, or a latent library
         size far from a cell's total, can fit worse. NaN where the null model fits exactly, as for a single cell.

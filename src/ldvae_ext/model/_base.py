@@ -179,7 +179,7 @@ class LDVAEBase(
         return library_prior(manager.get_from_registry(REGISTRY_KEYS.X_KEY), batch_n, n_batch)
 
     def _mean_expression(self) -> np.ndarray:
-        """Each gene's share of all counts, or mean counts per size factor; at least that of half a count, shape (genes,)."""
+        """Share of each gene in all counts, or mean counts per size factor; at least that of half a count, shape (genes,)."""
         counts = self.adata_manager.get_from_registry(REGISTRY_KEYS.X_KEY)
         size_n = None
         if self.module.use_size_factor_key:
@@ -215,9 +215,9 @@ class LDVAEBase(
             Column of ``adata.obs`` with a positive size factor of each cell. The mean of a count is then the size factor
             times softplus of the linear predictor, as in ``scvi.model.SCVI``, and no library size is inferred.
         categorical_covariate_keys
-            Categorical columns of ``adata.obs`` besides the batch; each level shifts the logits of all genes.
+            Categorical columns of ``adata.obs`` other than the batch; each level shifts the logits of all genes.
         continuous_covariate_keys
-            Numeric columns of ``adata.obs``; each enters the logits with a slope for every gene.
+            Numeric columns of ``adata.obs``; each has one coefficient for each gene in the logits.
         **kwargs
             For scvi-tools itself: ``source_registry``, ``extend_categories``, ``allow_missing_labels``.
 
@@ -226,8 +226,8 @@ class LDVAEBase(
         KeyError
             If a layer or a column does not exist.
         ValueError
-            If counts are negative, NaN, infinite or all zero, a column holds NaN, or a size factor is not positive. Nothing
-            is written before the checks.
+            If counts are negative, NaN, infinite or all zero, a column has NaN, or a size factor is not positive. Nothing
+            is written then.
         """
         setup_method_args = cls._get_setup_method_args(**locals())
         unknown = sorted(set(kwargs) - {"source_registry", "extend_categories", "allow_missing_labels"})
@@ -321,17 +321,17 @@ class LDVAEBase(
 
     @property
     def _has_own_order(self) -> bool:
-        """Whether the numbers of factors are an order that they keep: what they explain, or that of a consensus."""
+        """True if the numbering of factors is an order to keep: by explained deviance, or that of a consensus."""
         return self.is_ordered_ if self.rotation is None else self.rotation.method in ("deviance", CONSENSUS)
 
     @property
     def factor_names(self) -> list[str]:
-        """What is looked at: ``F_0``, ``F_1``, ... while a rotation is in force, else the latents."""
+        """Names of the factors of the rotation, ``F_0``, ``F_1``, ..., or of the latents without a rotation."""
         return self.latent_names if self.rotation is None else self.rotation.names
 
 
 def _own_kwargs(module_cls: type, model_kwargs: dict[str, Any], of_data: dict[str, Any]) -> dict[str, Any]:
-    """Options of the network that the user chose; raises on unknown ones and on those that the data decide."""
+    """Options of the network from the user; raises on unknown options and on those that the data determine."""
     decided = [
         name for name in model_kwargs if name in of_data and not np.array_equal(model_kwargs[name], of_data[name])
     ]
@@ -355,6 +355,6 @@ def _warn_about_intercept(use_batch_norm: bool | str = True, bias: bool | str = 
         )
     if in_decoder and bias and bias != "auto":
         warn(
-            "`bias=True` before a batch norm does nothing, since the batch norm takes the mean away and has an intercept of "
-            "its own. `use_batch_norm=False` or `bias=False` says what happens."
+            "`bias=True` before a batch norm does nothing: the batch norm subtracts the mean and has an intercept of its "
+            "own. Set `use_batch_norm=False` or `bias=False`."
         )

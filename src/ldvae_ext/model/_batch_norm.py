@@ -54,7 +54,7 @@ def recalibrate_batch_norm(
 def _fresh_statistics(
     model: LDVAEBase, heads: list[FCLayers], adata: AnnData | None, indices: Any, batch_size: int | None
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Mean and variance of what each head's batch norm is fed, over cells; shape (genes,) each."""
+    """Mean and variance over cells of the input of each head's batch norm; shape (genes,) each."""
     sums: list[Any] = [0.0 for _ in heads]
     squares: list[Any] = [0.0 for _ in heads]
     seen: list[torch.Tensor] = []

@@ -25,7 +25,7 @@ def _array(tensor: torch.Tensor) -> np.ndarray:
 
 
 def raw_linear(layers: FCLayers, batch_embedding: np.ndarray | None = None) -> RawLinear:
-    """The parts of a one-layer linear head; what it is made of is read from the layers, not from a flag."""
+    """Parts of a one-layer linear head, read from its layers."""
     linear, batch_norm = layers.fc_layers[0][0], layers.fc_layers[0][1]
     return RawLinear(
         weight=_array(linear.weight),
@@ -85,7 +85,7 @@ def _codes(tensor: torch.Tensor) -> np.ndarray:
 
 
 def _codes_or_zero(tensors: dict[str, Any], key: str, n_levels: int, n_cells: int) -> np.ndarray:
-    """Codes, which some data modules leave out where there is nothing to tell apart."""
+    """Codes of cells; zeros if a data module leaves them out because there is only one level."""
     if isinstance(tensors.get(key), torch.Tensor):
         return _codes(tensors[key])
     if n_levels > 1:

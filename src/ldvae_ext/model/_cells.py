@@ -1,4 +1,4 @@
-"""Which cells a method works on: the model's own, or others that its encoder can read."""
+"""Cells of a method: the model's own, or others that its encoder can read."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def stream_cells(
     with readable_cells(model, adata) as cells:
         positions = cell_positions(indices, cells.n_obs)
         loader = minibatches(model, cells, positions, batch_size, data_loader_kwargs)
-        # The obs as the user knows it: scvi-tools adds columns to what it registers.
+        # The obs of the user: scvi-tools adds columns to the AnnData that it registers.
         obs = cast("pd.DataFrame", (cells if adata is None else adata).obs)
         yield CellStream(
             obs.iloc[positions], encode_cells(model.module, loader, covariates, rotation), len(loader), positions
@@ -107,7 +107,7 @@ def minibatches(
 def with_positions(
     chunks: Iterable[EncodedCells], positions: np.ndarray | None
 ) -> Iterator[tuple[EncodedCells, np.ndarray]]:
-    """Chunks of cells with the cells' positions, which are those of their arrival if no AnnData has them."""
+    """Chunks of cells with their positions; positions in the data loader if there is no AnnData."""
     start = 0
     for chunk in chunks:
         stop = start + len(chunk.mean)
@@ -177,9 +177,9 @@ def model_counts(model: LDVAEBase, adata: AnnData) -> Any:
 
 
 def shared_counts_agree(model: LDVAEBase, adata: AnnData, rows: np.ndarray) -> bool | None:
-    """Whether ``adata`` has the counts of these rows of the model's data, by the genes that both have.
+    """True if ``adata`` has the counts of these rows of the model's data, in the genes that both have.
 
-    None if that cannot be said: no shared gene, or values that are no counts.
+    None if there is no shared gene, or if values are not counts.
     """
     names = pd.Index(adata.var_names.astype(str))
     genes = pd.Index(np.asarray(model.get_var_names()).astype(str))

@@ -60,16 +60,16 @@ class ComparisonMixin(LDVAEBase):
     ) -> pd.DataFrame:
         """Differential expression between groups of cells, through all factors or through some of them.
 
-        Without ``factors`` scvi-tools' own. With them, the expression that is compared is decoded from those factors alone:
-        the others are held at the prior mean, z = 0 (u = 0 under ``latent_distribution="ln"``, where z = softmax(u)), in
-        every cell. What is then found differs between the groups because of these factors, be it in their mean or in their
-        spread. Cells, draws from their posteriors and importance weights are those of the whole model: with the same
-        seeds and ``batch_correction`` all factors give what ``factors=None`` gives, and two sets of factors are compared draw
-        by draw.
+        Without ``factors`` this is scvi-tools' method. With them, the compared expression is decoded from these factors:
+        the others are set to the prior mean, z = 0 (u = 0 under ``latent_distribution="ln"``, with z = softmax(u)), in every
+        cell. Differences between the groups are then due to differences in these factors, in their mean or in their spread.
+        Cells, draws from posteriors and importance weights are those of the whole model: with the same seeds and
+        ``batch_correction``, all factors give the result of ``factors=None``, and two sets of factors are compared draw by
+        draw.
 
-        Besides the factors, batch and covariates move the expression. With ``batch_correction=True`` both groups are decoded
-        in each of the batches in turn, and the batch makes no difference: with ``factors=[]`` nothing differs. The covariates
-        of a cell stay its own, and groups that differ in them differ in their expression, also with ``factors=[]``.
+        Batch and covariates also affect the expression. With ``batch_correction=True`` both groups are decoded in each of
+        the batches, so that the batch makes no difference, and with ``factors=[]`` nothing differs. The covariates of a cell
+        stay the same: groups that differ in them differ in their expression, also with ``factors=[]``.
 
         Parameters
         ----------
@@ -78,10 +78,10 @@ class ComparisonMixin(LDVAEBase):
         weights, importance_weighting_kwargs, dataloader, **kwargs
             As there. Importance weights are by the likelihood of the counts given all factors.
         batch_correction
-            Whether both groups are decoded in the same batches, rather than each cell in its own. If None, only with
+            True to decode both groups in the same batches, False to decode each cell in its own. If None, True with
             ``factors``.
         filter_outlier_cells
-            Whether outliers are left out; they are sought among the latents with all their factors.
+            True to leave outliers out; they are determined from the latents with all their factors.
         factors
             Factors through which groups may differ: names (``"Z_3"``; ``"F_3"`` while a rotation is in force) or positions. None: all of them, and no change of
             ``batch_correction``. An empty list: none of them.
@@ -152,9 +152,9 @@ class ComparisonMixin(LDVAEBase):
     ) -> np.ndarray:
         """Importance weights of latents for a group of cells.
 
-        scvi-tools' own for a normal latent, a negative binomial and the softmax, unless they are truncated. For a
-        logistic-normal latent the densities are those of z on the simplex (scvi-tools takes the density of u at z); for Poisson
-        and size factors, which scvi-tools cannot weigh, the likelihood is the model's.
+        They are scvi-tools' for a normal latent, a negative binomial and the softmax, unless they are truncated. For a
+        logistic-normal latent the densities are those of z on the simplex (scvi-tools uses the density of u at z). For Poisson
+        and size factors, for which scvi-tools has no weights, the likelihood is the model's.
 
         Parameters
         ----------
@@ -166,7 +166,7 @@ class ComparisonMixin(LDVAEBase):
         max_cells
             Number of anchor cells at most.
         truncation
-            Whether weights above their mean are cut to it (Ionides 2008). (scvi-tools raises those below the mean to it.)
+            True to truncate weights at their mean (Ionides 2008). (scvi-tools raises those below the mean to it.)
         n_mc_samples, n_mc_samples_per_pass
             For the anchors' marginal likelihood.
         **data_loader_kwargs
@@ -233,7 +233,7 @@ class ComparisonMixin(LDVAEBase):
     ) -> pd.DataFrame | None:
         """Log density of each cell's latent under the aggregated posterior of each sample.
 
-        Under ``latent_distribution="ln"`` latents are taken as u throughout, where posteriors are Gaussian; scvi-tools
+        Under ``latent_distribution="ln"`` all densities are those of u, whose posteriors are Gaussian; scvi-tools
         evaluates the densities of u at softmax(u).
 
         Parameters
@@ -243,8 +243,8 @@ class ComparisonMixin(LDVAEBase):
 
         Returns
         -------
-        None: cells x samples are written to ``adata.obsm["da_log_probs"]``, or to that of ``adata_sub``; with ``dataloader``
-        they are returned.
+        None: cells x samples are written to ``adata.obsm["da_log_probs"]``, or to the AnnData ``adata_sub``. With
+        ``dataloader`` they are returned.
         """
         if dataloader is not None and self.adata is not None:
             msg = "`dataloader` is for a model without an AnnData; this one compares the cells of `adata`."
@@ -293,8 +293,8 @@ def _positions(factors: Any, names: list[str]) -> np.ndarray:
 def _expression_of(module: LDVAEModule, kept: np.ndarray, rotation: Rotation | None) -> Iterator[None]:
     """Inside, the expression that the network's forward pass gives is decoded from some latents, the others at 0.
 
-    Only what ``get_normalized`` of the counts' distribution returns is exchanged. Draws, the latents among the outputs and
-    the parameters and likelihood of the distribution are those of all latents, so importance weights are, too.
+    Only the result of ``get_normalized`` of the counts' distribution is replaced. Draws, latents, and parameters and
+    likelihood of the distribution stay those of all latents, and so do importance weights.
     """
     is_logistic, transformation = module.latent_distribution == "ln", module.z_encoder.z_transformation
     is_kept = torch.zeros(module.n_latent, dtype=torch.bool, device=module.device)
@@ -309,7 +309,7 @@ def _expression_of(module: LDVAEModule, kept: np.ndarray, rotation: Rotation | N
     def forward(tensors: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
         outputs = forward_with_all(tensors, *args, **kwargs)
         if kwargs.get("compute_loss", True):
-            return outputs  # a likelihood is asked for, not expression
+            return outputs  # for a likelihood, not for expression
         inference, generative = outputs
         u = latest_u if is_logistic else inference[MODULE_KEYS.Z_KEY]
         u = torch.where(is_kept, u, 0.0) if axes is None else torch.where(is_kept, u @ axes, 0.0) @ axes.T

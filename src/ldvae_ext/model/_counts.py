@@ -19,8 +19,8 @@ _CHUNK_VALUES = 2**24
 class CountsField(LayerField):
     """scvi-tools' field of counts, which also takes scipy's sparse arrays.
 
-    scvi-tools' own look at twenty values does not know them; for other matrices it stays, since it draws from numpy's
-    global random state and so belongs to the random stream of a LinearSCVI script.
+    The check of scvi-tools on twenty values does not read these matrices. For other matrices it is kept, since it draws
+    from numpy's global random state, which a LinearSCVI script may use.
     """
 
     def validate_field(self, adata: AnnData) -> None:
@@ -30,8 +30,8 @@ class CountsField(LayerField):
 
 
 def counts_of(adata: AnnData, layer: str | None) -> Any:
-    """The count matrix, or an error that says which layers there are."""
-    # anndata lists X among the layers, under None.
+    """The count matrix, or an error that lists the layers."""
+    # anndata lists X among the layers, with the name None.
     layers = listed(filter(None, adata.layers.keys())) or "none"
     if layer is None:
         if adata.X is None:
@@ -76,19 +76,19 @@ def check_counts(adata: AnnData, layer: str | None) -> None:
         totals = np.asarray(chunk.sum(axis=1)).ravel()
         empty += (start + np.flatnonzero(totals == 0)).tolist()
     if fraction is not None:
-        warn(f"`{where}` holds values that are not integers, such as {fraction:g}; LDVAE models raw counts.")
+        warn(f"`{where}` has values that are not integers, such as {fraction:g}; LDVAE models raw counts.")
     if len(empty) == adata.n_obs:
-        msg = f"`{where}` holds no counts at all."
+        msg = f"`{where}` has no counts."
         raise ValueError(msg)
     if empty:
         warn(
             f"{len(empty)} of {adata.n_obs} cells have no counts in `{where}`; the first is "
-            f"{adata.obs_names[empty[0]]!r}. They are left out of the prior of the library size."
+            f"{adata.obs_names[empty[0]]!r}. They do not contribute to the prior of the library size."
         )
 
 
 def are_counts(counts: Any) -> bool:
-    """Whether all values are finite, non-negative integers."""
+    """True if all values are finite, non-negative integers."""
     for _, chunk in _row_chunks(counts):
         values = chunk.data if sparse.issparse(chunk) else np.asarray(chunk)
         if not np.isfinite(values).all() or (values < 0).any() or (values % 1 != 0).any():
@@ -97,7 +97,7 @@ def are_counts(counts: Any) -> bool:
 
 
 def same_counts(counts: Any, rows: np.ndarray, other: Any) -> bool:
-    """Whether the given rows of one matrix equal another matrix."""
+    """True if the given rows of one matrix equal another matrix."""
     for start, chunk in _row_chunks(other):
         own = counts[rows[start : start + chunk.shape[0]]]
         differ = own != chunk
@@ -107,7 +107,7 @@ def same_counts(counts: Any, rows: np.ndarray, other: Any) -> bool:
 
 
 def check_categories(adata: AnnData, name: str, key: str | None, known: np.ndarray | None = None) -> None:
-    """Raise unless a categorical column exists, has no NaN and, where ``known`` is given, no other value."""
+    """Raise unless a categorical column exists, has no NaN and, if ``known`` is given, no other value."""
     if key is None:
         return
     check_column(adata.obs.columns, name, key)
@@ -138,7 +138,7 @@ def checked_keys(name: str, keys: Any) -> list[str]:
 
 
 def check_numbers(adata: AnnData, name: str, key: str, *, positive: bool = False) -> None:
-    """Raise unless a column of obs exists and holds finite, or positive, numbers."""
+    """Raise unless a column of obs exists and has finite, or positive, numbers."""
     check_column(adata.obs.columns, name, key)
     values = adata.obs[key]
     if not pd.api.types.is_numeric_dtype(values):

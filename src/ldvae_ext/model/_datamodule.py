@@ -1,4 +1,4 @@
-"""What a model is started with, read from a Lightning data module rather than from an AnnData."""
+"""Settings of a model from a Lightning data module instead of an AnnData."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def start_of(datamodule: Any, n_batch: int) -> Start:
     Parameters
     ----------
     datamodule
-        A Lightning data module whose minibatches are those of scvi-tools.
+        A Lightning data module with minibatches of scvi-tools.
     n_batch
         Number of batches.
     """

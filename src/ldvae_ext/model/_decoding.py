@@ -36,21 +36,21 @@ class DecodingMixin(LDVAEBase):
         ----------
         canonical
             False: in the network's gauge, sign and order. True: as exported, that is centred over genes (the softmax ignores a
-            constant), turned so that the sum of cubes over genes is positive (a factor points to its longer tail of genes;
+            constant), with signs such that the sum of cubes over genes is positive (the longer tail of genes is positive;
             :meth:`ldvae_ext.core.LinearDecoder.signs`), latents by descending mean KL of the model's cells, factors of a rotation
             as they are numbered.
         rotated
-            Whether to see them through the rotation that is in force. None: with ``canonical=True`` if there is one.
+            True to return the factors of the rotation, False for the latents. None: True with ``canonical=True`` under a rotation.
 
         Returns
         -------
-        Genes x latents (``Z_0``, ...) or factors (``F_0``, ...), in log-rate per unit of latent, folded with the batch norm. For what a
-        decoder needs besides, see :meth:`get_decoder`.
+        Genes x latents (``Z_0``, ...) or factors (``F_0``, ...), in log-rate per unit of latent, with the batch norm folded in.
+        :meth:`get_decoder` returns all parameters of the decoder.
 
         Raises
         ------
         ValueError
-            If a rotation is asked for and none is in force, or the model has no data to order latents by.
+            If a rotation is requested without one in force, or the model has no data to order latents by.
         """
         if not canonical and not rotated:
             return pd.DataFrame(self.module.get_loadings(), index=self.get_var_names(), columns=self.latent_names)
@@ -106,7 +106,8 @@ class DecodingMixin(LDVAEBase):
         ----------
         z
             Latents, cells x latents, with the network's signs: an array in the network's order, or a DataFrame with the
-            columns ``Z_0``, ``Z_1``, ... in any order. (Exported latents are turned; :func:`ldvae_ext.get.decoder` decodes them.) Under ``latent_distribution="ln"`` points of the simplex.
+            columns ``Z_0``, ``Z_1``, ... in any order. (Exported latents may have other signs; :func:`ldvae_ext.get.decoder`
+            decodes them.) Under ``latent_distribution="ln"`` points on the simplex.
         batch
             None (only with a single batch), one batch for all cells, or one for each; by name (str) or code (int).
         covariates
@@ -118,7 +119,7 @@ class DecodingMixin(LDVAEBase):
         gene_list
             Genes to return, in the model's order; all of them if None.
         return_numpy
-            Whether to return an array rather than a DataFrame.
+            True to return an array, False to return a DataFrame.
 
         Returns
         -------
@@ -185,18 +186,18 @@ class DecodingMixin(LDVAEBase):
         n_samples, n_samples_overall, weights, return_mean, data_loader_kwargs, **importance_weighting_kwargs
             As there; only of use with sampling.
         use_posterior_mean
-            Whether to decode the posterior mean (softmax of the mean of u under ``latent_distribution="ln"``) instead of
-            sampling.
+            True to decode the posterior mean (softmax of the mean of u under ``latent_distribution="ln"``) instead of a
+            sample.
 
         Returns
         -------
-        Cells x genes, float32; see scvi-tools for what sampling can return. With ``n_samples_overall`` the rows are draws
-        from the group of cells, which have no names.
+        Cells x genes, float32; see scvi-tools for the results of sampling. With ``n_samples_overall`` the rows are draws
+        from the group of cells, without names.
 
         Raises
         ------
         ValueError
-            If ``use_posterior_mean`` comes with several samples or with weights, or a gene is unknown to the model.
+            If ``use_posterior_mean`` is combined with several samples or with weights, or a gene is not in the model.
         """
         if weights == "importance" and self.module.gene_likelihood == "normal":
             msg = "`weights='importance'` weighs by the likelihood of counts; `gene_likelihood='normal'` has none."
@@ -259,17 +260,17 @@ class DecodingMixin(LDVAEBase):
     ) -> None:
         """Look at the model on other axes of its latent space: factors ``F_0``, ``F_1``, ... instead of latents ``Z_0``, ... .
 
-        Neither the prior N(0, I) nor the likelihood knows axes: with an orthogonal R, factors ``f = R'z`` and loadings ``L R``
-        decode to the same expression, and the divergence of a cell's posterior from the prior is the same. Which axes training
-        ends on is mostly chance; a rotation chooses them by a rule, so that two trainings can agree. A cell's posterior
+        The prior N(0, I) and the likelihood do not depend on the axes: for an orthogonal R, factors ``f = R'z`` and loadings
+        ``L R`` decode to the same expression, and the divergence of a cell's posterior from the prior is the same. The axes of a training
+        are mostly due to chance. A rotation chooses them by a criterion, so that two trainings can agree. A cell's posterior
         N(m, diag(v)) becomes N(R'm, R'diag(v)R), with correlated factors.
 
         The rotation is a view. It is saved and loaded with the model, and the export, ablations, explained deviance,
-        population loadings, ``differential_expression(factors=...)``, :meth:`get_factor_stats` and all that is read from an export
-        speak of factors while it is in force. What scvi-tools' own methods return stays as it is, so do :meth:`decode` and
-        :meth:`get_latent_kl`, and :meth:`get_loadings` and :meth:`get_decoder` unless they are asked for rotated factors. Posterior
-        means of the factors are ``get_latent_representation() @ model.rotation.matrix_kk``; the export holds them. A training that
-        changes the loadings ends it.
+        population loadings, ``differential_expression(factors=...)``, :meth:`get_factor_stats` and all functions on an export
+        refer to factors while it is in force. Results of scvi-tools' own methods, :meth:`decode` and :meth:`get_latent_kl` do not
+        change, nor do :meth:`get_loadings` and :meth:`get_decoder` unless rotated factors are requested. Posterior
+        means of the factors are ``get_latent_representation() @ model.rotation.matrix_kk``; the export contains them. A training
+        that changes the loadings ends the rotation.
 
         Parameters
         ----------

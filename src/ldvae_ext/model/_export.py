@@ -31,7 +31,7 @@ class _ExportedCells(NamedTuple):
     variance: np.ndarray
     library: np.ndarray
     network_variance: np.ndarray | None
-    """Variances of the network's latents, where the factors are rotated."""
+    """Variances of the network's latents, if the factors are rotated."""
     source: AnnData | None
     """Whose cells they are; None: the model's own."""
     rows: np.ndarray | None
@@ -51,9 +51,9 @@ class ExportMixin(LDVAEBase):
     ) -> pd.DataFrame | np.ndarray:
         """KL divergence of each cell's posterior from the prior, per latent dimension.
 
-        ``KL = (mean^2 + variance - 1 - log variance) / 2``; its mean over cells bounds the information that a
-        latent carries about the cells from above, and is 0 for one that is not used. Under ``latent_distribution="ln"`` it is that of u, where
-        z = softmax(u).
+        ``KL = (mean^2 + variance - 1 - log variance) / 2``. Its mean over cells is an upper bound of the information of a
+        latent about the cells, and is 0 for a latent that is not used. Under ``latent_distribution="ln"`` it is the KL of u,
+        with z = softmax(u).
 
         Parameters
         ----------
@@ -83,8 +83,8 @@ class ExportMixin(LDVAEBase):
         """Write latents, loadings and decoder to an AnnData, in order of information.
 
         Factors are named after the network's dimension (``Z_3``), sorted by their mean KL over the exported cells, and
-        turned so that each points to its longer tail of genes (:meth:`ldvae_ext.core.LinearDecoder.signs`); loadings
-        are centred over genes. While a rotation is in force (:meth:`rotate`) its factors are exported, ``F_0``, ``F_1``, ... . Then ``softmax(X_ldvae @ ldvae_loadings.T + intercept)`` is the decoded expression,
+        with signs such that the longer tail of genes is positive (:meth:`ldvae_ext.core.LinearDecoder.signs`); loadings
+        are centred over genes. Under a rotation (:meth:`rotate`) the factors ``F_0``, ``F_1``, ... are exported. Then ``softmax(X_ldvae @ ldvae_loadings.T + intercept)`` is the decoded expression,
         where the intercept is ``ldvae_ext.get.decoder(adata).intercept_bg`` of the cell's batch, for the genes of the model. (To
         decode the exported latents use that decoder; :meth:`decode` takes latents with the network's signs.) For the first five
         factors in scanpy: ``sc.pp.neighbors(adata, use_rep="X_ldvae", n_pcs=5)``.
@@ -92,9 +92,9 @@ class ExportMixin(LDVAEBase):
         Parameters
         ----------
         adata
-            Where to write; the model's own if None. Any AnnData will do that has the model's cells by name, in which
-            case their posteriors are those of the model's data, or cells with counts that the model can encode. If both
-            hold and the counts differ, the counts decide; where there are none to compare, a warning says so. Genes that the model does not know get NaN loadings.
+            AnnData to write to; the model's own if None. It has the model's cells by name, whose posteriors are then those of
+            the model's data, or cells with counts that the model can encode. If both hold and the counts differ, the cells are
+            encoded; without counts to compare, a warning follows. Genes that are not in the model get NaN loadings.
         key_added
             Replaces ``ldvae`` in all keys together.
         order_by
@@ -102,11 +102,11 @@ class ExportMixin(LDVAEBase):
             rotation as they are numbered. None: ``"kl"``, but ``"network"`` where factors have an order of their own, after
             ``rotate("deviance")`` and :meth:`order_factors`.
         stats
-            Whether to store all measures of :meth:`get_factor_stats` beside the KL; so is done for an order by one of them.
+            True to also store all measures of :meth:`get_factor_stats`, as is always done for an order by one of them.
         as_pca
-            Whether to write the same as a PCA too, for scanpy's PCA plots.
+            True to also write the result as a PCA, for scanpy's PCA plots.
         overwrite
-            Whether an existing PCA, or columns of ``var`` and ``obs`` with a name of the export, may be replaced.
+            True to replace an existing PCA, or columns of ``var`` and ``obs`` with a name of the export.
         batch_size
             Cells per minibatch; ``scvi.settings.batch_size`` if None.
 
@@ -120,11 +120,11 @@ class ExportMixin(LDVAEBase):
         -----
         Writes
 
-        * ``obsm["X_ldvae"]``: posterior means, cells x factors, float32 (softmax of those of u under ``"ln"``);
+        * ``obsm["X_ldvae"]``: posterior means, cells x factors, float32 (softmax of the means of u under ``"ln"``);
         * ``obsm["X_ldvae_var"]``: posterior variances, same order, float32 (of u under ``"ln"``);
         * ``obsm["X_ldvae_network_var"]``: posterior variances of the network's latents, in the network's order, float32; only
-          under a rotation, where the covariance of a cell's factors is ``R'diag(v)R``, which the marginal variances above do not
-          always give back;
+          under a rotation, with which the covariance of a cell's factors, ``R'diag(v)R``, cannot be computed from the
+          marginal variances above;
         * ``obsm["X_ldvae_u"]``: posterior means of u, same order, float32; only under ``"ln"``;
         * ``obs["ldvae_library"]``: library size of each cell in counts, or its size factor, float64;
         * ``varm["ldvae_loadings"]``: genes x factors, float32, in log-rate;
@@ -135,8 +135,8 @@ class ExportMixin(LDVAEBase):
           ``likelihood``, ``latent_distribution``, ``setup`` (names of the layer and of the columns of obs that the model was
           set up with), ``kl_weight`` at the end of training (NaN if not known), ``n_cells``,
           ``versions``;
-        * with ``as_pca``: ``obsm["X_pca"]``, ``varm["PCs"]`` (0 for other genes) and ``uns["pca"]``, whose ``variance`` and
-          ``variance_ratio`` hold the KL and its share, as ``params`` says.
+        * with ``as_pca``: ``obsm["X_pca"]``, ``varm["PCs"]`` (0 for other genes) and ``uns["pca"]``; its ``variance`` and
+        ``variance_ratio`` are the KL and its share, as ``params`` notes.
         """
         if order_by is None:
             order_by = "network" if self._has_own_order else "kl"
@@ -148,7 +148,7 @@ class ExportMixin(LDVAEBase):
             msg = "This model was loaded without data: give `adata`."
             raise ValueError(msg)
         if keys.info == PCA_INFO:
-            msg = f"`key_added={key_added!r}` would replace scanpy's PCA; `as_pca=True` writes one beside the export."
+            msg = f"`key_added={key_added!r}` would replace scanpy's PCA; use `as_pca=True` to write a PCA with the export."
             raise ValueError(msg)
         if not overwrite and keys.genes in target.var and "decoder" not in target.uns.get(keys.info, {}):
             msg = f"`adata.var[{keys.genes!r}]` exists and is no export's; choose another `key_added`, or `overwrite=True`."
@@ -171,7 +171,7 @@ class ExportMixin(LDVAEBase):
         kl_k = kl_per_dimension(mean_nk, variance_nk).mean(axis=0)
         statistics = {"kl": kl_k, "kl_share": kl_k / kl_k.sum(), "active_unit": mean_nk.var(axis=0, dtype=np.float64)}
         if stats or order_by not in ("network", *statistics):
-            # The cells of the model are those of its data, whatever `adata` holds besides.
+            # The cells of the model are read from its data, whatever else `adata` contains.
             table = factor_stats(self, None, cells.source, cells.rows, batch_size=batch_size).table()
             statistics |= {name: table[name].to_numpy() for name in MEASURES if name not in statistics}
         if order_by != "network" and not np.isfinite(statistics[order_by]).all():
@@ -237,13 +237,13 @@ class ExportMixin(LDVAEBase):
 
 
 def _setup_keys(model: LDVAEBase) -> dict[str, str]:
-    """Where an AnnData holds what the decoder conditions on; only what was registered."""
+    """Columns of an AnnData with batch, labels, covariates and size factors; only registered ones."""
     given = model.registry.get("setup_args", {})
     return {name: given[name] for name in ("layer", "batch_key", "labels_key") if given.get(name) is not None}
 
 
 def _cells_for_export(model: LDVAEBase, adata: AnnData | None, batch_size: int | None) -> _ExportedCells:
-    """The cells of ``adata`` on the axes that are looked at, encoded or, for the model's cells, found by name."""
+    """Cells of ``adata`` on the axes in force, encoded or, for the model's cells, found by name."""
     rows = None if adata is None or adata is model.adata else _own_rows(model, adata)
     source = adata if rows is None else None
     with factor_stream(model, source, rows, batch_size) as cells:
@@ -271,11 +271,11 @@ def _own_rows(model: LDVAEBase, adata: AnnData) -> np.ndarray | None:
         confirmed = None
     else:
         confirmed = shared_counts_agree(model, adata, rows)
-    # Other counts under the same names are other cells; values that are no counts, such as normalised expression,
-    # say nothing about that.
+    # Other counts under the same names belong to other cells. Values that are not counts, such as normalised expression,
+    # do not decide it.
     if confirmed is None:
         warn(
-            f"The {adata.n_obs} cells of `adata` were taken for those of the model by their names alone, since it holds no "
-            "counts that could confirm it."
+            f"The {adata.n_obs} cells of `adata` were identified with those of the model by their names only, since it has no "
+            "counts to compare."
         )
     return None if confirmed is False else rows

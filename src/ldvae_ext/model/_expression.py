@@ -38,7 +38,7 @@ def posterior_mean_expression(
     edit: Callable[[EncodedCells, np.ndarray], np.ndarray] = lambda cells, _: cells.mean.astype(np.float64),
     rotation: Rotation | None = None,
 ) -> np.ndarray | pd.DataFrame:
-    """Decode the posterior mean, minibatch by minibatch, or what ``edit`` makes of the cells and their positions."""
+    """Decode the posterior mean, minibatch by minibatch, or the result of ``edit`` on cells and their positions."""
     decoder = network_decoder(model)
     decoder = decoder if rotation is None else decoder.rotated(rotation.matrix_kk, rotation.names)
     genes = gene_positions(decoder.genes, gene_list)

@@ -36,7 +36,7 @@ class LDVAE(
     """Linearly decoded VAE (Svensson et al. 2020, 10.1093/bioinformatics/btaa169), to be read.
 
     A drop-in replacement for :class:`scvi.model.LinearSCVI`: same arguments, order and defaults, same network, same
-    random draws. What it adds: :meth:`get_decoder`, :meth:`decode`, :meth:`get_latent_kl`, :meth:`export_to_anndata`,
+    random draws. Additional methods: :meth:`get_decoder`, :meth:`decode`, :meth:`get_latent_kl`, :meth:`export_to_anndata`,
     :meth:`ablate`, :meth:`ablate_genes`, :meth:`get_explained_deviance`, :meth:`get_ablated_expression`,
     :meth:`get_population_loadings`, ``differential_expression(factors=...)``, ``get_normalized_expression(use_posterior_mean=True)`` and
     ``train(kl_warmup="auto")``. (``scvi.module.LDVAE`` is the network that scvi-tools ships; this LDVAE is the model.)
@@ -56,12 +56,12 @@ class LDVAE(
     dropout_rate
         Dropout rate of the encoder.
     dispersion
-        ``"gene"``, ``"gene-batch"``, ``"gene-label"``, or ``"gene-cell"``, where the log dispersion is linear in the
+        ``"gene"``, ``"gene-batch"``, ``"gene-label"``, or ``"gene-cell"``, with a log dispersion that is linear in the
         latent. (LinearSCVI fails with the last two.)
     gene_likelihood
         ``"nb"``, ``"zinb"``, ``"poisson"`` or ``"normal"``.
     use_observed_lib_size
-        Whether the library size is the cell's observed total rather than a latent variable.
+        True to use the observed total of a cell as library size, False for a latent variable.
     latent_distribution
         ``"normal"``, or ``"ln"`` for a logistic-normal latent, z = softmax(u).
     **model_kwargs
@@ -112,7 +112,7 @@ class LDVAE(
             allowed_classes_names_list=[LinearSCVI.__name__, *(allowed_classes_names_list or [])],
         )
         if datamodule is not None:
-            # scvi-tools would build the network anew, from those of its options that the class spells out alone.
+            # scvi-tools would build the network anew, from the options that the class spells out.
             model._datamodule = datamodule
         freeze_reference(model)
         return model
@@ -136,14 +136,14 @@ class LDVAE(
         for group in saved["kwargs"].values():
             arguments.update(group)
         arguments = as_linear_scvi_meant(arguments)
-        # The parameters that are drawn are replaced at once: the caller's random numbers stay what they would have been.
+        # The drawn parameters are replaced at once. The caller's random state is restored.
         with torch.random.fork_rng(devices=[]):
             new = cls(model.adata, None if model.adata is not None else model.registry, **arguments)
         new.module.load_state_dict(model.module.state_dict())
         new.to_device(model.device)
         new.module.train(model.module.training)
         for name, value in model._get_user_attributes():
-            # LinearSCVI keeps a rotation or order that it does not know, also of loadings that it has trained since.
+            # LinearSCVI keeps rotation and order as unknown attributes, also after it has trained other loadings.
             if name.endswith("_") and name not in ("registry_", "init_params_", "rotation_", "is_ordered_"):
                 setattr(new, name, deepcopy(value))
         freeze_reference(new)

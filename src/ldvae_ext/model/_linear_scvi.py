@@ -1,4 +1,4 @@
-"""Arguments that LinearSCVI was given, and what they mean there."""
+"""Arguments of LinearSCVI, and their meaning there."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ _IGNORED = (
 
 
 def is_of_linear_scvi(registry: Mapping[str, Any] | None) -> bool:
-    """Whether a registry was written by LinearSCVI."""
+    """True if a registry was written by LinearSCVI."""
     return registry is not None and registry.get(MODEL_NAME_KEY) == LinearSCVI.__name__
 
 
 def as_linear_scvi_meant(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of LinearSCVI, those left out that it ignores; of ``use_batch_norm`` and ``bias`` it asks if they are true."""
+    """Arguments of LinearSCVI without those that it ignores; ``use_batch_norm`` and ``bias`` as booleans, as it reads them."""
     kept = {name: value for name, value in arguments.items() if name not in _IGNORED}
     return {name: bool(value) if name in ("use_batch_norm", "bias") else value for name, value in kept.items()}
 
 
 def as_linear_scvi_knows(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The same network in words that LinearSCVI understands too, where it has them.
+    """The same network in arguments that LinearSCVI can read, if there are any.
 
-    A start of the intercept has been made once the network is there, and need not be asked for again.
+    The start of the intercept has been applied when the network exists, so that its argument is not needed.
     """
     known = dict(arguments)
     if known.get("use_batch_norm") in ("both", "encoder"):

@@ -13,7 +13,7 @@ from ldvae_ext.model._base import LDVAEBase
 from ldvae_ext.model._rotation import deviance_rotation, rotate
 from ldvae_ext.module._truncation import bake_rotation
 
-# Arguments that the first training has set, or that belong to this one.
+# Arguments that the first training has fixed, or that this training sets.
 _DECIDED = (
     "datamodule",
     "datasplitter_kwargs",
@@ -54,14 +54,14 @@ def order_factors(
         rotate(model, "deviance")
         return
     check_epochs(fine_tune_epochs)
-    check_not_decided("order_factors", trainer_kwargs, "it goes on from the training that was, on its cells")
+    check_not_decided("order_factors", trainer_kwargs, "it continues the previous training, on its cells")
     own = [name for name in plan_kwargs or {} if name == "lr" or "kl_w" in name]
     if own:
         msg = f"`plan_kwargs` may not hold {listed(own)}: `lr` is an argument, and the weight of the KL term is 1."
         raise ValueError(msg)
     check_can_be_ordered(model)
     if not model.is_trained_:
-        msg = "`order_factors` goes on from a trained model: call `train` first, or use `train_ordered`."
+        msg = "`order_factors` continues the training of a model: call `train` first, or use `train_ordered`."
         raise ValueError(msg)
     split = _split_of_training(model)
     former = deepcopy(model.module.state_dict()), model.rotation_, model.is_ordered_
@@ -91,7 +91,7 @@ def order_factors(
 
 
 def check_can_be_ordered(model: LDVAEBase) -> None:
-    """Raise if nested dropout cannot train this model; whether it is trained is not asked."""
+    """Raise if nested dropout cannot train this model. A training is not required."""
     if model.adata is None or model.minified_data_type is not None:
         what = "was loaded without data" if model.adata is None else "has minified data"
         msg = f"`order_factors` trains on counts through the encoder; this model {what}."
@@ -122,7 +122,7 @@ def _split_of_training(model: LDVAEBase) -> list[np.ndarray]:
     if not np.array_equal(np.sort(np.concatenate(split)), np.arange(model.adata.n_obs)):
         msg = (
             f"The model was trained on {sum(map(len, split))} cells, held-out ones included, but its AnnData has {model.adata.n_obs}: "
-            "`order_factors` needs those that it was trained on."
+            "`order_factors` needs the same cells."
         )
         raise ValueError(msg)
     return split

@@ -1,4 +1,4 @@
-"""What factors mean inside a population of cells."""
+"""Loadings of factors in populations of cells."""
 
 from __future__ import annotations
 
@@ -33,33 +33,33 @@ class PopulationsMixin(LDVAEBase):
         scale: Literal["log", "expression"] | None = None,
         batch_size: int | None = None,
     ) -> dict[str, pd.DataFrame]:
-        """What each factor does to each gene in each population, without retraining.
+        """Effect of each factor on each gene in each population, without retraining.
 
         Parameters
         ----------
         groupby
             Column of ``obs``; cells without a value are left out.
         kind
-            * ``"gradient"``: the slope of the decoder at the cells of the group, averaged over them:
-              ``d rho_g / d z_k = rho_g (L_gk - E_rho[L_k])``, where ``rho`` is a cell's decoded expression, or with ``scale="log"``
-              ``d log rho_g / d z_k = L_gk - E_rho[L_k]``. *On the log scale every population ranks the genes of a factor alike*: only an offset per
-              factor differs, so look at the expression scale for what a factor moves in this population. (Under
-              ``latent_distribution="ln"`` the slope is along u, where z = softmax(u), and ranks differ.)
-            * ``"contribution"``: the mean latent of the group minus the reference's, times the centred loading: which factors
-              make the group what it is. Genes rank alike here too.
+            * ``"gradient"``: the derivative of the decoder at the cells of the group, averaged over them:
+              ``d rho_g / d z_k = rho_g (L_gk - E_rho[L_k])`` with the decoded expression ``rho`` of a cell, or with ``scale="log"``
+              ``d log rho_g / d z_k = L_gk - E_rho[L_k]``. *On the log scale the genes of a factor have the same ranks in every
+              population*: only a constant per factor differs. The expression scale shows which genes a factor moves in a
+              population. (Under ``latent_distribution="ln"`` the derivative is along u, with z = softmax(u), and ranks differ.)
+            * ``"contribution"``: the mean latent of the group minus that of the reference, times the centred loading: the factors
+              that distinguish the group. Ranks of genes are the same here, too.
             * ``"path"``: the log-ratio of expression between the group's mean latent and the reference's, split exactly over
               factors; rows sum to ``log rho(group) - log rho(reference)``. Intercepts are averaged by the group's shares of the
-              batches; what they and covariates contribute is in the column ``"batch"``, where there are any. See
+              batches; their effect and that of covariates is in the column ``"batch"``, if there are any. See
               :func:`ldvae_ext.core.path_attribution`.
-            * ``"within"``: what varies *inside* the group: leading directions ``D_0``, ``D_1``, ... of the covariance of its latents,
+            * ``"within"``: variation *inside* the group: leading directions ``D_0``, ``D_1``, ... of the covariance of its latents,
               pushed through the centred loadings (the principal components of its cells' log-rates); change of the log-rate
               per standard deviation of the cells along the direction. Squares are the variance of each gene's log-rate that
               the direction explains.
-              :meth:`get_population_directions` says which factors a direction is made of.
+              :meth:`get_population_directions` returns the share of each factor in a direction.
         adata, indices
             Cells, as in :meth:`get_latent_representation`; the reference too is made of them.
         reference
-            What ``"contribution"`` and ``"path"`` compare with: the cells of all other groups (``"rest"``), z = 0 (``"prior"``; u = 0
+            Reference of ``"contribution"`` and ``"path"``: the cells of all other groups (``"rest"``), z = 0 (``"prior"``; u = 0
             under ``"ln"``), or the name of a group, which is then left out.
         scale
             For ``"gradient"``; ``"expression"`` if None.
@@ -81,8 +81,8 @@ class PopulationsMixin(LDVAEBase):
 
         Notes
         -----
-        No counts are needed: minified data will do. Under a softplus link (size factors) nothing is centred, since there the
-        constant over genes means something. ``"gradient"`` and ``"path"`` are of ``log softplus`` there, and populations may rank genes
+        No counts are needed, so that minified data can be used. Under a softplus link (size factors) nothing is centred over
+        genes, since the link depends on the constant. There ``"gradient"`` and ``"path"`` are of ``log softplus``, and populations may rank genes
         otherwise on the log scale too; ``"contribution"`` and ``"within"`` are in units of the argument of the softplus, which is the
         log-rate only where expression is low.
         """
@@ -96,7 +96,7 @@ class PopulationsMixin(LDVAEBase):
     def get_population_directions(
         self, groupby: str, adata: AnnData | None = None, indices: Any = None, *, batch_size: int | None = None
     ) -> pd.DataFrame:
-        """Which factors the directions of variation inside each population are made of.
+        """Share of each factor in the directions of variation inside each population.
 
         Parameters
         ----------
@@ -106,8 +106,8 @@ class PopulationsMixin(LDVAEBase):
         Returns
         -------
         One row for each group, direction and factor: ``group``, ``direction`` (``D_0``, ...), ``factor``, ``share`` of the factor in
-        the direction (adding up to 1; negative where it works against the others), ``variance`` of the log-rates along the
-        direction, summed over genes, and ``variance_share``, its part of that of all directions of the group.
+        the direction (adding up to 1; negative if it opposes the others), ``variance`` of the log-rates along the
+        direction, summed over genes, and ``variance_share``, its part in the variance of all directions of the group.
         """
         loadings, groups = _population_loadings(self, groupby, "within", adata, indices, "rest", None, batch_size)
         return directions_table(

@@ -30,7 +30,7 @@ from ldvae_ext.model._linear_scvi import as_linear_scvi_meant, is_of_linear_scvi
 from ldvae_ext.model._registry import covariates_of, level_names, state_of
 from ldvae_ext.module._query import Freezing, Levels, QueryTrainingPlan, freeze, take_over
 
-# What a reference's training left behind, which is not the query's.
+# Results of the reference's training, which do not apply to the query.
 _OF_TRAINING = (
     "registry_",
     "init_params_",
@@ -48,7 +48,7 @@ _OF_TRAINING = (
 
 class _Reference(NamedTuple):
     attributes: dict[str, Any]
-    """What scvi-tools saves of a model."""
+    """Saved state of a model of scvi-tools."""
     genes: np.ndarray
     state: dict[str, torch.Tensor]
     """State dict of the network."""
@@ -58,7 +58,7 @@ class _Reference(NamedTuple):
         return self.attributes["registry_"]
 
     def levels(self) -> dict[str, np.ndarray]:
-        """Levels of batch, labels and categorical covariates, by what a message calls them."""
+        """Levels of batch, labels and categorical covariates, by their names in messages."""
         return _levels(self.registry)
 
 
@@ -88,16 +88,16 @@ class QueryMixin(LDVAEBase):
         *,
         freeze_library_encoder: bool = True,
     ) -> Self:
-        """A model of new cells, and of the reference's batches besides, that has the reference's parameters.
+        """Model of new cells, with the reference's batches and parameters.
 
-        In training, only what belongs to new batches, labels and levels of categorical covariates learns: their columns
+        Only the parameters of new batches, labels and levels of categorical covariates are trained: their columns
         of the decoder (and of the encoders under ``encode_covariates``), their dispersions, their embedding. All other
         parameters stay the same to the bit, whatever the optimizer and its weight decay, and frozen batch norms are in
         evaluation mode: loadings, and the latents, libraries and rates of the reference's cells, do not move.
 
-        What is new starts at the mean over the reference's batches or levels, of the log dispersion likewise. A reference
-        with a single batch has no column for it; it gets one of zeros that stays zero, and the new batches' columns start
-        at zero. The prior of the log library of a new batch is that of its cells.
+        New columns start at the mean over the reference's batches or levels, and so do log dispersions. A reference
+        with a single batch has no column for it; it gets one of zeros that is not trained, and the new batches' columns start
+        at zero. The prior of the log library of a new batch is computed from its cells.
 
         Parameters
         ----------
@@ -110,33 +110,33 @@ class QueryMixin(LDVAEBase):
             Registry of the query, instead of ``adata``; its levels must begin with the reference's. That of ``datamodule``
             if None.
         inplace_subset_query_vars
-            Whether to cut ``adata`` to the reference's genes, in place.
+            True to cut ``adata`` to the reference's genes, in place.
         accelerator, device
             As in scvi-tools.
         unfrozen
-            Whether everything learns, whatever the arguments below say.
+            True to train all parameters, whatever the arguments below.
         freeze_dropout
-            Whether to train without dropout.
+            True to train without dropout.
         freeze_expression
-            Whether to freeze the first layer of the encoder, apart from new columns. (Later layers are always frozen.)
+            True to freeze the first layer of the encoder, apart from new columns. (Later layers are always frozen.)
         freeze_decoder_first_layer
-            Whether to freeze the decoder, apart from new columns; it has no other layer.
+            True to freeze the decoder, apart from new columns; it has no other layer.
         freeze_batchnorm_encoder, freeze_batchnorm_decoder
-            Whether to freeze batch norms, parameters and running statistics. (In scvi-tools the decoder's learns by
+            True to freeze batch norms, parameters and running statistics. (In scvi-tools the decoder's learns by
             default, which changes the loadings.)
         freeze_classifier
             Must be True: there is no classifier.
         transfer_batch
-            Whether the query may have batches that the reference does not know.
+            True to allow batches in the query that are not in the reference.
         datamodule
             A Lightning data module of the query, instead of ``adata``.
         freeze_library_encoder
-            Whether to freeze the encoder of the library size, apart from new columns. (In scvi-tools it learns, which
+            True to freeze the encoder of the library size, apart from new columns. (In scvi-tools it learns, which
             changes the library sizes of the reference's cells.)
 
         Returns
         -------
-        The model, still to be trained, unless there is nothing to learn.
+        The model, to be trained unless it has no parameters to train.
 
         Raises
         ------
@@ -167,7 +167,7 @@ class QueryMixin(LDVAEBase):
             arguments.update(group)
         if is_of_linear_scvi(reference.registry):
             arguments = as_linear_scvi_meant(arguments)
-        # With an AnnData, a registry says only whose arguments these are. All that is drawn at random is replaced.
+        # With an AnnData, a registry only names the class of the arguments. All randomly drawn parameters are replaced.
         with torch.random.fork_rng(devices=[]):
             model = cls(adata, reference.registry if registry is None else registry, **arguments)
         if datamodule is not None:
@@ -176,7 +176,7 @@ class QueryMixin(LDVAEBase):
                 start = start_of(datamodule, model.module.n_batch)
                 model.module.set_library_prior(start.log_means, start.log_variances)
         if not reference.attributes.get("is_trained_", False):
-            warn("The reference has not been trained: what the query is mapped onto are its random starting values.")
+            warn("The reference has not been trained: the query is mapped onto its random initial values.")
         known = [len(levels) for levels in reference.levels().values()]
         levels = Levels(known[0], known[1], tuple(known[2:]))
         take_over(model.module, reference.state, levels, library_known=adata is not None or datamodule is not None)
@@ -201,7 +201,7 @@ class QueryMixin(LDVAEBase):
         model.to_device(torch_device)
         model.module.eval()
         freeze_reference(model)
-        # Where nothing can be learned, the model is as trained as the reference.
+        # Without parameters to train, the model is as trained as the reference.
         model.is_trained_ = not model.module.can_learn and reference.attributes.get("is_trained_", False)
         return model
 
@@ -221,9 +221,9 @@ class QueryMixin(LDVAEBase):
         reference_model
             An LDVAE or a ``scvi.model.LinearSCVI``, or a directory that either was saved to.
         return_reference_var_names
-            Whether to return the genes of the reference, and to do nothing else.
+            True to only return the genes of the reference.
         inplace
-            Whether to change ``adata`` rather than return a new one.
+            True to change ``adata``, False to return a new one.
 
         Returns
         -------
@@ -235,12 +235,12 @@ class QueryMixin(LDVAEBase):
 
 
 def freeze_reference(model: LDVAEBase) -> None:
-    """Freeze a fresh network as ``load_query_data`` was told to; nothing for a model that is no query."""
+    """Freeze a new network as requested in ``load_query_data``; no effect on a model that is not a query."""
     if model.query_ is None:
         return
     levels = Levels(model.query_["n_batch"], model.query_["n_labels"], tuple(model.query_["n_cats_per_cov"]))
     freeze(model.module, levels, Freezing(**{name: model.query_[name] for name in Freezing._fields}))
-    # No data module may set what the reference has set.
+    # A data module must not overwrite the settings of the reference.
     model._has_start = True
 
 
@@ -250,7 +250,7 @@ def _reference(cls: type, model: Any) -> _Reference:
         attributes, genes, state, _ = load_saved_files(os.fspath(model), load_adata=False, map_location="cpu")
         name = attributes["registry_"].get(MODEL_NAME_KEY)
         if name not in (None, cls.__name__, "LDVAE", LinearSCVI.__name__):
-            msg = f"`reference_model` must be an LDVAE or a LinearSCVI; {os.fspath(model)!r} holds a {name}."
+            msg = f"`reference_model` must be an LDVAE or a LinearSCVI; {os.fspath(model)!r} is a {name}."
             raise TypeError(msg)
     elif isinstance(model, (LDVAEBase, LinearSCVI)):
         attributes = {name: value for name, value in model._get_user_attributes() if name.endswith("_")}

@@ -1,4 +1,4 @@
-"""What a model was set up with: batches, labels, covariates, size factors; from AnnData or from a data module."""
+"""Set-up of a model: batches, labels, covariates, size factors; from AnnData or from a data module."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from scvi import REGISTRY_KEYS
 
 from ldvae_ext.core import Covariate
 
-# What LinearSCVI does not know. A model that does not use them is saved without them, so that LinearSCVI can open it.
+# Arguments that LinearSCVI does not have. A model without them is saved without them, so that LinearSCVI can load it.
 SETUP_ARGUMENTS = ("size_factor_key", "categorical_covariate_keys", "continuous_covariate_keys")
 
 
@@ -18,7 +18,7 @@ EMPTY_REGISTRY: dict[str, Any] = {"field_registries": {}, "setup_args": {}}
 
 
 def registry_of(datamodule: Any) -> dict[str, Any]:
-    """Registry of a data module; one with numbers for names if it only says how many there are."""
+    """Registry of a data module, with numbers as names if it only has the number of levels."""
     given = getattr(datamodule, "registry", None)
     if given is not None:
         return given
@@ -46,9 +46,9 @@ def state_of(registry: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 def level_names(registry: Mapping[str, Any], key: str) -> np.ndarray:
-    """Names of the batches or labels of a registry; ``["0"]`` where nothing was registered."""
+    """Names of the batches or labels of a registry; ``["0"]`` if none were registered."""
     mapping = state_of(registry, key).get("categorical_mapping")
-    # Data modules keep a dictionary from names to codes, or nothing.
+    # Data modules store a dictionary from names to codes, or None.
     return np.asarray(["0"] if mapping is None else list(mapping))
 
 
@@ -56,7 +56,7 @@ def covariates_of(registry: Mapping[str, Any]) -> tuple[Covariate, ...]:
     """Covariates of a registry, continuous ones first, as in the network."""
     continuous = state_of(registry, REGISTRY_KEYS.CONT_COVS_KEY).get("columns", ())
     categorical = state_of(registry, REGISTRY_KEYS.CAT_COVS_KEY)
-    # Data modules say "mapping".
+    # The key of data modules is "mapping".
     levels = categorical.get("mappings", categorical.get("mapping", {}))
     return (
         *(Covariate(str(name)) for name in continuous),
@@ -65,7 +65,7 @@ def covariates_of(registry: Mapping[str, Any]) -> tuple[Covariate, ...]:
 
 
 def has_size_factors(registry: Mapping[str, Any]) -> bool:
-    """Whether cells come with size factors."""
+    """True if cells have size factors."""
     return bool(registry.get("setup_args", {}).get("size_factor_key"))
 
 

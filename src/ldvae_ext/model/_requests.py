@@ -1,4 +1,4 @@
-"""Requests for ablations: arguments checked, groups found, and what is replaced by what."""
+"""Requests for ablations: checked arguments, groups, and plan of the replacements."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def ablation_request(
 
 
 def with_fraction_warning(model: LDVAEBase, chunks: Iterable[EncodedCells]) -> Iterator[EncodedCells]:
-    """The chunks, with a warning if their counts are none: the model's own data may have been normalised since."""
+    """The chunks, with a warning if their values are not counts: the model's data may have been normalised since."""
     said = model.module.gene_likelihood == "normal"
     for chunk in chunks:
         if not said and has_fractions(chunk.counts):
             said = True
-            warn("The counts hold values that are not integers; the likelihood is that of raw counts.")
+            warn("The data have values that are not integers; the likelihood is that of raw counts.")
         yield chunk
 
 
@@ -74,7 +74,7 @@ def ablation_plan(
     batch_size: int | None,
     dataloader: Any,
 ) -> AblationPlan:
-    """What is replaced by what, after a look at the latents of all cells where that is needed."""
+    """Plan of the replacements, from the latents of all cells if they are needed."""
     default_seed = 0 if scvi.settings.seed is None else scvi.settings.seed
     if not request.needs_latents:
         return request.plan(default_seed=default_seed)

@@ -69,7 +69,8 @@ def deviance_rotation(
     model
         A trained model with a normal latent.
     adata, indices
-        Cells with counts that decide; all of the model's own if None. Of more than 4,096, as many are drawn, always the same.
+        Cells with counts that determine the rotation; all of the model's own if None. Of more than 4,096 cells a fixed random
+        sample is used.
     batch_size
         Cells that are encoded at once.
 

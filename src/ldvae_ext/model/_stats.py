@@ -1,4 +1,4 @@
-"""The information ledger: what each factor carries, by every measure."""
+"""Statistics of factors by all measures."""
 
 from __future__ import annotations
 
@@ -44,28 +44,28 @@ class StatsMixin(LDVAEBase):
         batch_size: int | None = None,
         silent: bool = True,
     ) -> FactorStats:
-        """What each factor carries, by every measure, for all cells or for each group.
+        """Statistics of each factor by all measures, for all cells or for each group.
 
         The mean KL of the posteriors from the prior splits exactly into three terms (Hoffman & Johnson 2016; Chen et al. 2018,
         arXiv:1802.04942), with ``q(f) = mean_n q(f|n)``, the mixture of the posteriors of the cells::
 
             mean_n KL(q(f|n) || p(f)) = I_q(f; n) + KL(q(f) || prod_k q(f_k)) + sum_k KL(q(f_k) || p(f_k))
 
-        mutual information, total correlation and dimension-wise KL. The KL of a factor alone, which is the usual measure of
-        information, splits into the first and the last: ``KL_k = I_q(f_k; n) + KL(q(f_k) || p(f_k))``. The second of them is
-        what is paid because the factor's distribution over cells is no standard normal, and tells cells apart as little as an
-        offset does.
+        mutual information, total correlation and dimension-wise KL. The KL of a single factor, the usual measure of
+        information, is the sum of the first and the last: ``KL_k = I_q(f_k; n) + KL(q(f_k) || p(f_k))``. The second term is
+        the deviation of the factor's distribution over cells from a standard normal. Like an offset, it does not distinguish
+        cells.
 
         Parameters
         ----------
         groupby
-            Column of ``obs``, that of the batch for instance; cells without a value are left out. Mutual information is then
+            Column of ``obs``, for instance the batch; cells without a value are left out. Mutual information is then
             that between the factor and the cell inside the group. All cells are one group, ``"all"``, if None.
         adata, indices
             Cells, as in :meth:`get_explained_deviance`.
         max_cells
-            Cells of a group that the split is computed from, drawn at random where there are more: its cost grows with their
-            square. ``kl``, ``active_unit`` and what needs counts are of all cells.
+            Cells of a group from which the decomposition is computed, drawn at random from larger groups: its cost grows with
+            their square. ``kl``, ``active_unit`` and measures that need counts are computed from all cells.
         seed
             Of that draw, of the samples of the posterior and of the permutation; ``scvi.settings.seed`` if None, or 0.
         batch_size, silent
@@ -79,12 +79,12 @@ class StatsMixin(LDVAEBase):
         * ``kl``: mean KL of its posterior, in nats (``kl_bits``: in bits);
         * ``mutual_information``: ``I_q(f_k; n)``, at most the logarithm of the number of cells;
         * ``dimension_wise_kl``: ``KL(q(f_k) || p(f_k))``;
-        * ``total_correlation``: ``I_q(f_k; f_others)``, what the factor has in common with all others together;
-        * ``active_unit``: variance over cells of its posterior mean (Burda et al. 2016, arXiv:1509.00519);
+        * ``total_correlation``: ``I_q(f_k; f_others)``, mutual information of the factor and all others together;
+        * ``active_unit``: variance over cells of the posterior mean (Burda et al. 2016, arXiv:1509.00519);
         * ``explained_deviance``: see :meth:`get_explained_deviance`, ``mode="zero"``;
         * ``ablation_zero``, ``ablation_mean``, ``ablation_permute``: mean effect of :meth:`ablate`, in nats per cell.
 
-        Under ``latent_distribution="ln"`` the first five are those of u, where z = softmax(u). From data that were minified without
+        Under ``latent_distribution="ln"`` the first five are those of u, with z = softmax(u). From data that were minified without
         counts the last four are NaN, with a warning.
 
         Raises
@@ -181,7 +181,7 @@ def _measures_of_counts(
                 total_mpk[mode] += indicator_pn @ plan.effects(decoder, chunk, at, group_n)
             sums.add(decoder, chunk, at, group_n, profile.share_bg)
     (present_p,) = np.nonzero(n_p)
-    # Rows of each group stand together, in descending order of KL.
+    # Rows of a group are adjacent, in descending order of KL.
     explained = pd.DataFrame(sums.columns(groups, model.factor_names)).set_index(["group", "factor"])[
         "explained_deviance"
     ]
@@ -202,7 +202,7 @@ def _information(
     some = np.arange(n_cells)
     if n_cells > max_cells:
         some = np.sort(np.random.default_rng(seed).choice(n_cells, max_cells, replace=False))
-    # Of few cells more draws each: what is sampled is then as precise as of thousands.
+    # With few cells, more draws for each of them give the same precision as thousands of cells.
     n_samples = max(1, _N_DRAWS // len(some))
     ledger = information_ledger(
         mean_nk[some] @ rotation_kk.T, variance_nk[some], rotation_kk, n_samples=n_samples, seed=seed

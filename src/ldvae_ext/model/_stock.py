@@ -32,7 +32,7 @@ def in_evaluation_mode(method: Callable[..., Any], *, needs_counts: bool = False
 
 @contextmanager
 def quiet(*given: Any) -> Iterator[None]:
-    """Without scvi-tools' warning on arguments beside a data loader, if none were given: it also warns of its own defaults."""
+    """Suppress scvi-tools' warning on arguments with a data loader if none were given: it also warns of its own defaults."""
     with warnings.catch_warnings():
         if all(value is None for value in given):
             warnings.filterwarnings("ignore", "Using .* after custom Dataloader", UserWarning)

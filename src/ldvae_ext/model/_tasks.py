@@ -50,8 +50,8 @@ class TasksMixin(LDVAEBase):
         adata, indices, n_mc_samples, batch_size, dataloader, data_loader_kwargs, **kwargs
             As in :meth:`scvi.model.LinearSCVI.get_marginal_ll`.
         return_mean
-            Whether to return the mean over cells. (scvi-tools takes the mean of the minibatches' means, in which a cell
-            of a small last minibatch counts more.) Under a normal latent the estimate itself is scvi-tools', which is off by
+            True to return the mean over cells. (scvi-tools averages the means of minibatches, so that a cell in a small last
+            minibatch has a larger weight.) For a normal latent the estimate of a cell is scvi-tools', which is off by
             log(samples drawn / n_mc_samples) if ``n_mc_samples`` is no multiple of ``n_mc_samples_per_pass``.
 
         Returns
@@ -87,15 +87,15 @@ class TasksMixin(LDVAEBase):
     ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
         """Latents of cells, as LinearSCVI returns them.
 
-        Under ``latent_distribution="ln"`` that is the mean of softmax(u) over ``mc_samples`` random draws, another at each
-        call; ``use_posterior_mean=True`` gives softmax of the mean of u, which is what the rest of this package decodes.
+        Under ``latent_distribution="ln"`` this is the mean of softmax(u) over ``mc_samples`` random draws, which differs
+        between calls; ``use_posterior_mean=True`` gives softmax of the mean of u, the latent that this package decodes.
 
         Parameters
         ----------
         adata, indices, give_mean, mc_samples, batch_size, return_dist, dataloader, **data_loader_kwargs
             As in :meth:`scvi.model.LinearSCVI.get_latent_representation`.
         use_posterior_mean
-            Whether to return the latent that stands for a cell without sampling. Of no consequence for a normal latent.
+            True to return the deterministic latent of each cell, without sampling. No effect for a normal latent.
 
         Returns
         -------
@@ -104,7 +104,7 @@ class TasksMixin(LDVAEBase):
         """
         is_deterministic = use_posterior_mean and not return_dist and self.module.latent_distribution == "ln"
         if is_deterministic and not give_mean:
-            msg = "`use_posterior_mean=True` asks for no sample, `give_mean=False` for one."
+            msg = "`use_posterior_mean=True` returns no samples, and `give_mean=False` requests them."
             raise ValueError(msg)
         with self.module.evaluating(), quiet(indices, None if dataloader is None else batch_size):
             out = super().get_latent_representation(
@@ -133,8 +133,8 @@ class TasksMixin(LDVAEBase):
     ) -> dict[str, torch.Tensor]:
         """Negative log-likelihood of the counts given the latent, in nats per cell: *lower* is better.
 
-        (The docstring of scvi-tools says the contrary.) By default latent and library are one random draw from each
-        cell's posterior, another at each call; ``use_posterior_mean=True`` takes their posterior means instead and
+        (The docstring of scvi-tools states the contrary.) By default latent and library size are one random draw from each
+        posterior, which differs between calls; ``use_posterior_mean=True`` uses their posterior means instead and
         gives the same number each time.
 
         Parameters
@@ -142,7 +142,7 @@ class TasksMixin(LDVAEBase):
         adata, indices, batch_size, dataloader, return_mean, data_loader_kwargs, **kwargs
             As in :meth:`scvi.model.LinearSCVI.get_reconstruction_error`.
         use_posterior_mean
-            Whether to take posterior means instead of a draw.
+            True to use posterior means instead of a draw.
 
         Returns
         -------
@@ -269,7 +269,7 @@ class TasksMixin(LDVAEBase):
             Under ``gene_likelihood="normal"``, which has no rate before the noise of counting.
         """
         if self.module.gene_likelihood == "normal":
-            msg = "The correlation is of rates before the noise of counting; `gene_likelihood='normal'` counts nothing."
+            msg = "The correlation is of rates without count noise; `gene_likelihood='normal'` has no counts."
             raise ValueError(msg)
         check_one_of("correlation_type", correlation_type, ("spearman", "pearson"))
         with self.module.evaluating():
@@ -299,7 +299,7 @@ class TasksMixin(LDVAEBase):
         use_latent_qzm_key: str = "X_latent_qzm",
         use_latent_qzv_key: str = "X_latent_qzv",
     ) -> None:
-        """Replace the model's data by a copy that holds each cell's posterior, with or without its counts.
+        """Replace the model's data by a copy with the posteriors of cells, with or without counts.
 
         A latent library size is kept as exp of the posterior mean of its logarithm, in the field that scvi-tools has for
         the observed one.
@@ -311,7 +311,7 @@ class TasksMixin(LDVAEBase):
             which likelihoods and ablations need.
         use_latent_qzm_key, use_latent_qzv_key
             Keys of ``adata.obsm`` with means and variances of the posteriors, as ``get_latent_representation(return_dist=True)``
-            returns them. Where neither exists, they are computed. (scvi-tools needs them to be there.)
+            returns them. If neither exists, they are computed. (scvi-tools requires them.)
         """
         keys = (use_latent_qzm_key, use_latent_qzv_key)
         computed = not any(key in self.adata.obsm for key in keys)

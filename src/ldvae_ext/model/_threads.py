@@ -1,4 +1,4 @@
-"""Compiled loops take as many threads as torch does."""
+"""Number of threads of compiled loops, as in torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training, and what the warm-up of the KL term did to it."""
+"""Training, and the effect of the warm-up of the KL term."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _MOMENTUM = 0.01
 
 
 class TrainingMixin(LDVAEBase):
-    """scvi-tools' training with a KL warm-up that can fit the number of epochs, and a word where it did not."""
+    """scvi-tools' training with a KL warm-up that fits the number of epochs, and a warning if it does not."""
 
     # Ends in an underscore to be saved with the model, as scvi-tools saves such attributes.
     batch_norm_is_recalibrated_: bool = False
@@ -69,7 +69,7 @@ class TrainingMixin(LDVAEBase):
         kl_warmup
             Number of epochs over which the weight of the KL term rises from 0 to 1. ``"auto"``: half of
             ``max_epochs``. None leaves LinearSCVI's default of 400 epochs, which a shorter training never completes:
-            then the latents carry more information than the ELBO pays for, and a warning says so.
+            then the latents carry more information than the ELBO allows, and a warning follows.
         backend
             How a step is computed, with the same minibatches, random draws and results but for rounding: ``"scvi"`` as
             scvi-tools does; ``"torch"`` with gamma functions of non-zero counts only; ``"numba"`` in compiled loops over sparse
@@ -78,7 +78,7 @@ class TrainingMixin(LDVAEBase):
         Raises
         ------
         ValueError
-            If ``kl_warmup`` comes together with a warm-up in ``plan_kwargs``, or the network does not allow ``backend``.
+            If ``kl_warmup`` is combined with a warm-up in ``plan_kwargs``, or the network does not support ``backend``.
         """
         if datamodule is None and self.adata is None:
             msg = "This model has no AnnData to train on: give `datamodule`."
@@ -133,22 +133,22 @@ class TrainingMixin(LDVAEBase):
         plan_kwargs: dict[str, Any] | None = None,
         **trainer_kwargs: Any,
     ) -> None:
-        """Put the latents in order of what they explain, and train on so that the first j are a good model by themselves.
+        """Order the latents by explained deviance, and continue training so that the first j are a good model for any j.
 
         The latent space is rotated first (:func:`deviance_rotation` of the training cells), which changes no decoded
-        expression. Then comes a fine-tuning with nested dropout (Rippel et al. 2014, arXiv:1402.0915): each cell of a
+        expression. Then it is fine-tuned with nested dropout (Rippel et al. 2014, arXiv:1402.0915): each cell of a
         minibatch keeps its first j latents, j ~ U{1..K}; the others are 0, and their KL is not counted. Afterwards
         ``Z_0``, ``Z_1``, ... are in order, and latents beyond the j-th can be left out as zeros, as in
         ``get_explained_deviance()``.
 
-        The cells are those of the first training; the weight of the KL term is 1. Whatever goes wrong, also in the fine-tuning,
-        leaves the model as it was.
+        The cells are those of the first training; the weight of the KL term is 1. If an error occurs, also in the fine-tuning,
+        the model is restored.
 
         Parameters
         ----------
         fine_tune_epochs
             Number of epochs. With 0, nothing is trained, whatever the arguments below: the model is the same, and
-            ``rotate("deviance")`` shows it on other axes.
+            ``rotate("deviance")`` has the same result on other axes.
         lr
             Learning rate.
         batch_size, accelerator, devices, plan_kwargs, **trainer_kwargs
@@ -198,7 +198,7 @@ class TrainingMixin(LDVAEBase):
         model_kwargs
             Other arguments of the model.
         train_kwargs
-            Arguments of :meth:`train` for the ordinary training alone, such as ``train_size`` or ``plan_kwargs``.
+            Arguments of :meth:`train` for the ordinary training only, such as ``train_size`` or ``plan_kwargs``.
             ``kl_warmup`` is ``"auto"`` unless given.
         **trainer_kwargs
             Arguments of :meth:`train` for both trainings, such as ``accelerator``.
@@ -232,7 +232,7 @@ class TrainingMixin(LDVAEBase):
     def batch_norm_initial_share(self) -> float:
         """Share of the running statistics of the decoder that are still their initial values (mean 0, variance 1).
 
-        They move by 1 % with each minibatch, so that after n of them ``0.99^n`` is left: half after 69 minibatches, a
+        They move by 1 % with each minibatch, so that a share of ``0.99^n`` remains after n of them: half after 69, a
         thousandth after 690. 0 without batch norm in the decoder, or after :meth:`recalibrate_batch_norm` kept new ones.
         """
         batch_norm = self.module.decoder.factor_regressor.fc_layers[0][1]
@@ -259,9 +259,9 @@ class TrainingMixin(LDVAEBase):
         adata
             Cells; the model's own if None.
         indices
-            Cells that the statistics are of; those that the model was trained on if None.
+            Cells from which the statistics are computed; the training cells if None.
         validation_indices
-            Cells that decide; those that were held out in training if None.
+            Cells that decide; the validation cells of the training if None.
         batch_size
             Cells per minibatch.
 
@@ -272,8 +272,8 @@ class TrainingMixin(LDVAEBase):
         Raises
         ------
         ValueError
-            If the decoder has no batch norm, one that query mapping has frozen, or no cells were held out, or
-            those of another AnnData are not named.
+            If the decoder has no batch norm, or one that query mapping has frozen, if no cells were held out, or if
+            those of another AnnData are not given.
         """
         return recalibrate_batch_norm(self, adata, indices, validation_indices, batch_size)
 
@@ -290,7 +290,7 @@ class TrainingMixin(LDVAEBase):
 
     @contextmanager
     def _axes_of_other_loadings_ended(self) -> Iterator[None]:
-        """Rotation and order belong to the loadings before: they end if these are others afterwards, however that came."""
+        """End rotation and order if the loadings change in the context: they refer to the loadings before."""
         before = self.module.get_loadings() if self.rotation_ is not None or self.is_ordered_ else None
         try:
             yield
@@ -315,7 +315,7 @@ class TrainingMixin(LDVAEBase):
 
     def _note_kl_weight(self, *, warmup_given: bool) -> None:
         plan = self.trainer.lightning_module
-        # What the last training step multiplied with; the plan's own property already speaks of the next epoch.
+        # Weight of the last training step; the property of the plan already refers to the next epoch.
         weight = plan.loss_kwargs.get("kl_weight")
         self.kl_weight_ = None if weight is None else float(weight)
         if self.kl_weight_ is None:  # a loss of a subclass that takes none
@@ -327,9 +327,9 @@ class TrainingMixin(LDVAEBase):
             if warmup_given and plan.max_kl_weight >= _WARMED_UP
             else "`train(kl_warmup='auto')` reaches weight 1 at half of `max_epochs`."
             if plan.max_kl_weight >= _WARMED_UP
-            else f"`max_kl_weight={plan.max_kl_weight}` was asked for; with 1 it would be the ELBO."
+            else f"`max_kl_weight={plan.max_kl_weight}` was requested; with 1 the objective is the ELBO."
         )
         warn(
-            f"Training ended with a KL weight of {self.kl_weight_:.2f}: the KL of a latent, and the order by it, belong to "
-            f"another objective than the ELBO. {remedy}"
+            f"Training ended with a KL weight of {self.kl_weight_:.2f}: the KL of latents, and their order by it, are for another "
+            f"objective than the ELBO. {remedy}"
         )

@@ -1,4 +1,4 @@
-"""Several trainings of one model, and what they agree on."""
+"""Several trainings of one model, and their consensus."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ldvae_ext.model._ldvae import LDVAE
 RESAMPLES = ("halves", "bootstrap")
 CELLS = {None: "same", "halves": "disjoint halves", "bootstrap": "bootstrap"}
 _TRAIN_SIZE = 0.9
-# What an ensemble decides for each of its runs.
+# Arguments that an ensemble sets for each of its runs.
 _DECIDED = ("datasplitter_kwargs", "datamodule", "shuffle_set_split", "validation_size")
 _OWN_ARGUMENTS = ("adata", "n_latent", "max_epochs")
 
@@ -38,13 +38,13 @@ class Ensemble:
     """Models of the same data, and their consensus; from :func:`fit_ensemble`."""
 
     models: list[LDVAE]
-    """The runs that succeeded, each seen through its varimax rotation, on which nothing below depends any more."""
+    """Successful runs, each with its varimax rotation, on which no result below depends."""
     seeds: list[int]
     """Their seeds."""
     resample: str | None
-    """Which cells they were trained on: None: all on the same."""
+    """Training cells of the runs: None: the same for all."""
     failures: dict[int, str]
-    """What went wrong, by seed, with runs that did not succeed."""
+    """Error messages of failed runs, by seed."""
     genes: np.ndarray
     consensus: Consensus
     """Consensus and reproducibility as arrays; :attr:`loadings`, :attr:`stats` and :attr:`spread` have names."""
@@ -54,7 +54,7 @@ class Ensemble:
     """Median absolute cosine of the matched factors of each two runs, runs x runs, named by seed: single runs, no consensus. With
     ``resample="halves"`` look at runs with another number in ``cells_of_run``."""
     cells_of_run: list[int]
-    """A number for each run; runs with the same one are left out together. With ``resample="halves"`` that of its half, else its own."""
+    """Kind of each run; runs of a kind are left out together. With ``resample="halves"`` the half, else the number of the run."""
 
     @property
     def names(self) -> list[str]:
@@ -75,10 +75,10 @@ class Ensemble:
     def stats(self) -> pd.DataFrame:
         """One row for each consensus factor.
 
-        ``reproducibility`` in [0, 1]: mean over runs of the absolute cosine between the run's factor and that of a consensus
-        of the others; ``lowest``, the smallest of them; ``flag``: ``"stable"`` from 0.8 on, ``"unstable"`` below 0.6, else
-        ``"uncertain"``; ``kl``: mean over runs, in nats per cell; ``cells``: how the cells of the runs that were compared are
-        related, ``"same"`` (the agreement is one of seeds alone), ``"disjoint halves"`` or ``"bootstrap"``.
+        ``reproducibility`` in [0, 1]: mean over runs of the absolute cosine between the run's factor and its factor in a
+        consensus of the others; ``lowest``, the smallest of them; ``flag``: ``"stable"`` from 0.8 on, ``"unstable"`` below 0.6,
+        else ``"uncertain"``; ``kl``: mean over runs, in nats per cell; ``cells``: relation of the cells of compared runs,
+        ``"same"`` (only seeds differ), ``"disjoint halves"`` or ``"bootstrap"``.
         """
         reproducibility_k = self.consensus.reproducibility_k
         return pd.DataFrame(
@@ -101,7 +101,7 @@ class Ensemble:
         flag = self.stats["flag"].value_counts()
         counts = ", ".join(f"{flag.get(name, 0)} {name}" for name in ("stable", "uncertain", "unstable"))
         meaning = {
-            None: "other seeds, same cells: says nothing of how factors would fare with other cells",
+            None: "other seeds, same cells: no information about other cells",
             "halves": "trained on two disjoint halves of the cells",
             "bootstrap": "each trained on cells drawn with replacement",
         }[self.resample]
@@ -112,8 +112,8 @@ class Ensemble:
         """The run that is nearest to the consensus, rotated so that its factors ``F_k`` are as near to ``C_k`` as they can be.
 
         The rotation (orthogonal Procrustes, Schonemann 1966, 10.1007/BF02289451) is a view as any other (:meth:`LDVAE.rotate`),
-        called ``"consensus"``: use the model to encode cells, to export and to ablate. It keeps order and signs of the consensus. It has a network of its own, so that the
-        run in ``models`` stays what it is, and shares the data.
+        called ``"consensus"``, with the order and signs of the consensus. Use the model to encode cells, to export and to
+        ablate. It has a network of its own, so that the run in ``models`` does not change, and shares the data.
         """
         nearest = copy(self.models[int(np.argmax(self.consensus.cosine_mk.mean(axis=1)))])
         nearest.module = deepcopy(nearest.module)
@@ -128,11 +128,11 @@ class Ensemble:
         Parameters
         ----------
         adata
-            Where to write; genes that the models do not know get NaN.
+            AnnData to write to; genes that are not in the models get NaN.
         key_added
             Replaces ``ldvae_consensus`` in all keys together.
         overwrite
-            Whether what lies under these keys and is no consensus may be replaced.
+            True to replace entries under these keys that are not a consensus.
 
         Raises
         ------
@@ -197,17 +197,17 @@ def fit_ensemble(
 ) -> Ensemble:
     """Train the same model several times, and find out which factors come back.
 
-    Each run is rotated by varimax. The consensus is that of all loadings pooled (their leading singular vectors, then
-    varimax), which knows nothing of the axes that a run ended on. The reproducibility of a factor is the mean absolute cosine
+    Each run is rotated by varimax. The consensus is computed from the pooled loadings (their leading singular vectors, then
+    varimax), and does not depend on the axes of a run. The reproducibility of a factor is the mean absolute cosine
     between its partner in a run and the consensus of the other runs.
 
     Runs that have not been trained to the end look unstable, whatever the data hold: give ``max_epochs`` and a learning rate
     (``train_kwargs={"plan_kwargs": {"lr": 5e-3}}``) with which the loss has settled.
 
-    **Seeds are not samples.** Runs that differ by their seed alone are trained on the same cells: a factor that they agree on
-    is a property of these cells and of the model, and may still be noise of these cells. Whether it would come back with others
-    is what ``resample`` asks; the agreement is then much lower, and is the number to report. (What a model takes from its data
-    before training, the prior of a latent library size and the start of ``bias="auto"``, is computed from all cells then, too.)
+    **Seeds are not samples.** Runs that differ only by their seed are trained on the same cells: a factor on which they agree
+    is a property of these cells and of the model, and can still be noise of these cells. ``resample`` tests if it recurs with
+    other cells; the agreement is then much lower, and is the number to report. (Quantities computed from the data before training,
+    the prior of a latent library size and the start of ``bias="auto"``, are from all cells then, too.)
 
     Parameters
     ----------
@@ -218,9 +218,9 @@ def fit_ensemble(
     n_latent
         Number of latents.
     resample
-        Cells of each run. None: the same for all. ``"halves"``: the cells are cut in two at random, runs take turns between the
-        halves, and each run is compared with the consensus of those on the other half. ``"bootstrap"``: as many as there are,
-        drawn with replacement for each run.
+        Cells of each run. None: the same for all. ``"halves"``: the cells are divided at random into two halves, runs alternate
+        between them, and each run is compared with the consensus of the runs on the other half. ``"bootstrap"``: cells drawn with
+        replacement for each run, in the number of all cells.
     max_epochs
         As in :meth:`LDVAE.train`.
     seed
@@ -229,11 +229,11 @@ def fit_ensemble(
         Arguments of :class:`LDVAE` and of :meth:`LDVAE.train`, whose ``kl_warmup`` is ``"auto"`` here unless given. A
         ``train_size`` cuts off the same cells in all runs (0.9 if not given; with ``resample`` all drawn cells are trained on).
     silent
-        Whether to hide the progress bar, which counts runs.
+        True to hide the progress bar, which counts runs.
 
     Returns
     -------
-    An :class:`Ensemble`. A run that fails is left out, with a warning; the others are not lost.
+    An :class:`Ensemble`. A run that fails is left out, with a warning.
 
     Raises
     ------
@@ -279,7 +279,7 @@ def fit_ensemble(
     for m in track(range(n_runs), description="Training runs", disable=silent):
         cells, kind = _cells_of_run(adata.n_obs, m, resample, train_size, seed)
         with _seeded(seed + m):
-            # Outside of what may fail: an option that the model does not have is no accident of one run.
+            # Raised at once: an option that the model does not have fails in all runs.
             model = LDVAE(adata, n_latent=n_latent, **model_kwargs)
             try:
                 _train_on(model, cells, max_epochs, options)
@@ -295,7 +295,9 @@ def fit_ensemble(
         seeds.append(seed + m)
         kinds.append(kind)
     if len(set(kinds)) < 2:
-        msg = f"{len(models)} of {n_runs} runs succeeded, which cannot be compared. What went wrong: {listed(failures.values())}."
+        msg = (
+            f"{len(models)} of {n_runs} runs succeeded, which cannot be compared. Errors: {listed(failures.values())}."
+        )
         raise RuntimeError(msg)
     return _ensemble(models, seeds, kinds, resample, failures)
 
@@ -349,7 +351,7 @@ class _DrawnCells(CountsSplitter):
         self._drawn = drawn
 
     def setup(self, stage: str | None = None) -> None:
-        """Split the cells; scvi-tools refuses an index that comes twice."""
+        """Split the cells; scvi-tools refuses duplicate indices."""
         super().setup(stage)
         self.train_idx = self._drawn
 
@@ -372,7 +374,7 @@ def _seeded(seed: int) -> Iterator[None]:
     """Random draws of torch and numpy from a seed, with a quiet Lightning, and the caller's own afterwards."""
     devices = list(range(torch.cuda.device_count()))
     state = np.random.get_state()  # noqa: NPY002 - what scvi-tools draws from
-    # Lightning speaks of accelerators at each training, which would cut the progress bar to pieces.
+    # Lightning logs a line on accelerators at each training, which would interrupt the progress bar.
     lightning = logging.getLogger("lightning.pytorch")
     level = lightning.level
     lightning.setLevel(max(logging.WARNING, lightning.getEffectiveLevel()))

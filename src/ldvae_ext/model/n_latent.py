@@ -1,4 +1,4 @@
-"""How many latents: the factors that come back, and a scree to look at beside them."""
+"""Number of latents: reproducible factors, and a scree."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ldvae_ext.model.ensemble import Ensemble, fit_ensemble
 
 @dataclass(frozen=True, eq=False, repr=False)
 class NLatentSuggestion:
-    """How many factors the data hold, from :func:`suggest_n_latent`."""
+    """Estimate of the number of factors in the data, from :func:`suggest_n_latent`."""
 
     n_stable: int
     """Number of stable factors of the ensemble: the answer."""
     n_scree: int
-    """Median over runs of the number of rotated factors that add more than ``min_increment`` of what all explain."""
+    """Median over runs of the number of rotated factors that add more than ``min_increment`` of the total explained deviance."""
     n_latent: int
     """Number of latents that the runs had."""
     increments: pd.DataFrame
@@ -30,7 +30,7 @@ class NLatentSuggestion:
 
     @property
     def agree(self) -> bool:
-        """Whether the two counts are the same."""
+        """True if the two counts are the same."""
         return self.n_stable == self.n_scree
 
     @property
@@ -54,7 +54,7 @@ class NLatentSuggestion:
                 f" All that there were are stable: there may be more than {self.n_latent}; try again with more latents."
             )
         if self.ensemble.resample is None:
-            text += " The runs share their cells; `resample='halves'` asks which factors come back with others."
+            text += " The runs share their cells; use `resample='halves'` to count factors that recur with other cells."
         return text
 
     def __repr__(self) -> str:
@@ -72,8 +72,8 @@ def suggest_n_latent(
 ) -> NLatentSuggestion:
     """Count the factors that come back when a model with too many latents is trained several times.
 
-    On simulated data the count of stable factors was exact as long as every program was recoverable, and too small by one
-    where the weakest was not. Beside it stands a scree: the increments of explained deviance by the factors of
+    On simulated data the count of stable factors was exact if every program was recoverable, and too small by one
+    if the weakest was not. The second count is from a scree: the increments of explained deviance by the factors of
     ``rotate("deviance")``. Active units (latents whose posterior mean varies) are not used: they overcount by four to six.
 
     Parameters
@@ -108,7 +108,7 @@ def suggest_n_latent(
         msg = f"`min_increment` must lie between 0 and 1; got {min_increment!r}."
         raise ValueError(msg)
     if ensemble is not None and not isinstance(ensemble, Ensemble):
-        msg = f"`ensemble` must be what `fit_ensemble` returned; got {type(ensemble).__name__}."
+        msg = f"`ensemble` must be a result of `fit_ensemble`; got {type(ensemble).__name__}."
         raise TypeError(msg)
     if ensemble is None:
         sizes: dict[str, Any] = {
@@ -122,7 +122,7 @@ def suggest_n_latent(
 
 
 def _increments(model: Any) -> dict[str, float]:
-    """Share of each factor of the deviance rotation in what all of them explain, in order."""
+    """Share of each factor of the deviance rotation in the total explained deviance, in order."""
     in_force = model.rotation_
     try:
         model.rotate("deviance")

@@ -22,7 +22,7 @@ from ldvae_ext.core import kl_per_dimension
 from ldvae_ext.core.posterior import deterministic_latent
 from ldvae_ext.module._modes import evaluating
 
-# What tells a result of this function from all else that can lie under its key.
+# Key that identifies a result of this function.
 MARK = "model_class"
 
 
@@ -44,7 +44,7 @@ def order_latents(
     Parameters
     ----------
     model
-        A trained model. An :class:`LDVAE` will do too; :meth:`LDVAE.export_to_anndata` writes its loadings and decoder as well.
+        A trained model. An :class:`LDVAE` is also possible; :meth:`LDVAE.export_to_anndata` writes its loadings and decoder as well.
     adata
         Where to write; the model's own data if None. Other cells are encoded by the model, for which scvi-tools registers
         them: it adds ``_scvi_*`` columns to their ``obs`` and ``_scvi_*`` entries to their ``uns``. A model that was loaded
@@ -66,22 +66,22 @@ def order_latents(
     RuntimeError
         If the model has not been trained.
     ValueError
-        If there are no cells, if one of the keys holds what this function did not write, or, from scvi-tools, if the network
-        gives no numbers or cannot read the cells. No latents are written.
+        If there are no cells, if one of the keys has a value that this function did not write, or, from scvi-tools, if the
+        network returns no numbers or cannot read the cells. No latents are written.
 
     Notes
     -----
     Writes, to a MuData at its top level,
 
-    * ``obsm["X_ordered_latent"]``: posterior means, cells x latents, float32 (softmax of those of u where
+    * ``obsm["X_ordered_latent"]``: posterior means, cells x latents, float32 (softmax of the means of u for
       ``latent_distribution="ln"``, z = softmax(u));
     * ``obsm["X_ordered_latent_var"]``: posterior variances, same order, float32 (of u under ``"ln"``);
     * ``uns["ordered_latent"]``: ``names`` and ``order`` of the latents, ``statistics`` (``kl``, ``kl_share``,
       ``active_unit``; of u under ``"ln"``), ``model_class`` (its name), ``latent_distribution``, ``n_cells``, ``versions``.
 
-    The KL is the one from the standard normal, whatever the model's prior is. SCVI, TOTALVI, PEAKVI, MULTIVI and LinearSCVI
-    have that prior. The prior of SCANVI depends on the label, and that of some others can be a mixture (SysVI, CYTOVI, CondSCVI):
-    there the order is by distance from the standard normal, which is no term of their ELBO.
+    The KL is from the standard normal, whatever the model's prior is. SCVI, TOTALVI, PEAKVI, MULTIVI and LinearSCVI
+    have this prior. The prior of SCANVI depends on the label, and the prior of some others can be a mixture (SysVI, CYTOVI,
+    CondSCVI): for them the order is by distance from the standard normal, which is not a term of their ELBO.
     """
     _check_model(model)
     keys = export_keys(ORDERED_KEY if key_added is None else key_added)
@@ -138,7 +138,7 @@ def _check_model(model: Any) -> None:
 
 
 def _check_free(target: AnnData | MuData, keys: ExportKeys) -> None:
-    """Raise if what lies under the keys was not written by :func:`order_latents`."""
+    """Raise if the entries under the keys were not written by :func:`order_latents`."""
     info = target.uns.get(keys.info)
     if isinstance(info, Mapping) and MARK in info:
         return
@@ -162,7 +162,7 @@ def _posterior(
         # scvi-tools' inference also draws a sample, which would move the caller's random state.
         with evaluating(model.module), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             mean_nk, variance_nk = model.get_latent_representation(adata=given, batch_size=batch_size, return_dist=True)
-    except AttributeError as error:  # what scvi-tools' getter meets in a distribution that has no `loc` or `scale`
+    except AttributeError as error:  # raised by scvi-tools' getter for a distribution without `loc` or `scale`
         msg = f"`model` must have a Gaussian posterior; {name} gave no mean and variance of each cell: {error}."
         raise TypeError(msg) from error
     finally:
