@@ -1,6 +1,6 @@
 """The door to scvi-tools and Lightning: the only file that imports or overrides their private names.
 
-Each name has a line that says why it is needed. ``docs/contributing.md`` has the table of them with what would break if a
+Each name has a comment with its reason. ``docs/contributing.md`` has the table of them, with the consequence of a change in a
 release changed one; ``tests/test_scvi_contract.py`` fails by name when one changes.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from packaging.version import Version
 
-# Name of the class that a registry belongs to: arguments of LinearSCVI are read differently.
+# Name of the class of a registry: arguments of LinearSCVI are read differently.
 from scvi.data._constants import _MODEL_NAME_KEY as MODEL_NAME_KEY
 
 # Arguments and method of a set-up, to repeat it for a query or for a model made of a LinearSCVI.
@@ -39,7 +39,7 @@ from scvi.model._utils import get_max_epochs_heuristic, parse_device_args, use_d
 # A saved model without its data, which a query is mapped onto.
 from scvi.model.base._save_load import _load_saved_files as load_saved_files
 
-# Keys of what `inference` and `generative` return.
+# Keys of the results of `inference` and `generative`.
 from scvi.module._constants import MODULE_KEYS
 
 # A configuration object and keyword arguments as one dictionary.
@@ -111,7 +111,7 @@ class DenoisedSamples:
 class GenerativeInputs:
     """Stands before scvi-tools' network: latents are changed between inference and decoder.
 
-    ``_get_generative_input`` is the only place between the two that every forward pass goes through.
+    ``_get_generative_input`` is the only place between the two through which every forward pass goes.
     """
 
     def _get_generative_input(self, tensors: Any, inference_outputs: Any, **kwargs: Any) -> Any:

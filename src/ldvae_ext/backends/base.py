@@ -12,9 +12,9 @@ from ldvae_ext.backends.inference import CellPosterior, posterior_by_layers
 
 
 class Backend(ABC):
-    """How the loss and the posterior of a minibatch are computed.
+    """Computation of the loss and of the posterior of a minibatch.
 
-    A backend object serves one network, for one training or one pass over cells: it may keep what it looked up in the
+    A backend object is for one network, and for one training or one pass over cells: it may keep references to the
     network's layers. All backends draw the same random numbers, and give the same results up to rounding.
     """
 

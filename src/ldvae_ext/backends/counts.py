@@ -29,7 +29,7 @@ class Counts:
     """A minibatch of counts, as the arrays of a CSR matrix; canonical: no gene comes twice in a cell, no zero is stored."""
 
     indptr: torch.Tensor
-    """Where each cell begins, shape (cells + 1,)."""
+    """Start of each cell, shape (cells + 1,)."""
     indices: torch.Tensor
     """Genes of the stored counts."""
     values: torch.Tensor
@@ -47,7 +47,7 @@ class Counts:
         # On a CPU numpy checks them several times as fast as torch.
         all_nonzero = values.detach().numpy().all() if is_numpy_array(values) else (values != 0).all()
         if not all_nonzero:
-            # Explicit zeros, such as those that dropout made, are removed.
+            # Explicit zeros, for example from dropout, are removed.
             is_nonzero = values != 0
             before = torch.nn.functional.pad(is_nonzero.cumsum(0), (1, 0))
             indptr, indices, values = before[indptr.long()], indices[is_nonzero], values[is_nonzero]

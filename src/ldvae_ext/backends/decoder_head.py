@@ -129,7 +129,7 @@ def fold_in_training_backward(
 ) -> tuple[np.ndarray, ...]:
     """Gradients of :func:`fold_in_training` in inputs, weights and gamma; overwrites ``d_weight_pg``.
 
-    The gradient in beta is that of the intercept.
+    The gradient in beta equals that of the intercept.
     """
     from ldvae_ext.kernels import batch_norm as loops
 

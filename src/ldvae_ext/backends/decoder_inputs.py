@@ -10,7 +10,7 @@ from scvi.nn import FCLayers
 
 
 class DecoderInputs(NamedTuple):
-    """What the decoder and the likelihood of a minibatch depend on, besides parameters."""
+    """Inputs of the decoder and of the likelihood of a minibatch, other than parameters."""
 
     values: torch.Tensor
     """Latents, continuous covariates and embedded batches, shape (cells, inputs) or (samples, cells, inputs)."""

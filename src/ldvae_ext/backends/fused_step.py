@@ -1,6 +1,6 @@
 """The fused training step: loss and gradients of the usual network as one autograd function, in compiled loops on a CPU.
 
-The loops are those of the layer-by-layer way. At a minibatch of 128 cells the bookkeeping of a graph with a hundred nodes takes
+The loops are the same as layer by layer. For a minibatch of 128 cells the overhead of a graph with a hundred nodes takes
 longer than the arithmetic.
 """
 
@@ -65,9 +65,9 @@ class EncoderPass:
     layers
         Its layers.
     seen
-        Counts as the encoder sees them.
+        Counts as input of the encoder.
     prior
-        Prior of what it encodes.
+        Prior of the encoded variable.
     """
 
     def __init__(self, layers: EncoderLayers, seen: Counts, prior: NormalPrior) -> None:
@@ -201,7 +201,7 @@ class HeadPass:
 
 @dataclass
 class StepInputs:
-    """The inputs of a step besides parameters."""
+    """Inputs of a step other than parameters."""
 
     counts: Counts
     seen: Counts
@@ -242,7 +242,7 @@ class _FusedLoss(Function):
         ctx.inputs, ctx.passes, ctx.kl_weight = inputs, passes, kl_weight
         ctx.is_shared = step.log_theta is not None and step.log_theta.ndim == 1
         loss_n, ctx.gradients = head_gradients(ctx.arrays, inputs.counts, inputs.code_n)
-        # As a rule the loss alone has a gradient.
+        # Usually only the loss has a gradient.
         ctx.set_materialize_grads(False)
         terms = tuple(map(torch.from_numpy, (loss_n, passes[0].divergence_n, divergence_l_n)))
         return torch.mean(terms[0] + kl_weight * terms[1] + terms[2]), *terms
@@ -277,7 +277,7 @@ class _FusedLoss(Function):
 
 
 class FusedStep:
-    """Training steps of a network whose layers are looked up once.
+    """Training steps of a network. Its layers are looked up once.
 
     Parameters
     ----------

@@ -96,7 +96,7 @@ def _sparse_inference(module: Any, tensors: dict[str, torch.Tensor]) -> dict[str
 def posterior_by_layers(module: Any, tensors: dict[str, torch.Tensor]) -> CellPosterior:
     """Posterior of the cells of a minibatch by the network's layers in evaluation mode.
 
-    Deterministic, and torch's random state is left as it was.
+    Deterministic; torch's random state does not change.
 
     Parameters
     ----------

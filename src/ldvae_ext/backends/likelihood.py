@@ -116,7 +116,7 @@ def _gamma_terms(counts: Counts, x: torch.Tensor, theta: torch.Tensor) -> tuple[
     """``lgamma(x + theta) - lgamma(theta) - lgamma(x + 1)`` of the counts x, and its derivative in theta.
 
     Both are sums over i < x, of ``log((theta + i) / (i + 1))`` and of ``1 / (theta + i)``. Most counts are small, so that the
-    sums are read from tables where theta belongs to the genes.
+    sums are read from tables if theta is shared by all cells.
     """
     if theta.ndim > 1:
         return _gamma_functions(x, at_counts(counts, theta))

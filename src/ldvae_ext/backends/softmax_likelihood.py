@@ -66,7 +66,7 @@ def _gradients(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients in logits, log libraries and theta of the weighted sum of losses.
 
-    ``d_log_mu`` and ``d_theta`` are what counts add to the derivatives of the log-likelihood in log mu and theta.
+    ``d_log_mu`` and ``d_theta`` are the contributions of counts to the derivatives in log mu and theta.
     """
     d_logits_ng = share_ng * theta_g
     add_at_counts(counts, d_logits_ng, d_log_mu, -1.0)
@@ -164,7 +164,7 @@ def softmax_negative_log_likelihood(
     theta_g: torch.Tensor | None = None,
     dropout_ng: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Negative log-likelihood of each cell, in nats, where means are ``library * softmax(logits)``; differentiable once.
+    """Negative log-likelihood of each cell, in nats, for means ``library * softmax(logits)``; differentiable once.
 
     Parameters
     ----------

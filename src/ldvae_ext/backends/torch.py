@@ -37,7 +37,7 @@ def obstacle_to_formulas(module: Any, device: str) -> str | None:
         As in :meth:`Backend.obstacle`.
     """
     if module.gene_likelihood == "normal":
-        return "`gene_likelihood='normal'` has no gamma functions; only scvi-tools' own way is left"
+        return "`gene_likelihood='normal'` has no gamma functions, and is only computed by scvi-tools"
     if device not in ("cpu", "cuda"):
         return "there are sparse tensors on a CPU and under CUDA only"
     return replaced(module, _METHODS)

@@ -1,4 +1,4 @@
-"""Reading results back from AnnData: no torch, nothing written."""
+"""Results from AnnData as tables, without torch; nothing is written."""
 
 from __future__ import annotations
 

@@ -25,18 +25,18 @@ def ablation_df(
     alternative: Literal["two-sided", "greater", "less"] = "two-sided",
     min_effect: float = 0.0,
 ) -> pd.DataFrame:
-    """What each group of cells loses without each latent, and whether more than chance.
+    """Effect of each latent in each group of cells, with a test.
 
     Parameters
     ----------
     ablation
         Cells x latents, from :meth:`ldvae_ext.model.LDVAE.ablate` or :func:`ldvae_ext.tl.ablate`.
     groupby
-        Categorical column of its ``obs``; cells where it is NaN are left out, groups without cells too. All cells are one
+        Categorical column of its ``obs``; cells without a value and groups without cells are left out. All cells are one
         group, ``"all"``, if None.
     alternative
-        What the test looks for: effects that are not symmetric around 0 (``"two-sided"``), latents that help (``"greater"``) or
-        latents that hurt (``"less"``).
+        Alternative hypothesis: effects are not symmetric around 0 (``"two-sided"``), latents improve the likelihood
+        (``"greater"``) or make it worse (``"less"``).
     min_effect
         For one-sided tests: the effect, in nats per cell, that a latent must exceed to matter.
 
@@ -53,8 +53,8 @@ def ablation_df(
 
     The last three are NaN for a group of one cell or of identical values. With hundreds of cells the test finds effects that
     do not matter, such as the hundredth of a nat of a latent that is hardly used: look at the size, or name a
-    ``min_effect``. On the cells that the model was trained on, a latent may help a little by
-    having learnt their noise; ``ablate(indices=model.validation_indices)`` looks at others.
+    ``min_effect``. On training cells, the effect of a latent includes fitted noise;
+    ``ablate(indices=model.validation_indices)`` measures it on other cells.
 
     Raises
     ------
@@ -76,7 +76,7 @@ def ablation_df(
         raise ValueError(msg)
     shift = -min_effect if alternative == "less" else min_effect
     if not isinstance(ablation, AnnData) or issparse(ablation.X):
-        msg = "`ablation` must be what `ablate` returned, not the data or the model."
+        msg = "`ablation` must be a result of `ablate`, not the data or the model."
         raise TypeError(msg)
     if _is_of_genes(ablation):
         msg = "`ablation` is one of genes; `get.gene_ablation_df` reads it."
@@ -127,14 +127,14 @@ def _paired(effect_n: np.ndarray, alternative: str, shift: float) -> tuple[float
             size = mean / effect_n.std(ddof=1)
     if varies:
         with warnings.catch_warnings():
-            # Ties and zeros among few cells: scipy takes the normal approximation and says so.
+            # With ties and zeros among few cells scipy uses the normal approximation, with a warning.
             warnings.simplefilter("ignore", UserWarning)
             p_value = wilcoxon(effect_n - shift, alternative=alternative).pvalue
     return n_cells, mean, median, (effect_n > 0).mean(), size, p_value
 
 
 def gene_ablation_df(ablation: AnnData, factor: Any = None) -> pd.DataFrame:
-    """What each gene contributes to the effect of taking a latent out, group by group.
+    """Contribution of each gene to the effect of each latent, by group.
 
     Parameters
     ----------
@@ -146,8 +146,8 @@ def gene_ablation_df(ablation: AnnData, factor: Any = None) -> pd.DataFrame:
     Returns
     -------
     One row for each group, latent and gene: ``group``, ``factor``, ``gene``, ``n_cells``, ``mean`` (change of the negative
-    log-likelihood of the gene's counts, nats per cell; positive: the latent helps) and ``share``, that of the latent's
-    whole effect in the group (NaN where that is 0).
+    log-likelihood of the gene's counts, nats per cell; positive: the latent improves the fit) and ``share``, its part in
+    the whole effect of the latent in the group (NaN if that is 0).
 
     Raises
     ------

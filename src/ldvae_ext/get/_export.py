@@ -27,26 +27,24 @@ STATISTICS = ("kl", "kl_share", "active_unit")
 
 
 def export_mark(info: Any) -> int:
-    """What tells one export from another, whichever cells and genes have been left out since."""
+    """Statistics that identify an export, also after cells and genes were removed."""
     kl_k = np.asarray(info.get("statistics", {}).get("kl", []), dtype=np.float64)
     return zlib.crc32(" ".join(strings(info["names"])).encode() + kl_k.tobytes())
 
 
 def warn_if_outdated(adata: AnnData, what: str, *, key: str, mark: int | None) -> None:
-    """Warn if what was computed from an export is read beside another one under the same key, with perhaps the same names."""
+    """Warn if a result was computed from an earlier export under the same key, whose factors may have the same names."""
     info = adata.uns.get(key)
     if mark is not None and info is not None and export_mark(info) != int(mark):
-        warn(
-            f"{what} was computed from an earlier export {key!r}, and speaks of its factors; the present ones are others."
-        )
+        warn(f"{what} was computed from an earlier export {key!r}, whose factors differ from the present ones.")
 
 
 def export_of(adata: AnnData, key: str = DEFAULT_KEY) -> tuple[ExportKeys, Any]:
-    """Keys and ``uns`` entry of an export, or an error that says how to make one."""
+    """Keys and ``uns`` entry of an export, or an error that names the method that writes one."""
     check_is_annotated(adata)
     keys = export_keys(key)
     if keys.info in adata.uns and "decoder" not in adata.uns[keys.info]:
-        msg = f"`adata.uns[{keys.info!r}]` holds no decoder, so it was not written by `LDVAE.export_to_anndata`."
+        msg = f"`adata.uns[{keys.info!r}]` has no decoder, so it was not written by `LDVAE.export_to_anndata`."
         raise KeyError(msg)
     if keys.info not in adata.uns:
         msg = f"No export {key!r} in `adata.uns`, which has {listed(adata.uns)}; `LDVAE.export_to_anndata` writes one."
@@ -64,7 +62,7 @@ def check_no_export(adata: AnnData, key_added: str) -> None:
 
 
 def decoder(adata: AnnData, *, key: str = DEFAULT_KEY) -> LinearDecoder:
-    """The decoder that belongs to the exported latents: their order, signs and names, in the canonical gauge.
+    """Decoder of the exported latents: with their order, signs and names, in the canonical gauge.
 
     ``decoder(adata).scale(adata.obsm["X_ldvae"], batch)`` is the decoded expression of the cells, for the genes of the
     model. They are in the order of ``adata``, as in :func:`loadings`; if some have been left out of ``adata`` or renamed since the

@@ -1,4 +1,4 @@
-"""Which genes a factor is about."""
+"""Top genes of a factor."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ldvae_ext.core._arrays import strings
 from ldvae_ext.get._export import decoder, loadings
 from ldvae_ext.get._populations import group_positions, populations_of
 
-# What ranks the genes of a path by the sum over its factors.
+# Name of the sum over the factors of a path.
 TOTAL = "total"
 RANKS = ("information", "loading")
 
 
 def gene_scores(adata: AnnData, *, rank_by: str = "information", key: str = DEFAULT_KEY) -> pd.DataFrame:
-    """What genes are ranked by, for each factor: positive where expression rises with it, negative where it falls.
+    """Scores that rank the genes of each factor: positive if expression increases with the factor, else negative.
 
     Parameters
     ----------
@@ -28,7 +28,7 @@ def gene_scores(adata: AnnData, *, rank_by: str = "information", key: str = DEFA
         AnnData that :meth:`ldvae_ext.model.LDVAE.export_to_anndata` wrote to.
     rank_by
         ``"loading"``: the canonical loading, in log-rate per unit of latent; its largest values often belong to genes
-        with hardly any counts. ``"information"``: the gene's signed share in what the counts of an average cell say about
+        with very few counts. ``"information"``: the gene's signed share in the Fisher information of the counts about
         the factor (:meth:`ldvae_ext.core.LinearDecoder.gene_information`), which weighs loadings by expression.
     key
         ``key_added`` of the export.
@@ -72,10 +72,10 @@ def top_genes(
     factor
         One factor or several: names (``"Z_3"``) or positions in the exported order. All of them if None.
     group
-        One population or several of those that :func:`ldvae_ext.tl.population_loadings` wrote; genes are ranked by their values
+        One population, or several, of a result of :func:`ldvae_ext.tl.population_loadings`; genes are ranked by their values
         there, and ``factor`` may be all that they have: directions (``"D_0"``) for ``kind="within"``; for ``"path"`` ``"batch"``, and
         ``"total"``, the sum over all factors. (With ``kind="gradient", scale="log"`` all populations rank genes alike, see
-        there.) None ranks by the decoder alone.
+        there.) None ranks by the decoder.
     n
         Genes in each direction; fewer are returned where fewer rise or fall.
     rank_by
@@ -86,18 +86,18 @@ def top_genes(
     Returns
     -------
     One row for each factor, direction and gene: ``factor``, ``direction`` (``"up"`` or ``"down"``), ``rank`` (from 1), ``gene``,
-    ``loading`` (log-rate per unit of latent) and, with ``rank_by="information"``, ``information`` (signed share). With ``group``
-    that comes first, and ``value`` replaces the last two.
+    ``loading`` (log-rate per unit of latent) and, with ``rank_by="information"``, ``information`` (signed share). With
+    ``group``, that column is first, and ``value`` replaces the last two.
 
     Raises
     ------
     ValueError
-        If a factor or population does not exist, or an argument belongs to the other way of ranking.
+        If a factor or population does not exist, or ``rank_by`` is combined with ``group``.
     """
     check_positive_int("n", n)
     if group is not None:
         if rank_by is not None:
-            msg = "`rank_by` ranks by the decoder alone; with `group`, the population loadings of `key` rank."
+            msg = "`rank_by` ranks by the decoder; with `group`, genes are ranked by the population loadings of `key`."
             raise ValueError(msg)
         return _top_in_groups(adata, factor, group, n, POPULATION_LOADINGS if key is None else key)
     rank_by, key = rank_by or "information", DEFAULT_KEY if key is None else key

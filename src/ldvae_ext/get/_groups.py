@@ -1,4 +1,4 @@
-"""Which factors mark which groups, as a table."""
+"""Ranking of factors that distinguish groups of cells, as a table."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ldvae_ext.get._export import warn_if_outdated
 
 
 def ranking_of(adata: AnnData, key: str = GROUPS_INFO) -> Any:
-    """``uns`` entry of a ranking of factors, or an error that says how to make one."""
+    """``uns`` entry of a ranking of factors, or an error that names the function that writes one."""
     if key not in adata.uns:
         msg = f"No ranking {key!r} in `adata.uns`, which has {listed(adata.uns)}; `tl.rank_factors_groups` writes one."
         raise KeyError(msg)
@@ -32,7 +32,7 @@ def ranking_of(adata: AnnData, key: str = GROUPS_INFO) -> Any:
 def rank_factors_groups_df(
     adata: AnnData, group: str | Iterable[str] | None = None, *, key: str = GROUPS_INFO
 ) -> pd.DataFrame:
-    """Which factors tell which groups apart, best first, as a long table.
+    """Factors that distinguish groups of cells, best first, as a long table.
 
     Parameters
     ----------
@@ -46,8 +46,8 @@ def rank_factors_groups_df(
     Returns
     -------
     One row for each group and factor: ``group``, ``factor``, ``score`` (z-score, t-statistic or coefficient),
-    ``mean_difference`` (group minus what it was compared with, in units of the latent), ``auroc`` (in [0, 1]), ``sign`` (that
-    of the difference: -1 if it is negative, else 1), ``p_value`` and ``q_value`` (corrected; both NaN for ``"logreg"``).
+    ``mean_difference`` (group minus compared cells, in units of the latent), ``auroc`` (in [0, 1]), ``sign`` (of the
+    difference: -1 if it is negative, else 1), ``p_value`` and ``q_value`` (corrected; both NaN for ``"logreg"``).
 
     Raises
     ------

@@ -17,7 +17,7 @@ from ldvae_ext.get._export import warn_if_outdated
 
 
 def populations_of(adata: AnnData, key: str = POPULATION_LOADINGS) -> tuple[np.ndarray, Any]:
-    """Array (genes x factors x populations) and ``uns`` entry of population loadings, or an error that says how to make them."""
+    """Array (genes x factors x populations) and ``uns`` entry of population loadings, or an error that names their function."""
     if key not in adata.varm or "groups" not in adata.uns.get(key, {}):
         msg = f"No population loadings {key!r} in `adata.varm`, which has {listed(adata.varm) or 'nothing'}; `ldvae_ext.tl.population_loadings` writes them."
         raise KeyError(msg)
@@ -94,7 +94,7 @@ def population_loadings_df(
 
 
 def population_directions_df(adata: AnnData, *, key: str = POPULATION_LOADINGS) -> pd.DataFrame:
-    """Which factors the directions of variation inside each population are made of.
+    """Share of each factor in the directions of variation inside each population.
 
     Parameters
     ----------
@@ -109,7 +109,7 @@ def population_directions_df(adata: AnnData, *, key: str = POPULATION_LOADINGS) 
     """
     _, info = populations_of(adata, key)
     if info["kind"] != "within":
-        msg = f"`key={key!r}` holds population loadings of kind {info['kind']!r}; directions belong to 'within'."
+        msg = f"`key={key!r}` has population loadings of kind {info['kind']!r}; only kind 'within' has directions."
         raise ValueError(msg)
     return directions_table(
         strings(info["groups"]).tolist(),

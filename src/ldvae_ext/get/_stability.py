@@ -1,4 +1,4 @@
-"""What several trainings agree on, and rotations, read back from AnnData."""
+"""Consensus of several trainings, and rotations, from AnnData."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ldvae_ext.get._export import check_is_annotated, export_of, factors
 
 
 def consensus_info(adata: AnnData, key: str = CONSENSUS_KEY) -> Any:
-    """``uns`` entry of a consensus, or an error that says how to make one."""
+    """``uns`` entry of a consensus, or an error that names the function that writes one."""
     check_is_annotated(adata)
     info = adata.uns.get(consensus_keys(key).info)
     if info is None or "cosine" not in info:
@@ -26,7 +26,7 @@ def consensus_info(adata: AnnData, key: str = CONSENSUS_KEY) -> Any:
 
 
 def stability(adata: AnnData, *, key: str = CONSENSUS_KEY) -> pd.DataFrame:
-    """How reproducible each consensus factor is.
+    """Reproducibility of each consensus factor.
 
     Parameters
     ----------
@@ -55,7 +55,7 @@ def consensus_loadings(adata: AnnData, *, spread: bool = False, key: str = CONSE
     adata, key
         See :func:`stability`.
     spread
-        Whether to return their standard deviation over runs instead.
+        True to return their standard deviation over runs instead.
     """
     info, keys = consensus_info(adata, key), consensus_keys(key)
     value_gk = np.asarray(adata.varm[keys.spread if spread else keys.loadings])

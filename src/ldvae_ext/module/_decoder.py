@@ -1,4 +1,4 @@
-"""The linear decoder as a layer: scvi-tools' own, without work that nobody asked for."""
+"""Linear decoder as a layer: scvi-tools' decoder without unused computations."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ class LinearDecoderLayer(LinearDecoderSCVI):
     n_input, n_output, n_cat_list, use_batch_norm, bias
         As in scvi-tools.
     softplus
-        Whether the link is softplus rather than softmax.
+        True for a softplus link, False for softmax.
     dropout
-        Whether the likelihood is zero-inflated. If not, ``px_dropout_decoder`` stays, so that parameters have LinearSCVI's
-        names, but it needs no gradient and is never computed.
+        True if the likelihood is zero-inflated. If not, ``px_dropout_decoder`` exists, so that parameters have LinearSCVI's
+        names, but it has no gradient and is not computed.
     dispersion
-        Whether the log dispersion of each cell is linear in the input (``dispersion="gene-cell"``): adds ``px_r_decoder``.
+        True if the log dispersion of each cell is linear in the input (``dispersion="gene-cell"``): adds ``px_r_decoder``.
     """
 
     def __init__(

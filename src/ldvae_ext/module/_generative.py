@@ -94,7 +94,7 @@ class GenerativeModule:
             If there are several batches and no codes.
         """
         if batch_index is None and self.n_batch > 1:
-            msg = f"A minibatch has no batch codes; the model knows {self.n_batch} batches."
+            msg = f"A minibatch has no batch codes; the model has {self.n_batch} batches."
             raise ValueError(msg)
         if batch_index is None:
             batch_index = torch.zeros(z.shape[-2], 1, dtype=torch.int64, device=z.device)

@@ -42,36 +42,36 @@ class LDVAEModule(StrictLoading, QueryModule, TruncationModule, GenerativeModule
     dispersion
         ``"gene"``, ``"gene-batch"``, ``"gene-label"``, or ``"gene-cell"``: log theta linear in the latent.
     log_variational
-        Whether the encoder sees ``log(1 + counts)`` rather than counts.
+        True if the input of the encoder is ``log(1 + counts)``, False for counts.
     gene_likelihood
         ``"nb"``, ``"zinb"``, ``"poisson"`` or ``"normal"``.
     use_batch_norm
         True or ``"both"``; False or ``"encoder"``; ``"decoder"``; ``"none"``.
     bias
-        Whether the decoder has an intercept before its batch norm, if any. ``"auto"``: a gene intercept (that of the batch
-        norm where there is one), which :meth:`start_intercept` sets.
+        True if the decoder has an intercept before its batch norm, if any. ``"auto"``: a gene intercept (that of the batch
+        norm if there is one), which :meth:`start_intercept` sets.
     latent_distribution
         ``"normal"`` or ``"ln"``.
     use_observed_lib_size
-        Whether the library size is the cell's total rather than a latent variable.
+        True to use the total of a cell as library size, False for a latent variable.
     n_continuous_cov, n_cats_per_cov
         Number of continuous covariates; number of levels of each categorical one.
     encode_covariates
-        Whether the encoders see batch and covariates.
+        True if batch and covariates are inputs of the encoders.
     deeply_inject_covariates
-        Whether they see them in each hidden layer rather than in the first.
+        True if they are inputs of each hidden layer, False for the first only.
     batch_representation
         ``"one-hot"`` or ``"embedding"``.
     use_layer_norm
         ``"none"`` or ``"encoder"``.
     use_size_factor_key
-        Whether cells come with size factors: then the link is softplus.
+        True if cells have size factors; the link is then softplus.
     extra_payload_autotune
-        Whether the loss carries what scvi-tools' autotune asks for.
+        True to add the outputs for scvi-tools' autotune to the loss.
     library_log_means, library_log_vars
         Prior of the log library of each batch, shape (1, batches).
     var_activation
-        What makes the variances of the encoders positive; ``torch.exp`` if None.
+        Activation that makes the variances of the encoders positive; ``torch.exp`` if None.
     extra_decoder_kwargs
         Must be empty: the linear decoder takes none.
     extra_encoder_kwargs, batch_embedding_kwargs
@@ -241,7 +241,7 @@ class LDVAEModule(StrictLoading, QueryModule, TruncationModule, GenerativeModule
         """Marginal log-likelihood of each cell by importance sampling from its posterior, in nats.
 
         ``log mean_s p(x | u_s, l_s) p(u_s) p(l_s) / (q(u_s | x) q(l_s | x))``. scvi-tools' own for a normal latent. Under
-        ``"ln"``, where z = softmax(u), the densities are those of u; scvi-tools evaluates them at z.
+        ``"ln"``, with z = softmax(u), the densities are those of u; scvi-tools evaluates them at z.
 
         Parameters
         ----------
@@ -250,7 +250,7 @@ class LDVAEModule(StrictLoading, QueryModule, TruncationModule, GenerativeModule
         n_mc_samples
             Number of samples.
         return_mean
-            Whether to return the mean over cells.
+            True to return the mean over cells.
         n_mc_samples_per_pass
             Samples that are held at once.
         """

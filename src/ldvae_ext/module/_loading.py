@@ -10,7 +10,7 @@ from ldvae_ext._validate import listed
 class StrictLoading:
     """Stands before a network of scvi-tools, whose layers hold None where they have no batch norm.
 
-    torch passes over saved parameters that belong there, so that a network built with other options would open in silence.
+    torch ignores saved parameters that do not exist, so that a network with other options would load without an error.
     """
 
     def load_state_dict(self: Any, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
@@ -24,10 +24,10 @@ class StrictLoading:
         Raises
         ------
         RuntimeError
-            If the parameters are those of another network.
+            If the parameters belong to another network.
         """
         unknown = sorted(set(state_dict) - set(self.state_dict())) if strict else []
         if unknown:
-            msg = f"This network has no {listed(unknown)}: what was saved was built with other options."
+            msg = f"This network has no {listed(unknown)}: it was saved with other options."
             raise RuntimeError(msg)
         return super().load_state_dict(state_dict, strict=strict, assign=assign)  # type: ignore[misc]

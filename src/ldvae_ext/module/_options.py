@@ -1,4 +1,4 @@
-"""Checks of the network's options, and what they mean."""
+"""Checks of the network's options, and their meaning."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CHOICES = {
     "batch_representation": ("one-hot", "embedding"),
 }
 
-# What the network hands to its encoders itself.
+# Arguments of the encoders that the network sets.
 ENCODER_OPTIONS = (
     "n_input",
     "n_output",
@@ -33,9 +33,9 @@ ENCODER_OPTIONS = (
 
 
 def batch_norm_where(use_batch_norm: bool | str) -> tuple[bool, bool]:
-    """Whether the encoders and the decoder have batch norm.
+    """True, for the encoders and for the decoder, if they have batch norm.
 
-    True and False speak of the decoder alone, as in LinearSCVI, whose encoders always have it; strings are scVI's.
+    True and False are for the decoder only, as in LinearSCVI, whose encoders always have it; strings are scVI's.
     """
     if use_batch_norm in (True, False, None):
         return True, bool(use_batch_norm)
@@ -44,11 +44,11 @@ def batch_norm_where(use_batch_norm: bool | str) -> tuple[bool, bool]:
 
 
 def layer_norm_in_encoder(use_layer_norm: str) -> bool:
-    """Whether the encoders have layer norm."""
+    """True if the encoders have layer norm."""
     if use_layer_norm in ("decoder", "both"):
         msg = (
-            f"`use_layer_norm={use_layer_norm!r}`: the decoder cannot have layer norm, which divides by a statistic of the "
-            "cell and so is not linear: loadings would mean nothing. Allowed are 'none' and 'encoder'."
+            f"`use_layer_norm={use_layer_norm!r}`: layer norm divides by a statistic of the cell, so that a decoder with it is "
+            "not linear and has no loadings. Allowed are 'none' and 'encoder'."
         )
         raise ValueError(msg)
     check_one_of("use_layer_norm", use_layer_norm, LAYER_NORM)

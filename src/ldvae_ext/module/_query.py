@@ -1,4 +1,4 @@
-"""Query mapping: a network for more batches than the reference had, of which only what is new learns."""
+"""Query mapping: a network with more batches than the reference, of which only the new parts are trained."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ldvae_ext.backends.plan import GatheringPlan
 
 
 class Levels(NamedTuple):
-    """How many batches, labels and levels of each categorical covariate a network knows."""
+    """Numbers of batches, labels and levels of each categorical covariate of a network."""
 
     n_batch: int
     n_labels: int
@@ -22,7 +22,7 @@ class Levels(NamedTuple):
 
 
 class Freezing(NamedTuple):
-    """What of the reference stays as it is; see ``LDVAE.load_query_data``."""
+    """Parts of the reference that are frozen; see ``LDVAE.load_query_data``."""
 
     unfrozen: bool = False
     freeze_dropout: bool = False
@@ -34,14 +34,14 @@ class Freezing(NamedTuple):
 
 
 class QueryModule:
-    """What a network needs of which parts may be frozen; stands before the network's class."""
+    """Methods of a network with frozen parts; precedes the network's class."""
 
     learnable: dict[str, torch.Tensor] | None = None
-    """Which entries of each parameter may change in training; None if all of them, as in a model that is no query."""
+    """Masks of the entries of each parameter that are trained; None if all are, as in a model that is not a query."""
 
     @property
     def can_learn(self) -> bool:
-        """Whether training could change anything."""
+        """True if there are parameters to train."""
         return self.learnable is None or any(mask.any() for mask in self.learnable.values())
 
     def train(self: Any, mode: bool = True) -> Any:
@@ -50,7 +50,7 @@ class QueryModule:
         Parameters
         ----------
         mode
-            Whether to train.
+            True for training mode.
         """
         super().train(mode)  # type: ignore[misc]
         for layer in self.modules():
@@ -75,13 +75,13 @@ class QueryTrainingPlan(GatheringPlan):
     Raises
     ------
     ValueError
-        If nothing is left to learn.
+        If there are no parameters to train.
     """
 
     def __init__(self, module: Any, **kwargs: Any) -> None:
         if not module.can_learn:
             msg = (
-                "Nothing is left to learn: the reference knows all batches and levels of the query, and everything else is "
+                "There are no parameters to train: the reference has all batches and levels of the query, and all else is "
                 "frozen. The model can be used as it is; to train it, load the query with `unfrozen=True`, or with one of "
                 "the `freeze_...` arguments False."
             )
@@ -92,18 +92,18 @@ class QueryTrainingPlan(GatheringPlan):
         """Training mode, which a network out of ``load_query_data`` or ``load`` is not in and lightning does not set."""
         super().on_fit_start()
         if self.module.learnable is not None:
-            # All layers, for now: lightning would warn of those in evaluation mode.
+            # All layers, at first: Lightning would warn of layers in evaluation mode.
             for layer in self.module.modules():
                 layer.training = True
 
     def on_train_start(self) -> None:
-        """Training mode for what learns, evaluation mode for frozen batch norms."""
+        """Training mode for trained layers, evaluation mode for frozen batch norms."""
         super().on_train_start()
         if self.module.learnable is not None:
             self.module.train()
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """scvi-tools' optimizer, followed by what keeps frozen entries."""
+        """scvi-tools' optimizer, which restores frozen entries after each step."""
         config = super().configure_optimizers()
         learnable = self.module.learnable or {}
         # torch.compile puts a prefix before the names.
@@ -145,7 +145,7 @@ def _n_columns(n_levels: int) -> int:
 
 
 def _extended(values: torch.Tensor, n_new: int, dim: int) -> torch.Tensor:
-    """Values followed by their mean, as often as asked for."""
+    """Values followed by the given number of copies of their mean."""
     mean = values.mean(dim=dim, keepdim=True)
     return torch.cat([values, mean.repeat_interleave(n_new, dim=dim)], dim=dim)
 
@@ -163,14 +163,14 @@ def _widened(weight: torch.Tensor, old: Sequence[int], new: Sequence[int]) -> to
 
 
 def _new_columns(weight: torch.Tensor, old: Sequence[int], new: Sequence[int]) -> torch.Tensor:
-    """Whether each entry of a widened weight belongs to a level that the reference does not know."""
+    """True for each entry of a widened weight that belongs to a new level."""
     blocks = [torch.arange(_n_columns(n_new)) >= n_old for n_old, n_new in zip(old, new, strict=True)]
     own = torch.zeros(weight.shape[1] - sum(map(len, blocks)), dtype=torch.bool)
     return torch.cat([own, *blocks]).to(weight.device).expand_as(weight)
 
 
 def levels_of(module: Any) -> Levels:
-    """How many batches, labels and levels of covariates a network knows.
+    """Numbers of batches, labels and levels of covariates of a network.
 
     Parameters
     ----------
@@ -186,9 +186,9 @@ def _embedding_name() -> str:
 
 @torch.no_grad()
 def take_over(module: Any, state: dict[str, torch.Tensor], reference: Levels, *, library_known: bool) -> None:
-    """Load the parameters of a reference's network into one that knows more levels.
+    """Load the parameters of a reference's network into a network with more levels.
 
-    Entries of levels that the reference knows are the reference's; those of new levels start at the mean over these. The
+    Entries of the reference's levels are copied; those of new levels start at their mean. The
     only level of a reference has no column: it gets one of zeros, and so do the new ones.
 
     Parameters
@@ -200,7 +200,7 @@ def take_over(module: Any, state: dict[str, torch.Tensor], reference: Levels, *,
     reference
         Numbers of levels of the reference.
     library_known
-        Whether the network has the prior of the library size of new batches, from counts. If not, it is the mean of the
+        True if the network has the prior of the library size of new batches, from counts. If not, it is the mean of the
         reference's.
     """
     state = dict(state)
@@ -222,7 +222,7 @@ def take_over(module: Any, state: dict[str, torch.Tensor], reference: Levels, *,
 
 
 def freeze(module: Any, reference: Levels, options: Freezing) -> None:
-    """Freeze the reference's part of a network, so that only what is new learns.
+    """Freeze the reference's part of a network, so that only new parts are trained.
 
     Parameters that a configuration never uses stay as they are, whatever the options.
 
@@ -233,7 +233,7 @@ def freeze(module: Any, reference: Levels, options: Freezing) -> None:
     reference
         Numbers of levels of the reference.
     options
-        What to freeze.
+        Parts to freeze.
     """
     used = {name for name, value in module.named_parameters() if value.requires_grad}
     learnable = {
@@ -254,7 +254,7 @@ def freeze(module: Any, reference: Levels, options: Freezing) -> None:
             layers.momentum = 0.0
             layers.training = False
     for name, value in module.named_parameters():
-        # Linear layers beside one that learns keep a gradient, of zero, as in scvi-tools.
+        # Linear layers with other trained entries keep a gradient, of zero, as in scvi-tools.
         value.requires_grad_(name in hooked or bool(learnable[name].any()))
         if value.requires_grad and not learnable[name].all():
             value.register_hook(partial(_only_learnable, module, name))
@@ -277,7 +277,7 @@ def _is_frozen_norm(path: str, options: Freezing) -> bool:
 
 
 def _masks(module: Any, reference: Levels, options: Freezing) -> dict[str, torch.Tensor]:
-    """Which entries of each parameter may change, by the name of the parameter."""
+    """Masks of the trained entries of each parameter, by the name of the parameter."""
     masks = {
         name: torch.full_like(value, _learns(name, options), dtype=torch.bool)
         for name, value in module.named_parameters()
@@ -296,7 +296,7 @@ def _masks(module: Any, reference: Levels, options: Freezing) -> dict[str, torch
 
 
 def _learns(name: str, options: Freezing) -> bool:
-    """Whether a parameter learns also where it belongs to what the reference knows."""
+    """True if the entries of a parameter for the reference's levels are trained, too."""
     if options.unfrozen:
         return True
     if name.startswith("l_encoder."):

@@ -13,17 +13,17 @@ from scvi.distributions import Normal
 
 from ldvae_ext._scvi import MODULE_KEYS, GenerativeInputs
 
-# Which latents of which cell are kept, among the outputs of the inference.
+# Key of the mask of kept latents among the outputs of the inference.
 _KEPT = "kept_latents"
 # Nats per cell, summed over truncations: a sweep that gains less is the last.
 _SETTLED = 1e-3
 
 
 class TruncationModule(GenerativeInputs):
-    """Nested dropout (Rippel et al. 2014, arXiv:1402.0915) for a variational autoencoder; stands before the network's class.
+    """Nested dropout (Rippel et al. 2014, arXiv:1402.0915) for a variational autoencoder; precedes the network's class.
 
     In training, while it is on, each cell keeps its first j latents, j ~ U{1..K}: the others are 0 before the decoder, and
-    their posterior is the prior in the loss, so that they cost no KL. The bound is then that of a model with j latents.
+    their posterior is the prior in the loss, so that their KL is 0. The bound is then that of a model with j latents.
     """
 
     truncates: bool = False
@@ -61,7 +61,7 @@ class TruncationModule(GenerativeInputs):
         generative_outputs: dict[str, Any],
         kl_weight: torch.Tensor | float = 1.0,
     ) -> Any:
-        """scvi-tools' loss, in which latents that a cell does not keep cost nothing.
+        """scvi-tools' loss, without the KL of latents that a cell does not keep.
 
         Parameters
         ----------
@@ -110,7 +110,7 @@ def truncation_loss(
     tensors
         A minibatch as scvi-tools' data loaders make it.
     posterior
-        What ``module.posterior`` says of it.
+        Result of ``module.posterior``.
     rotation
         Orthogonal, shape (latents, factors).
     kept
@@ -199,11 +199,10 @@ def polish_rotation(
 ) -> np.ndarray:
     """A rotation under which no two neighbouring factors could share their plane better.
 
-    A rotation by an angle t in the plane of factors j and j + 1 changes what the first j of them explain and nothing else.
-    The loss is quadratic in the factors to second order, and so close to ``a + b cos 2t + c sin 2t``, whose minimum three
-    angles tell. The best angle is taken if the loss is lower there, plane by plane, all of them in several sweeps. Two
-    factors in the wrong order, where the gradient is zero, are a quarter of a turn away from the right one. Nothing is
-    random here.
+    A rotation by an angle t in the plane of factors j and j + 1 only changes the deviance explained by the first j of them.
+    The loss is quadratic in the factors to second order, and so close to ``a + b cos 2t + c sin 2t``; three angles determine
+    its minimum. The best angle is used if the loss is lower there, plane by plane, in several sweeps over all planes. For two
+    factors in the wrong order the gradient is zero, and the minimum is at a right angle. The function is deterministic.
 
     Parameters
     ----------
@@ -214,7 +213,7 @@ def polish_rotation(
     start_kk
         Orthogonal, shape (latents, factors).
     n_sweeps
-        How often each plane is looked at, at most.
+        Maximum number of sweeps over the planes.
     n_cells
         Number of cells, evenly spaced among those given.
 
@@ -242,7 +241,7 @@ def polish_rotation(
                 turns = [_turned(rotation_kk, j, third * np.pi / 3) for third in range(3)]
                 at = [losses[j], *(loss(turned[:, : j + 1]) for turned in turns[1:])]
                 wave = sum(value * np.exp(-2j * np.pi * third / 3) for third, value in enumerate(at))
-                # A cosine of 2 t + phase is lowest where that is half a turn.
+                # The minimum of the cosine of 2 t + phase is at pi.
                 best_kk = _turned(rotation_kk, j, 0.5 * (np.pi - np.angle(wave)))
                 if (lowest := loss(best_kk[:, : j + 1])) < losses[j]:
                     losses[j], rotation_kk = lowest, best_kk
@@ -252,7 +251,7 @@ def polish_rotation(
 
 
 def _turned(rotation_kk: np.ndarray, j: int, angle: float) -> np.ndarray:
-    """Factors j and j + 1 turned in their plane."""
+    """Factors j and j + 1 rotated in their plane."""
     turned_kk, cosine, sine = rotation_kk.copy(), np.cos(angle), np.sin(angle)
     turned_kk[:, [j, j + 1]] = rotation_kk[:, [j, j + 1]] @ np.array([[cosine, -sine], [sine, cosine]])
     return turned_kk
@@ -260,9 +259,9 @@ def _turned(rotation_kk: np.ndarray, j: int, angle: float) -> np.ndarray:
 
 @torch.no_grad()
 def bake_rotation(module: Any, rotation_kk: np.ndarray) -> None:
-    """Put a network on other axes of its latent space; what it decodes at the posterior mean stays.
+    """Rotate the latent space of a network; its decoded expression at the posterior mean does not change.
 
-    The mean head of the encoder becomes ``R'`` times what it was, each head of the decoder is multiplied by R. A posterior
+    The mean head of the encoder is multiplied by ``R'``, each head of the decoder by R. A posterior
     is diagonal on the new axes too: the log-variance head is mixed with weights ``R^2``, whose columns sum to 1, so that a
     factor gets the weighted geometric mean of the variances.
 

@@ -1,4 +1,4 @@
-"""Figures, drawn with matplotlib from what exports, tools and ablations left: no torch, nothing written."""
+"""Figures of exports, tools and ablations, drawn with matplotlib, without torch; nothing is written."""
 
 from __future__ import annotations
 

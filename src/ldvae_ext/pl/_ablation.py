@@ -1,4 +1,4 @@
-"""What each population loses without each factor."""
+"""Effect of each factor in each population."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def ablation(
     ablation
         Cells x latents, from :meth:`ldvae_ext.model.LDVAE.ablate` or :func:`ldvae_ext.tl.ablate`.
     groupby
-        Categorical column of its ``obs``; cells where it is NaN are left out, groups without cells too. All cells are one
+        Categorical column of its ``obs``; cells without a value and groups without cells are left out. All cells are one
         group, ``"all"``, if None.
     kind
         ``"heatmap"``: values are written into the cells where they fit; elsewhere a minus sign marks the negative ones.
@@ -60,15 +60,15 @@ def ablation(
         and factors of ``ablation``, drawn or not. With many cells most dots have one: name a ``min_effect``.
     factors
         Factors to draw, in this order: names (``"Z_3"``), such as ``ldvae_ext.get.factors(adata).index`` for the
-        exported order, or positions. All of them, as they stand in ``ablation``, if None.
+        exported order, or positions. All of them, in the order of ``ablation``, if None.
     min_effect
         For ``"dotplot"``: the effect, in nats per cell, that a factor must exceed to have a ring.
     ax
         Axes to draw in; a new figure if None.
     show
-        Whether to show the figure; ``scanpy.settings.autoshow`` if None.
+        True to show the figure; ``scanpy.settings.autoshow`` if None.
     return_fig
-        Whether to return the figure, without showing it unless ``show`` says so.
+        True to return the figure; it is then only shown if ``show`` is True.
 
     Returns
     -------
@@ -109,7 +109,7 @@ def with_sizes(groups: Any, n_cells: Any) -> list[str]:
 
 
 def change_label(ablation: AnnData) -> str:
-    """What the numbers of an ablation are, and their unit, in three lines."""
+    """Meaning of the numbers of an ablation, and their unit, in three lines."""
     scheme = ablation.uns.get(ABLATION_INFO, {}).get("scheme", "leave_out")
     without = {"leave_in": "with the factor alone", "keep_top": "with these alone"}.get(scheme, "without the factor")
     return f"Change in NLL\n{without}\n(nats per cell)"
@@ -145,7 +145,7 @@ def _dotplot(
         edgecolors=edges,
     )
     dress(ax, groups, factors, ylabel)
-    # The lower half; the legend of sizes and rings lies above it.
+    # The lower half; the legend of sizes and rings is above it.
     bar = color_bar(points, ax, mean_pk, label, shrink=0.45, anchor=(0, 0), aspect=12)
     legend = size_legend(
         bar,

@@ -33,8 +33,8 @@ def ablation_genes(
     helps to explain the gene. Red: it hurts. Values are written into the cells where they fit; elsewhere a minus sign marks
     the negative ones.
 
-    Genes that the factor helps where they matter most come first, then those that it hurts; those that matter most in the
-    same group lie together.
+    Genes whose fit the factor improves in the group with their largest effect are first, then genes whose fit it makes
+    worse; genes with the largest effect in the same group are adjacent.
 
     Parameters
     ----------
@@ -49,9 +49,9 @@ def ablation_genes(
     ax
         Axes to draw in; a new figure if None.
     show
-        Whether to show the figure; ``scanpy.settings.autoshow`` if None.
+        True to show the figure; ``scanpy.settings.autoshow`` if None.
     return_fig
-        Whether to return the figure, without showing it unless ``show`` says so.
+        True to return the figure; it is then only shown if ``show`` is True.
 
     Returns
     -------

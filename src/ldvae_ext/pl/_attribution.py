@@ -1,4 +1,4 @@
-"""How factors add up to what a population does with a gene."""
+"""Contributions of factors to the expression of a gene in a population."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def attribution(
     show: bool | None = None,
     return_fig: bool = False,
 ) -> Axes | Figure | None:
-    """Which factors make a gene higher or lower in a population than in what it was compared with.
+    """Contributions of factors to the difference of a gene's expression between a population and its reference.
 
     A waterfall: each bar starts where the one above it ends, the first at 0, and the last ends at the total, the log-ratio of
-    the gene's expression at the mean latents of the population and of the reference. Factors are in descending order of what
-    they do to the gene; what batches and covariates do comes after them, in gray. Lower axis: natural logarithm; upper axis:
+    the gene's expression at the mean latents of the population and of the reference. Factors are in descending order of
+    contributions; batches and covariates follow, in gray. Lower axis: natural logarithm; upper axis:
     the same as a fold change.
 
     Parameters
@@ -64,9 +64,9 @@ def attribution(
     ax
         Axes to draw one gene in; a new figure if None.
     show
-        Whether to show the figure; ``scanpy.settings.autoshow`` if None.
+        True to show the figure; ``scanpy.settings.autoshow`` if None.
     return_fig
-        Whether to return the figure, without showing it unless ``show`` says so.
+        True to return the figure; it is then only shown if ``show`` is True.
 
     Returns
     -------
@@ -160,10 +160,10 @@ class _Fall(NamedTuple):
 
 
 def _path(adata: AnnData, gene: Any, group: str, key: str) -> tuple[pd.DataFrame, list[str]]:
-    """Genes x parts of the log-ratio, and the lines that say which ratio it is."""
+    """Genes x parts of the log-ratio, and the lines that name the ratio."""
     _, info = populations_of(adata, key)
     if info["kind"] != "path":
-        msg = f"`key={key!r}` holds population loadings of kind {str(info['kind'])!r}; those of kind 'path', `tl.population_loadings(adata, groupby, 'path')`, add up to a log-ratio."
+        msg = f"`key={key!r}` has population loadings of kind {str(info['kind'])!r}; use kind 'path', `tl.population_loadings(adata, groupby, 'path')`, whose values add up to a log-ratio."
         raise ValueError(msg)
     check_one_of("group", group, strings(info["groups"]).tolist())
     genes = list(dict.fromkeys([gene] if isinstance(gene, str) else map(str, gene)))
@@ -197,7 +197,7 @@ def _waterfall(value_k: pd.Series, n_factors: int) -> _Fall:
 
 
 def _written(falls: list[_Fall]) -> list[list[str]]:
-    """Numbers at the bars, all with as many decimals."""
+    """Numbers at the bars, all with the same number of decimals."""
     largest = max(np.abs(fall.width).max() for fall in falls) or 1.0
     digits = int(np.clip(2 - np.floor(np.log10(largest)), 0, _MOST_DIGITS))
     return [

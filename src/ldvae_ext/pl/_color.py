@@ -19,7 +19,7 @@ _MARKERS = ("o", "^", "s", "D", "v", "P", "X", "<", ">", "*")
 
 @dataclass(frozen=True, eq=False)
 class Look:
-    """Colour and marker of each cell, and what explains them."""
+    """Colour and marker of each cell, and their legend."""
 
     color_n: np.ndarray
     marker_n: np.ndarray

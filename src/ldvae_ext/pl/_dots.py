@@ -1,4 +1,4 @@
-"""Dots on a grid of groups and factors, whose area says something."""
+"""Dots on a grid of groups and factors, with areas for values."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def dress(ax: Axes, groups: Sequence[str], factors: Sequence[str], ylabel: str) 
 
 
 def size_legend(bar: Colorbar, ax: Axes, handles: Sequence[Line2D], labels: Sequence[str], title: str) -> Legend:
-    """A legend above a colour bar that takes the lower half beside the axes."""
+    """A legend above a colour bar in the lower half of the space to the right of the axes."""
     return bar.ax.legend(
         handles,
         labels,
@@ -49,7 +49,7 @@ def size_legend(bar: Colorbar, ax: Axes, handles: Sequence[Line2D], labels: Sequ
 
 
 def laid_out_diameter(ax: Axes, n_groups: int, n_factors: int, *, own: bool, width: float, height: float) -> float:
-    """Lay the figure out, and say how wide its largest dot is, in points: never wider than given axes have room for."""
+    """Lay the figure out; return the width of the largest dot in points, at most the room in given axes."""
     if own:
         fit(ax, width, height)
     else:

@@ -1,4 +1,4 @@
-"""What the figures share: colours, sizes, the order of factors, and how a figure ends."""
+"""Shared parts of figures: colours, sizes, the order of factors, and the return value."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from scanpy import settings
 
 from ldvae_ext._validate import factor_indices, listed
 
-# Okabe & Ito's colours, which people with any kind of colour vision tell apart; black is left for text.
+# Okabe & Ito's colours, which are distinct with any kind of colour vision; black is for text.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
 BLUE, ORANGE = PALETTE[:2]
 MISSING = "lightgray"
@@ -36,14 +36,14 @@ class Ticks(MaxNLocator):
 
 
 def em() -> float:
-    """Size of the small type in inches, as the user's settings have it: what rows and columns are measured in."""
+    """Size of the small type in inches, from the user's settings: the unit of rows and columns."""
     return FontProperties(size=SMALL).get_size_in_points() / 72
 
 
 def panels(
     n_rows: int, n_cols: int, width: float, height: float, *, beside: int = 0, **kwargs: Any
 ) -> tuple[Figure, np.ndarray]:
-    """Figure and axes, rows x columns, with room for panels of ``width`` x ``height`` inches and some characters beside each.
+    """Figure and axes, rows x columns, with panels of ``width`` x ``height`` inches and room for labels of some characters.
 
     :func:`fit` makes the size exact; until then a layout without room would fail.
     """
@@ -64,7 +64,7 @@ def fit(ax: Axes, width: float, height: float, *, n_rows: int = 1, n_cols: int =
     A constrained layout takes the room for labels from the panels; here the figure gives it, however long they are.
     """
     figure = ax.figure.figure
-    # Padding depends on the size of the figure, so a second pass corrects what the first one moved.
+    # Padding depends on the size of the figure, so a second pass corrects the first.
     for _ in range(2):
         turn_crowded(*figure.axes)
         panel = ax.get_window_extent()
@@ -73,7 +73,7 @@ def fit(ax: Axes, width: float, height: float, *, n_rows: int = 1, n_cols: int =
 
 
 def turn_crowded(*axes: Axes) -> None:
-    """Lay out a figure, and turn the labels below these axes of it upright where they would touch or one is wider than the axes."""
+    """Lay out a figure; make the labels below these axes vertical if they would overlap or one is wider than the axes."""
     figure = axes[0].figure.figure
     figure.draw_without_rendering()
     space = em() * figure.dpi / 2
@@ -122,18 +122,18 @@ def groups_in_order(groups: Any, known: Sequence[str]) -> list[str]:
 def finish[Drawn: (Axes, Figure)](
     drawn: Drawn, *, show: bool | None, return_fig: bool, own: bool = True
 ) -> Drawn | Figure | None:
-    """Show what was drawn or hand it over.
+    """Show a figure, or return it.
 
     Parameters
     ----------
     drawn
-        What is returned if it is not shown.
+        Return value if the figure is not shown.
     show
-        Whether to show it; ``scanpy.settings.autoshow`` if None, unless the figure is asked for.
+        True to show it; ``scanpy.settings.autoshow`` if None, unless the figure is returned.
     return_fig
-        Whether to return the figure.
+        True to return the figure.
     own
-        Whether this package made the figure.
+        True if this package made the figure.
     """
     figure = drawn.figure.figure
     if show is None:

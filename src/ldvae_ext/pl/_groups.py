@@ -1,4 +1,4 @@
-"""Which factors mark which groups of cells."""
+"""Factors that distinguish groups of cells."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def factor_groups(
     show: bool | None = None,
     return_fig: bool = False,
 ) -> Axes | Figure | None:
-    """How each factor sets each group of cells apart.
+    """Differences of each factor between each group of cells and the compared cells.
 
-    Rows are groups, columns factors. Colour: mean in the group minus mean in what it was compared with, in units of the
+    Rows are groups, columns factors. Colour: mean in the group minus mean in the compared cells, in units of the
     latent, symmetric around 0. Red: the factor is higher in the group. Blue: it is lower. Area: how far the AUROC is from
-    0.5, ``|2 AUROC - 1|``; no dot where the factor tells nothing, the largest where it tells the group apart without error.
+    0.5, ``|2 AUROC - 1|``; no dot for a factor without a difference, the largest for a perfect separation.
 
     Parameters
     ----------
@@ -49,9 +49,9 @@ def factor_groups(
     ax
         Axes to draw in; a new figure if None.
     show
-        Whether to show the figure; ``scanpy.settings.autoshow`` if None.
+        True to show the figure; ``scanpy.settings.autoshow`` if None.
     return_fig
-        Whether to return the figure, without showing it unless ``show`` says so.
+        True to return the figure; it is then only shown if ``show`` is True.
 
     Returns
     -------
@@ -92,7 +92,7 @@ def factor_groups(
     )
     dress(ax, groups, chosen, groupby)
     ax.set_title(title, fontsize=SMALL)
-    # The lower half; the legend of the sizes lies above it.
+    # The lower half; the legend of the sizes is above it.
     bar = ax.figure.colorbar(points, ax=ax, pad=0.02, shrink=0.45, anchor=(0, 0), aspect=12)
     other = "rest" if reference == "rest" else "reference"
     bar.set_label(f"Mean in group\n\N{MINUS SIGN} mean in {other}\n(units of latent)", fontsize=SMALL)

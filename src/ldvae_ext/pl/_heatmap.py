@@ -38,14 +38,14 @@ def heatmap(
     rows, columns
         Their labels.
     label
-        What the values are and their unit, for the colour bar.
+        Meaning of the values and their unit, for the colour bar.
     cmap
         Diverging colours.
     xlabel, ylabel, title
-        What columns and rows are, and what is above them.
+        Labels of columns and rows, and the title.
     largest
-        Absolute value that the colours, and the colour bar, end at. If None, the largest that occurs, and the bar has what
-        occurs.
+        Absolute value at the ends of the colours and of the colour bar. If None, the largest value; the bar then has the
+        range of the values.
     faint
         Negative values that are nearer to 0 have no minus sign where values are not written.
     ax
@@ -99,7 +99,7 @@ def digits_for(largest: float) -> int:
 
 
 def color_bar(drawn: ScalarMappable, ax: Axes, values: np.ndarray, label: str, **kwargs: Any) -> Colorbar:
-    """A colour bar that shows the colours that occur, out of those that are symmetric around 0."""
+    """Colour bar with the range of the values, out of colours that are symmetric around 0."""
     finite = values[np.isfinite(values)]
     bar = ax.figure.colorbar(drawn, ax=ax, pad=0.02, **kwargs)
     bar.set_label(label, fontsize=SMALL)

@@ -1,4 +1,4 @@
-"""Which genes drive each factor."""
+"""Top genes of each factor."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def loadings(
 ) -> Figure | None:
     """Genes at the two ends of each factor.
 
-    A panel for each factor, in which a bar is the canonical loading of a gene, in log-rate per unit of latent: on top
-    the genes that go up with the factor, below those that go down. All panels have the same scale.
+    Each factor has a panel. Each bar is the canonical loading of a gene, in log-rate per unit of latent: at the top genes
+    that increase with the factor, below them genes that decrease. All panels have the same scale.
 
     Parameters
     ----------
@@ -42,14 +42,14 @@ def loadings(
     ncols
         Panels in a row.
     rank_by
-        What makes a top gene: ``"loading"``, the largest and smallest loadings, or ``"information"``, which weighs them by
-        expression and so brings up genes that one sees in cells; see :func:`ldvae_ext.get.gene_scores`.
+        Criterion of top genes: ``"loading"``, the largest and smallest loadings, or ``"information"``, which weighs them by
+        expression and so prefers expressed genes; see :func:`ldvae_ext.get.gene_scores`.
     key
         ``key_added`` of the export.
     show
-        Whether to show the figure; ``scanpy.settings.autoshow`` if None.
+        True to show the figure; ``scanpy.settings.autoshow`` if None.
     return_fig
-        Whether to return the figure, without showing it unless ``show`` says so.
+        True to return the figure; it is then only shown if ``show`` is True.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""Which factors of two models are the same."""
+"""Matching of the factors of two models."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from ldvae_ext.pl._heatmap import heatmap
 def match(
     match: Any, *, ax: Axes | None = None, show: bool | None = None, return_fig: bool = False
 ) -> Axes | Figure | None:
-    """How alike each factor of one model is to each of another.
+    """Similarity of each factor of one model and each factor of another.
 
-    Rows are factors of the first model, columns those of the second, in the order of the pairs, which have a frame and lie on the
-    diagonal; factors without a partner come last. Red: the two point the same way. Blue: they point to opposite ends. Values
+    Rows are factors of the first model, columns those of the second, in the order of the pairs. Pairs are on the diagonal, with
+    a frame; factors without a partner are last. Red: the same direction. Blue: opposite directions. Values
     are written into the cells where they fit; elsewhere a minus sign marks those below -0.1.
 
-    The title says how alike the pairs are, by the median of their absolute values, and, for loadings, the Procrustes
-    distance: near 0 while pairs are unlike, the two models have the same subspace and differ by their axes.
+    The title has the median of the absolute values of the pairs and, for loadings, the Procrustes distance: if it is close
+    to 0 while pairs are dissimilar, the two models have the same subspace and different axes.
 
     Parameters
     ----------
@@ -32,9 +32,9 @@ def match(
     ax
         Axes to draw in; a new figure if None.
     show
-        Whether to show the figure; ``scanpy.settings.autoshow`` if None.
+        True to show the figure; ``scanpy.settings.autoshow`` if None.
     return_fig
-        Whether to return the figure, without showing it unless ``show`` says so.
+        True to return the figure; it is then only shown if ``show`` is True.
 
     Returns
     -------

@@ -44,9 +44,9 @@ def latent_pairs(
     key
         ``key_added`` of the export.
     show
-        Whether to show the figure; ``scanpy.settings.autoshow`` if None.
+        True to show the figure; ``scanpy.settings.autoshow`` if None.
     return_fig
-        Whether to return the figure, without showing it unless ``show`` says so.
+        True to return the figure; it is then only shown if ``show`` is True.
 
     Returns
     -------
@@ -74,7 +74,7 @@ def latent_pairs(
     legend_cols = -(-len(look.labels) // (int(n * side / (1.6 * em())) - 1))
     beside = (max(map(len, look.labels), default=0) + 8) * legend_cols
     figure, axes = panels(n, n, side, side, beside=beside, sharex="col", sharey="row")
-    # Neither the order of the file nor that of the groups decides who lies on top.
+    # The order of drawing depends neither on the order of the cells nor on that of the groups.
     shapes = {marker: _shape(marker) for marker in np.unique(look.marker_n)}
     drawn = np.random.default_rng(0).permutation(adata.n_obs)
     for row, column in itertools.product(range(n), repeat=2):

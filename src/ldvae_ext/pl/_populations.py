@@ -1,4 +1,4 @@
-"""What a factor means in each population."""
+"""Loadings of a factor in each population."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ldvae_ext.get._populations import populations_of
 from ldvae_ext.pl._figure import finish, groups_in_order, one_factor
 from ldvae_ext.pl._heatmap import heatmap, top_rows
 
-# Shares of expression are tiny; these are counts in a cell that has so many.
+# Shares of expression are small; they are shown as counts in a cell with this total.
 _COUNTS = 10_000
 
 
@@ -33,12 +33,12 @@ def population_loadings(
 ) -> Axes | Figure | None:
     """Genes that a factor moves most, in each population.
 
-    Rows are genes, columns populations; the colours are symmetric around 0. Red: the gene goes up. Blue: it goes down. The
-    colour bar says what the values are, which depends on the ``kind`` of the population loadings, and their unit. Values are
-    written into the cells where they fit; elsewhere a minus sign marks the negative ones.
+    Rows are genes, columns populations; the colours are symmetric around 0. Red: the gene increases. Blue: it decreases.
+    The label of the colour bar has the unit of the values, which depends on the ``kind`` of the population loadings. Values are
+    written into the cells if they fit; otherwise a minus sign marks negative values.
 
-    Genes that go up where they move most come first, then those that go down; those that move most in the same population
-    lie together.
+    Genes that increase in the population with their largest value are first, then those that decrease; genes with the largest
+    value in the same population are adjacent.
 
     Parameters
     ----------
@@ -46,8 +46,8 @@ def population_loadings(
         AnnData that :func:`ldvae_ext.tl.population_loadings` wrote to.
     factor
         A factor, by name (``"Z_3"``) or position in the exported order; ``"batch"`` where ``kind="path"`` has it. For
-        ``kind="within"`` a direction (``"D_0"``), which is another one in each population:
-        :func:`ldvae_ext.get.population_directions_df` says of which factors it is made there.
+        ``kind="within"`` a direction (``"D_0"``), which differs between populations:
+        :func:`ldvae_ext.get.population_directions_df` returns its factors.
     n_genes
         Genes to draw: those with the largest absolute value in any of the populations drawn. All where there are fewer.
     groups
@@ -57,9 +57,9 @@ def population_loadings(
     ax
         Axes to draw in; a new figure if None.
     show
-        Whether to show the figure; ``scanpy.settings.autoshow`` if None.
+        True to show the figure; ``scanpy.settings.autoshow`` if None.
     return_fig
-        Whether to return the figure, without showing it unless ``show`` says so.
+        True to return the figure; it is then only shown if ``show`` is True.
 
     Returns
     -------
@@ -103,7 +103,7 @@ def population_loadings(
 
 
 def reference_line(info: Any) -> list[str]:
-    """What populations were compared with, for a title, where they were."""
+    """Reference of the populations, for a title, if there is one."""
     if "reference" not in info:
         return []
     reference = str(info["reference"])
@@ -111,7 +111,7 @@ def reference_line(info: Any) -> list[str]:
 
 
 def _label(adata: AnnData, info: Any) -> tuple[str, int]:
-    """What the values are, in up to three lines, and what they are to be multiplied by."""
+    """Meaning of the values, in up to three lines, and their factor."""
     if info["kind"] == "within":
         return "Change in log-rate\nper s.d. of the cells\nalong the direction", 1
     if info["kind"] == "path":

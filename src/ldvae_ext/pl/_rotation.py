@@ -1,4 +1,4 @@
-"""What a rotation does to the loadings."""
+"""Effect of a rotation on the loadings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ldvae_ext.pl._heatmap import annotate, color_bar, largest_of, longest_numbe
 
 # Share of the largest loading up to which a cell is nearly white.
 _FAINT = 0.1
-# From so many factors on two panels with numbers would be too wide to look at, and names stand upright.
+# With this number of factors two panels with numbers would be too wide, and names are vertical.
 _FEW = 8
 
 
@@ -34,31 +34,31 @@ def rotation(
 ) -> Figure | None:
     """Loadings of the same genes before and after the rotation of an export.
 
-    Left: on the network's latents, each beside the factor whose loadings are most like its own (one to one); a latent that points
-    the other way is turned, and has a minus sign before its name. Right: on the exported factors. Rows are genes, values canonical
-    loadings in log-rate per unit of latent, with the same colours on both sides. Red: the gene goes up. Blue: it goes down.
-    Values are written into the cells where they fit; elsewhere a minus sign marks negative ones that have a colour.
+    Left: loadings on the network's latents, each in the column of the factor with the most similar loadings (one to one); a
+    minus sign before its name marks a latent whose sign is flipped. Right: loadings on the exported factors. Rows are genes,
+    values canonical loadings in log-rate per unit of latent, with the same colours on both sides. Red: the gene increases.
+    Blue: it decreases. Values are written into the cells if they fit; otherwise a minus sign marks negative values with a colour.
 
-    Below stands how concentrated loadings are: the part of all squared loadings that lies in the largest of each gene,
+    The concentration of loadings is below each panel: the share of the largest loading of each gene in all squared loadings,
     ``sum_g max_k l_gk^2 / sum_gk l_gk^2``, over all genes of the model. It is 1 if each gene belongs to one factor, and
-    1 / factors if all its loadings are of one size.
+    1 / factors if the loadings of each gene have the same size.
 
     Parameters
     ----------
     adata
         AnnData that :meth:`ldvae_ext.model.LDVAE.export_to_anndata` wrote to, after :meth:`ldvae_ext.model.LDVAE.rotate`.
     n_genes
-        Genes of each factor: those where it, rotated, is largest in absolute value; a gene of several factors has one row.
-        Those that go up where they are largest come first, then those that go down, in the order of the factors.
+        Genes of each factor: those with the largest absolute values after the rotation; a gene of several factors has one row.
+        Genes that increase are first, then those that decrease, in the order of the factors.
     rank_by
-        What is large: ``"loading"``, or ``"information"``, which weighs loadings by expression; see
+        Criterion: ``"loading"``, or ``"information"``, which weighs loadings by expression; see
         :func:`ldvae_ext.get.gene_scores`.
     key
         ``key_added`` of the export.
     show
-        Whether to show the figure; ``scanpy.settings.autoshow`` if None.
+        True to show the figure; ``scanpy.settings.autoshow`` if None.
     return_fig
-        Whether to return the figure, without showing it unless ``show`` says so.
+        True to return the figure; it is then only shown if ``show`` is True.
 
     Returns
     -------
@@ -112,7 +112,7 @@ def rotation(
 
 
 def concentration(value_gk: np.ndarray) -> float:
-    """Part of the squared loadings that lies in the largest of each gene; NaN if all are 0."""
+    """Share of the largest loading of each gene in the squared loadings; NaN if all are 0."""
     square_gk = np.square(value_gk)
     total = square_gk.sum()
     return float(square_gk.max(axis=1).sum() / total) if total > 0 else np.nan

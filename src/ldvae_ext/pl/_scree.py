@@ -1,4 +1,4 @@
-"""How much information each factor carries."""
+"""Information of each factor."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ldvae_ext._keys import DEFAULT_KEY
 from ldvae_ext._validate import check_one_of, given_names, listed
 from ldvae_ext.pl._figure import BLUE, CHARACTER, ORANGE, SMALL, Ticks, em, finish, fit, panels, turn_crowded
 
-# What each measure is called, and its unit.
+# Title of each measure, and its unit.
 _MEASURES = {
     "kl": ("KL", "nats per cell"),
     "mutual_information": ("Mutual information", "nats"),
@@ -43,7 +43,7 @@ def factor_scree(
     """Information of each factor.
 
     Bars, left axis: mean KL divergence of the posterior from the prior, in nats per cell, in the exported order; 0 for a
-    factor that is not used. Line, right axis: the share of the KL of all factors that it and those before it hold
+    factor that is not used. Line, right axis: cumulative share of the KL of all factors
     together, in percent.
 
     With ``measures``: a panel for each, whose bars are its values in its own unit, with the rank of each factor above the bars
@@ -55,19 +55,19 @@ def factor_scree(
     adata
         AnnData that :meth:`ldvae_ext.model.LDVAE.export_to_anndata` wrote to.
     measures
-        One measure or several of those that the export holds: ``"kl"``, ``"active_unit"`` and, after
+        One measure or several that are in the export: ``"kl"``, ``"active_unit"`` and, after
         ``export_to_anndata(stats=True)``, ``"mutual_information"``, ``"dimension_wise_kl"``, ``"total_correlation"``,
         ``"explained_deviance"``, ``"ablation_zero"``, ``"ablation_mean"``, ``"ablation_permute"``; see
-        :meth:`ldvae_ext.model.LDVAE.get_factor_stats`. Those that need counts are not known for data minified without them:
-        their panels say so.
+        :meth:`ldvae_ext.model.LDVAE.get_factor_stats`. Measures that need counts are missing for data minified without them;
+        their panels have a note.
     key
         ``key_added`` of the export.
     ax
         Axes to draw one measure in; a new figure if None.
     show
-        Whether to show the figure; ``scanpy.settings.autoshow`` if None.
+        True to show the figure; ``scanpy.settings.autoshow`` if None.
     return_fig
-        Whether to return the figure, without showing it unless ``show`` says so.
+        True to return the figure; it is then only shown if ``show`` is True.
 
     Returns
     -------
@@ -119,7 +119,7 @@ def factor_scree(
 
 
 def _stored(measures: str | Sequence[str], table: pd.DataFrame, key: str) -> list[str]:
-    """Names of measures that the export holds, each once."""
+    """Names of measures in the export, without duplicates."""
     names = list(dict.fromkeys(given_names("measures", measures)))
     for name in names:
         check_one_of("measures", name, tuple(_MEASURES))

@@ -1,4 +1,4 @@
-"""Which factors come back when the model is trained again."""
+"""Reproducibility of factors in several trainings."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _LOOKS = dict(zip(FLAGS, ((BLUE, "o"), (PALETTE[4], "D"), (ORANGE, "X")), strict
 _RUN = "#333333"
 # Width of the marker of a mean, in points.
 _SIZE = 8
-# How runs differ: agreement between seeds is easily taken for more than it is.
+# Differences between runs: agreement between seeds is easily overrated.
 _DIFFER = {
-    "none": "same cells, other seeds\n(says nothing of other cells)",
+    "none": "same cells, other seeds\n(no information about other cells)",
     "halves": "two disjoint halves of the cells",
     "bootstrap": "cells drawn with replacement",
 }
@@ -42,28 +42,28 @@ def stability(
     show: bool | None = None,
     return_fig: bool = False,
 ) -> Axes | Figure | None:
-    """How well each consensus factor comes back in each run of an ensemble.
+    """Reproducibility of each consensus factor in each run of an ensemble.
 
-    Small dots: the absolute cosine between the factor of a run and that of a consensus of other runs, a dot for each run, from
-    left to right in the order of the seeds. Large marker: their mean, the reproducibility of the factor, whose colour and shape
-    say whether it is called stable, uncertain or unstable.
+    Small dots: the absolute cosine between the factor of a run and its factor in a consensus of other runs, one dot for each
+    run, from left to right in the order of the seeds. Large marker: their mean, the reproducibility of the factor; its colour
+    and shape show the flag stable, uncertain or unstable.
 
-    The title says how the runs differ. Runs on the same cells that differ by their seeds agree more than runs on other cells
-    do: only ``fit_ensemble(resample="halves")`` or ``"bootstrap"`` say what would come back with other cells.
+    The title has the difference between the runs. Runs on the same cells with other seeds agree more than runs on other
+    cells; ``fit_ensemble(resample="halves")`` or ``"bootstrap"`` measure agreement with other cells.
 
     Parameters
     ----------
     adata
         AnnData that :meth:`ldvae_ext.model.Ensemble.export_to_anndata` wrote to.
     key
-        ``key_added`` of a consensus, or of several: then each has a panel. Factors of the same name in two of them need not be the
-        same; :func:`ldvae_ext.tl.match_factors` says which are.
+        ``key_added`` of a consensus, or of several: each has a panel. Factors with the same name in two of them can differ;
+        :func:`ldvae_ext.tl.match_factors` finds pairs.
     ax
         Axes to draw one consensus in; a new figure if None.
     show
-        Whether to show the figure; ``scanpy.settings.autoshow`` if None.
+        True to show the figure; ``scanpy.settings.autoshow`` if None.
     return_fig
-        Whether to return the figure, without showing it unless ``show`` says so.
+        True to return the figure; it is then only shown if ``show`` is True.
 
     Returns
     -------
@@ -107,7 +107,7 @@ def stability(
 
 
 class _Drawn(NamedTuple):
-    """What a panel shows."""
+    """Values of a panel."""
 
     table: pd.DataFrame
     cosine_mk: np.ndarray
@@ -170,7 +170,7 @@ def _panel(ax: Axes, one: _Drawn) -> None:
 
 
 def _name_bands(ax: Axes, one: _Drawn) -> None:
-    """The name of each flag, with its marker, beside the values that have it."""
+    """Write the name of each flag, with its marker, beside the values that have it."""
     unstable, stable = one.thresholds
     for flag, height in zip(FLAGS, ((stable + 1) / 2, (unstable + stable) / 2, unstable / 2), strict=True):
         color, marker = _LOOKS[flag]

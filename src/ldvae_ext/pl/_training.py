@@ -1,4 +1,4 @@
-"""How training went."""
+"""Training curves."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ def training_curves(
     """Loss of the training and validation cells in each epoch, in nats per cell.
 
     A panel each for the negative ELBO (scvi-tools logs it as ``elbo_train`` and ``elbo_validation``; it counts the KL in
-    full, also during warm-up), the reconstruction error and the KL divergence; the first is the sum of the others. Where
-    early epochs are so far off that they would flatten the rest, they leave the axis, and the panel says how far they go.
+    full, also during warm-up), the reconstruction error and the KL divergence; the first is the sum of the others. If
+    the values of early epochs would flatten the rest, they are outside of the axis, and a note in the panel has their range.
 
     Parameters
     ----------
     history
         ``history`` of a trained model: tables of one column, by metric, indexed by epoch.
     show
-        Whether to show the figure; ``scanpy.settings.autoshow`` if None.
+        True to show the figure; ``scanpy.settings.autoshow`` if None.
     return_fig
-        Whether to return the figure, without showing it unless ``show`` says so.
+        True to return the figure; it is then only shown if ``show`` is True.
 
     Returns
     -------
@@ -92,14 +92,14 @@ def _curve(table: Any) -> pd.Series:
 
 
 def _leave_out_early(ax: Axes, values: pd.Series) -> None:
-    """Fit the axis to the later epochs where early ones are so far off that one would see nothing else."""
+    """Fit the axis to the later epochs if the values of early epochs would flatten the rest."""
     values = values[np.isfinite(values)]
     later = values[values.index >= (1 - _EARLY) * values.index.min() + _EARLY * values.index.max()]
     spare = _SPARE * (later.max() - later.min())
     # Also false without values, and in a single epoch.
     if not spare > 0:
         return
-    # The notes lie in what is spared, beside the early epochs: no curve runs there.
+    # The notes are beside the early epochs, where no curve is drawn.
     margin = 0.1 * spare
     low, high = later.min() - spare, later.max() + spare
     if values.min() < low:
