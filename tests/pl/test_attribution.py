@@ -243,7 +243,7 @@ def test_another_kind_is_named_before_anything_is_drawn(readable, kind):
     adata = readable()
     tl.population_loadings(adata, "population", kind, key_added="k")
     with pytest.raises(
-        ValueError, match=rf"`key='k'` holds population loadings of kind '{kind}'; those of kind 'path'"
+        ValueError, match=rf"`key='k'` has population loadings of kind '{kind}'; use kind 'path'"
     ):
         pl.attribution(adata, adata.var_names[5], "B", key="k")
     assert not plt.get_fignums()

@@ -79,7 +79,7 @@ def test_bands_end_at_the_thresholds_and_are_named_with_their_markers(exported, 
 @pytest.mark.parametrize(
     ("resample", "said"),
     [
-        ("none", "same cells, other seeds\n(says nothing of other cells)"),
+        ("none", "same cells, other seeds\n(no information about other cells)"),
         ("halves", "two disjoint halves of the cells"),
         ("bootstrap", "cells drawn with replacement"),
     ],

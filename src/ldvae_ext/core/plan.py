@@ -352,18 +352,20 @@ class AblationPlan:
 def value_of_each(decoder: LinearDecoder, value: Any) -> np.ndarray:
     """Values of latents, shape (1, latents), from a number, one number for each latent, or a mapping; NaN if not in it."""
     names, out_k = decoder.factors.tolist(), np.full(len(decoder.factors), np.nan)
+    at: Any = slice(None)
+    given: Any
+    if hasattr(value, "keys"):
+        keys = list(value.keys())
+        at = [factor_indices([name], names, argument="value")[0] for name in keys]
+        given = [value[name] for name in keys]
+    else:
+        given = 0.0 if value is None else value
     try:
-        if hasattr(value, "keys"):
-            for name in value.keys():  # noqa: SIM118 - a Series iterates over values
-                out_k[factor_indices([name], names, argument="value")] = float(value[name])
-            is_good = all(np.isfinite(float(value[name])) for name in value.keys())  # noqa: SIM118
-        else:
-            out_k[:] = 0.0 if value is None else np.asarray(value, dtype=np.float64)
-            is_good = bool(np.isfinite(out_k).all())
-    except (TypeError, ValueError) as error:
-        if "is no latent" in str(error):
-            raise
+        out_k[at] = np.asarray(given, dtype=np.float64)
+    except (TypeError, ValueError):
         is_good = False
+    else:
+        is_good = bool(np.isfinite(out_k[at]).all())
     if not is_good:
         msg = f"`value` must be a finite number, one for each of {len(names)} latents, or a mapping from their names; got {value!r}."
         raise ValueError(msg)
