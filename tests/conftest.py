@@ -7,9 +7,42 @@ from pathlib import Path
 
 import pytest
 
+from tests.pairwise import covering_all_pairs
+
 # One thread: the models are small, and threads that wait for each other on a busy machine cost ten times as much. Set
 # before numpy and torch are imported; torch itself is imported by the tests that need it, not here.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--grid", action="store_true", help="run all combinations of the tests that are marked `grid`")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Keep a sample of each test marked ``grid`` in which all pairs of values of two parameters occur."""
+    if config.getoption("--grid"):
+        return
+    grids = {}
+    for item in items:
+        if item.get_closest_marker("grid") is not None:
+            grids.setdefault((item.parent.nodeid, item.originalname), []).append(item)
+    left_out = set()
+    for grid in grids.values():
+        kept = covering_all_pairs([axes_of(item.callspec) for item in grid])
+        left_out |= {item for at, item in enumerate(grid) if at not in kept}
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
+
+
+def axes_of(callspec):
+    """Values of the parameters of a test; the elements of a tuple are parameters of their own."""
+    axes = {}
+    for name, value in callspec.params.items():
+        if isinstance(value, tuple):
+            axes |= {(name, at): repr(part) for at, part in enumerate(value)}
+        else:
+            axes[name, 0] = id(value)  # values need no equality; each is one object in all combinations
+    return axes
 
 
 @pytest.fixture(autouse=True)

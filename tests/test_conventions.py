@@ -122,6 +122,14 @@ def test_private_names_of_scvi_tools_are_imported_by_one_file(path):
             assert not [part for part in rest if part.startswith("_")], name
 
 
+def test_tests_of_the_mathematics_need_no_torch():
+    heavy = {"torch", "scvi", "lightning", "scanpy"}
+    heavy |= {f"ldvae_ext.{layer}" for layer in ("backends", "model", "module")}
+    for path in [file for room in ("core", "kernels") for file in (Path(__file__).parent / room).glob("*.py")]:
+        for name in names_of_imports(path):
+            assert not any(name == other or name.startswith(f"{other}.") for other in heavy), (path.name, name)
+
+
 def test_there_are_no_import_circles():
     modules = {".".join(("ldvae_ext", *path.relative_to(SRC).with_suffix("").parts)): path for path in FILES}
     modules = {name.removesuffix(".__init__"): path for name, path in modules.items()}

@@ -149,6 +149,7 @@ def test_effects_do_not_depend_on_how_cells_are_cut_into_chunks(likelihood):
         np.testing.assert_allclose(np.concatenate(pieces), whole, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("link", ["softmax", "softplus"])
 @pytest.mark.parametrize("latent", ["normal", "ln"])
 @pytest.mark.parametrize("dispersion", ["gene", "gene-batch", "gene-label", "gene-cell"])

@@ -62,6 +62,7 @@ WAYS = [
 ]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("arguments", WAYS, ids=str)
 @pytest.mark.parametrize(("likelihood", "fmt"), [("nb", "csr"), ("zinb", "dense"), ("poisson", "csr")])
 def test_sums_of_genes_take_the_memory_of_a_chunk(likelihood, fmt, arguments):

@@ -12,6 +12,7 @@ from tests.core.decoders import full_decoder
 from tests.core.test_plan import random_cells
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("form", [sparse.csr_matrix, sparse.csr_array, sparse.csc_array])
 @pytest.mark.parametrize("dtype", [np.float32, np.int64, np.uint16])
 @pytest.mark.parametrize("likelihood", ["nb", "zinb", "poisson", "normal"])

@@ -52,6 +52,7 @@ def test_parts_of_other_lengths_are_an_error():
         RawLinear(weight=np.ones((5, 2)), bias=np.ones(4))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("with_batch_norm", [True, False])
 @pytest.mark.parametrize("batches", ["one", "one-hot", "embedding", "embedding of one"])
 @pytest.mark.parametrize("n_slopes", [0, 2])

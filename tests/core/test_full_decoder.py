@@ -197,6 +197,7 @@ def test_gene_information_averages_expression_over_batches():
     np.testing.assert_allclose(np.abs(decoder.gene_information()), terms / terms.sum(axis=0), atol=1e-12)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 @pytest.mark.parametrize("dispersion", DISPERSIONS)
 @pytest.mark.parametrize("link", LINKS)

@@ -21,6 +21,7 @@ CASES = list(
 )
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     ("gene_likelihood", "latent_distribution", "n_batches", "use_observed_lib_size", "dispersion"), CASES
 )

@@ -69,6 +69,7 @@ def assert_equal_to(got, expected, tolerance):
     np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance * largest)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_each_mode_equals_scvi_tools_network(case, mode):
@@ -79,6 +80,7 @@ def test_each_mode_equals_scvi_tools_network(case, mode):
     assert_equal_to(model.ablate(mode=mode, **NEEDED.get(mode, {})).X, expected, 1e-5)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize(("case", "mode"), list(zip(CASES[1::2], itertools.cycle(EVERY_MODE))))
 def test_each_scheme_with_sets_and_orders_equals_scvi_tools_network(case, mode, scheme):
@@ -91,6 +93,7 @@ def test_each_scheme_with_sets_and_orders_equals_scvi_tools_network(case, mode, 
         assert_equal_to(model.ablate(**arguments, **NEEDED.get(mode, {})).X, expected, 1e-5)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("case", [case for case in CASES if case[2] == 3], ids=lambda case: "-".join(map(str, case)))
 @pytest.mark.parametrize("mode", ["zero", "permute", "prior"])
 def test_samples_and_other_batches_equal_scvi_tools_network(case, mode):
@@ -108,6 +111,7 @@ def test_samples_and_other_batches_equal_scvi_tools_network(case, mode):
     assert got.uns["ldvae_ablation"]["transform_batch"].tolist() == ["b2", "CD4+/CD25 T"]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("mode", EVERY_MODE)
 @pytest.mark.parametrize("case", CASES[3::8], ids=lambda case: "-".join(map(str, case)))
 def test_genes_by_group_equal_scvi_tools_network(case, mode):

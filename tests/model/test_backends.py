@@ -91,6 +91,7 @@ DATA = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("data", DATA)
 @pytest.mark.parametrize("options", [{}, {"shuffle": True}, {"shuffle": True, "drop_last": True}, {"batch_size": 7}])
 @pytest.mark.parametrize("indices", [None, "some", "mask"])

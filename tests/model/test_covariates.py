@@ -74,6 +74,7 @@ def test_the_cases_cover_every_pair_of_options():
         assert {(case[a], case[b]) for case in CASES} == set(itertools.product(OPTIONS[a], OPTIONS[b])), (a, b)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_the_decoder_is_the_network(case):
     adata = covariate_counts(n_batches=case["n_batches"])
@@ -120,6 +121,7 @@ def test_the_references_agree_with_each_other():
         np.testing.assert_allclose(getattr(px, name), getattr(expected, name), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("case", CASES[::3], ids=case_id)
 @pytest.mark.parametrize("mode", ["zero", "mean"])
 def test_ablation_equals_brute_force(case, mode):

@@ -27,6 +27,7 @@ def generative(model, z, batch):
         return model.module.generative(z, torch.zeros((len(z), 1)), torch.as_tensor(batch).reshape(-1, 1))["px"]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("case", GRID, ids=grid_id)
 def test_the_decoder_is_the_network(case):
     kwargs = dict(case)

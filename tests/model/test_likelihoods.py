@@ -66,6 +66,7 @@ def minibatch(model):
     return tensors
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(("gene_likelihood", "dispersion"), PAIRS)
 @pytest.mark.parametrize("size_factor", [False, True])
 @pytest.mark.parametrize("use_observed_lib_size", [False, True])

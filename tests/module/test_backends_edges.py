@@ -115,6 +115,7 @@ def test_a_cell_without_counts_and_its_observed_library(likelihood, backend):
     assert all(np.isfinite(value).all() for value in ours.gradients.values())
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("case", [*LIKELIHOODS, "covariates", "ln", "30 latents"])
 @pytest.mark.parametrize("n_cells", [2, 3, 5])
 def test_small_minibatches(case, n_cells):
@@ -162,6 +163,7 @@ def test_an_encoder_that_is_not_finite_raises_what_scvi_tools_raises(backend, ca
         step(model.module, minibatch(model), backend)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("backend", ["torch", "numba"])
 @pytest.mark.parametrize(
     "case", ["nb", "zinb", "zinb, gene-batch", "poisson, observed library", "no batch norm at all"]

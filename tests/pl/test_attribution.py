@@ -242,9 +242,7 @@ def test_another_key_is_read(paths):
 def test_another_kind_is_named_before_anything_is_drawn(readable, kind):
     adata = readable()
     tl.population_loadings(adata, "population", kind, key_added="k")
-    with pytest.raises(
-        ValueError, match=rf"`key='k'` has population loadings of kind '{kind}'; use kind 'path'"
-    ):
+    with pytest.raises(ValueError, match=rf"`key='k'` has population loadings of kind '{kind}'; use kind 'path'"):
         pl.attribution(adata, adata.var_names[5], "B", key="k")
     assert not plt.get_fignums()
 
