@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import anndata as ad
 import numpy as np
@@ -61,7 +60,7 @@ def test_the_bundled_example_runs_to_the_end(tmp_path):
     assert model.final_kl_weight == 1
     for name in ("adata.h5ad", "model", *(f"{t}.csv" for t in TABLES), *(f"{f}.png" for f in FIGURES)):
         assert name in result.output
-    assert "What each population would miss most" in result.output
+    assert "Factor with the largest effect in each population" in result.output
     assert "litlogger" not in result.output
 
 
@@ -112,58 +111,91 @@ def test_without_groups_all_cells_are_one_population(tmp_path, h5ad):
     assert set(pd.read_csv(tmp_path / "res" / "tables" / "ablation_groups.csv")["group"]) == {"all cells"}
 
 
-def test_an_existing_folder_is_kept_unless_overwritten(tmp_path, h5ad):
+def test_only_results_are_replaced(tmp_path, h5ad):
     out = tmp_path / "res"
-    out.mkdir()
-    (out / "mine.txt").write_text("x")
+    assert invoke(h5ad, "--max-epochs", 1, "--out", out).exit_code == 0
     result = invoke(h5ad, "--max-epochs", 1, "--out", out)
     assert result.exit_code == 1
-    assert "exists; name another folder with --out or replace it with --overwrite" in result.output
-    assert (out / "mine.txt").exists()
-    assert invoke(h5ad, "--max-epochs", 1, "--out", out, "--overwrite").exit_code == 0
-    assert not (out / "mine.txt").exists()
-    assert (out / "adata.h5ad").exists()
+    assert "exists; use --overwrite to replace results. Name another folder with --out." in result.output
+    assert invoke(h5ad, "--max-epochs", 1, "--out", out, "--overwrite", "--n-latent", 2).exit_code == 0
+    assert ad.read_h5ad(out / "adata.h5ad").obsm["X_ldvae"].shape == (80, 2)
+    (out / "model" / "thesis.docx").write_text("years of work")
+    result = invoke(h5ad, "--max-epochs", 1, "--out", out, "--overwrite")
+    assert result.exit_code == 1
+    assert "thesis.docx, which is in it. Name another folder" in result.output
+    assert "Epoch" not in result.output, "before the training"
+    assert (out / "model" / "thesis.docx").read_text() == "years of work"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["counts.h5ad", "res"]
 
 
-def test_a_folder_that_holds_the_input_is_never_replaced(tmp_path, h5ad):
+def test_a_folder_of_somebody_else_is_never_replaced(tmp_path, h5ad):
+    out = tmp_path / "thesis"
+    out.mkdir()
+    (out / "chapter.txt").write_text("years of work")
+    result = invoke(h5ad, "--max-epochs", 1, "--out", out, "--overwrite")
+    assert result.exit_code == 1
+    assert "chapter.txt, which is in it" in result.output
+    assert (out / "chapter.txt").read_text() == "years of work"
     result = invoke(h5ad, "--max-epochs", 1, "--out", tmp_path, "--overwrite")
     assert result.exit_code == 1
     assert "cannot be replaced, since" in result.output
     assert h5ad.exists()
 
 
-def test_a_failure_on_the_way_leaves_nothing(tmp_path, h5ad, monkeypatch):
+def test_the_current_folder_is_never_replaced(tmp_path, h5ad, monkeypatch):
+    out = tmp_path / "res"
+    assert invoke(h5ad, "--max-epochs", 1, "--out", out).exit_code == 0
+    monkeypatch.chdir(out)
+    result = invoke(h5ad, "--max-epochs", 1, "--out", ".", "--overwrite")
+    assert result.exit_code == 1
+    assert "cannot be replaced, since it contains" in result.output
+
+
+def test_a_failure_after_the_training_leaves_the_model_and_old_results(tmp_path, h5ad, monkeypatch):
     def fail(*_args, **_kwargs):
         msg = "disk full"
-        raise RuntimeError(msg)
+        raise OSError(msg)
 
     out = tmp_path / "res"
-    out.mkdir()
-    (out / "old.txt").write_text("x")
+    assert invoke(h5ad, "--max-epochs", 1, "--out", out).exit_code == 0
+    before = (out / "tables" / "loadings.csv").read_text()
     monkeypatch.setattr(_run, "_write_results", fail)
-    result = invoke(h5ad, "--max-epochs", 1, "--out", out, "--overwrite")
+    result = invoke(h5ad, "--max-epochs", 1, "--n-latent", 3, "--out", out, "--overwrite")
     assert result.exit_code == 1
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["counts.h5ad", "res"]
-    assert (out / "old.txt").exists()
+    kept = tmp_path / "res-incomplete-1"
+    assert (
+        f"Error: The results could not be written (OSError: disk full). The trained model is in {kept / 'model'}."
+        in (result.output)
+    )
+    assert LDVAE.load(str(kept / "model"), adata=ad.read_h5ad(h5ad)).n_latent == 3
+    assert "disk full" in (kept / "error.txt").read_text()
+    assert (out / "tables" / "loadings.csv").read_text() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["counts.h5ad", "res", kept.name]
 
 
-def test_old_results_come_back_if_the_new_ones_cannot_be_put_in_place(tmp_path, h5ad, monkeypatch):
-    out = tmp_path / "res"
-    out.mkdir()
-    (out / "old.txt").write_text("x")
-    rename = Path.rename
+def test_an_interruption_leaves_nothing(tmp_path, h5ad, monkeypatch):
+    def interrupt(*_args, **_kwargs):
+        raise KeyboardInterrupt
 
-    def fail_for_the_new(self, target):
-        if (self / "adata.h5ad").exists():
-            msg = "disk full"
-            raise OSError(msg)
-        return rename(self, target)
+    monkeypatch.setattr(_run, "_write_results", interrupt)
+    assert invoke(h5ad, "--max-epochs", 1, "--out", tmp_path / "res").exit_code != 0
+    assert [p.name for p in tmp_path.iterdir()] == ["counts.h5ad"]
 
-    monkeypatch.setattr(Path, "rename", fail_for_the_new)
-    assert invoke(h5ad, "--max-epochs", 1, "--out", out, "--overwrite").exit_code == 1
-    assert (out / "old.txt").exists()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["counts.h5ad", "res"]
+
+def test_of_two_runs_into_one_folder_the_second_says_so_and_keeps_its_results(tmp_path, h5ad, monkeypatch):
+    out, train = tmp_path / "res", _run._train
+
+    def train_while_another_run_finishes(model, job):
+        monkeypatch.setattr(_run, "_train", train)
+        assert invoke(h5ad, "--max-epochs", 1, "--n-latent", 2, "--out", out).exit_code == 0
+        train(model, job)
+
+    monkeypatch.setattr(_run, "_train", train_while_another_run_finishes)
+    result = invoke(h5ad, "--max-epochs", 1, "--n-latent", 3, "--out", out)
+    assert result.exit_code == 1
+    assert f"res exists; use --overwrite to replace results.). The trained model is in {tmp_path}" in result.output
+    assert ad.read_h5ad(out / "adata.h5ad").obsm["X_ldvae"].shape == (80, 2)
+    assert ad.read_h5ad(tmp_path / "res-incomplete-1" / "adata.h5ad").obsm["X_ldvae"].shape == (80, 3)
 
 
 def negative(adata):
@@ -237,9 +269,11 @@ def test_folders_that_cannot_be_made_are_named_before_training(tmp_path, h5ad):
     (tmp_path / "file").write_text("x")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for out, message in (
-        ("file/sub", "is no folder that can be written to"),
+        ("file/sub", "cannot be created (Not a directory). Name another folder"),
         ("link", "is a link"),
         ("file", "is a file"),
+        ("n" * 300, "cannot be created (File name too long)"),
+        ("/", "exists; use --overwrite"),
     ):
         result = invoke(h5ad, "--out", tmp_path / out)
         assert result.exit_code == 1

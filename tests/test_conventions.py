@@ -32,6 +32,7 @@ ALLOWED = {
     "pl": {"core", "get", "pl", "_validate", "_keys"},
     "datasets": {"core", "_validate", "_keys"},
     "_docs": set(),
+    "_folder": set(),
     "_groups": {"_validate", "_keys"},
     "_scvi": set(),
     "_stats": set(),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
-import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,15 @@ import pandas as pd
 from anndata import AnnData, read_h5ad
 
 from ldvae_ext import datasets, get, pl
+from ldvae_ext._folder import (
+    FolderError,
+    check_can_be_written,
+    discard,
+    keep_incomplete,
+    put_in_place,
+    temporary_beside,
+    write_marker,
+)
 from ldvae_ext._keys import export_keys
 from ldvae_ext._validate import check_column
 
@@ -75,27 +84,26 @@ def run(job: Job, echo: Callable[[str], None]) -> None:
     adata = _read(job)
     groupby = "bulk_labels" if job.source is None and job.groupby is None else job.groupby
     model = _set_up(adata, job, echo)
-    out.parent.mkdir(parents=True, exist_ok=True)
     # Training writes nothing: it takes long, and an interruption may leave no time to clean up.
     _train(model, job)
-    work, old = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent)), None
+    work = temporary_beside(out)
     try:
+        model.save(str(work / "model"))
         model.export_to_anndata(adata)
         ablation = model.ablate()[:, get.factors(adata).index].copy()
         written = _write_results(model, adata, ablation, groupby, work)
         summary = _summary(adata, ablation, groupby)
+        write_marker(work, version("ldvae-ext"))
         work.chmod(0o755)
-        if out.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent)) / out.name
-            out.rename(old)
-        work.rename(out)
-        if old is not None:
-            shutil.rmtree(old.parent)
+        put_in_place(work, out, overwrite=job.overwrite)
+    except Exception as error:
+        (work / "error.txt").write_text("".join(traceback.format_exception(error)))
+        kept = keep_incomplete(work, out)
+        reason = str(error) if isinstance(error, FolderError) else f"{type(error).__name__}: {error}"
+        msg = f"The results could not be written ({reason}). The trained model is in {kept / 'model'}."
+        raise InputError(msg) from error
     except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        if old is not None and old.exists() and not out.exists():
-            old.rename(out)
-            old.parent.rmdir()
+        discard(work)
         raise
     echo(summary)
     for description, name in written:
@@ -103,21 +111,11 @@ def run(job: Job, echo: Callable[[str], None]) -> None:
 
 
 def _check_out(out: Path, job: Job) -> None:
-    existing = next(parent for parent in out.parents if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        msg = f"{job.out} cannot be created, since {existing} is not a writable folder; name another folder with --out."
-        raise InputError(msg)
-    if out.is_symlink():
-        msg = f"{job.out} is a link; name a folder with --out."
-        raise InputError(msg)
-    if not out.exists():
-        return
-    if not out.is_dir():
-        msg = f"{job.out} is a file; name a folder with --out."
-        raise InputError(msg)
-    if not job.overwrite:
-        msg = f"{job.out} exists; name another folder with --out or replace it with --overwrite."
-        raise InputError(msg)
+    try:
+        check_can_be_written(out, overwrite=job.overwrite)
+    except FolderError as error:
+        msg = f"{error} Name another folder with --out."
+        raise InputError(msg) from error
     kept = [Path.cwd(), Path.home(), *([] if job.source is None else [job.source.absolute()])]
     inside = [path for path in kept if path.resolve().is_relative_to(out.resolve())]
     if inside:
@@ -229,7 +227,6 @@ def _write_results(
         ablation.obs = pd.DataFrame({population: "all cells"}, index=ablation.obs_names)
 
     adata.write_h5ad(folder / "adata.h5ad", compression="gzip")
-    model.save(str(folder / "model"))
     tables = {
         "factors": get.factors(adata),
         "loadings": get.loadings(adata),

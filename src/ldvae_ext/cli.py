@@ -60,7 +60,9 @@ def run(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of all random numbers.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("ldvae-ext-run"),
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it exists.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the folder if it has results of this command and nothing else.")
+    ] = False,
 ) -> None:
     """Train an LDVAE, export it in order of information, ablate it, and draw it."""
     from ldvae_ext._run import InputError, Job, run

@@ -136,7 +136,7 @@ class ExportMixin(LDVAEBase):
           set up with), ``kl_weight`` at the end of training (NaN if not known), ``n_cells``,
           ``versions``;
         * with ``as_pca``: ``obsm["X_pca"]``, ``varm["PCs"]`` (0 for other genes) and ``uns["pca"]``; its ``variance`` and
-        ``variance_ratio`` are the KL and its share, as ``params`` notes.
+          ``variance_ratio`` are the KL and its share, as ``params`` notes.
         """
         if order_by is None:
             order_by = "network" if self._has_own_order else "kl"
