@@ -152,7 +152,7 @@ def test_simulation_of_populations_repeats(specific_program):
         ),
         (
             {"specific_program": True, "n_populations": 2, "n_genes": 1},
-            "needs 1 genes in which the other factors have no loadings; of 1 genes with 5 factors 0 are left",
+            "needs 1 genes in which the other factors have no loadings; 0 of 1 genes are left with 5 factors",
         ),
     ],
     ids=lambda v: "-".join(v) if isinstance(v, dict) else "",

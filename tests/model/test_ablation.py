@@ -244,7 +244,7 @@ def test_data_that_were_normalised_since_are_named():
         (lambda m: m.get_explained_deviance("batch", "zero"), TypeError, "`adata` must be an AnnData or None"),
         (lambda m: m.get_population_loadings(m.adata, "batch"), TypeError, "`groupby` must be the name of a column"),
         (lambda m: m.ablate_genes("depth"), ValueError, "'depth' holds numbers such as 0.5, not groups"),
-        (lambda m: get.ablation_df(m.adata), TypeError, "`ablation` must be what `ablate` returned"),
+        (lambda m: get.ablation_df(m.adata), TypeError, "`ablation` must be a result of `ablate`"),
         (lambda m: m.ablate(indices=[9999]), ValueError, "`indices` must be positions of 60 cells; got 9999"),
     ],
 )

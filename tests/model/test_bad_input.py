@@ -98,7 +98,7 @@ def test_nan_in_a_category_is_an_error(argument):
 def test_a_matrix_of_zeros_is_an_error():
     adata = counts()
     adata.X = 0 * adata.X
-    with pytest.raises(ValueError, match=r"`adata\.X` holds no counts at all"):
+    with pytest.raises(ValueError, match=r"`adata\.X` has no counts"):
         LDVAE.setup_anndata(adata)
 
 

@@ -77,7 +77,7 @@ def test_parameters_of_another_network_do_not_open_in_silence():
     adata = counts(n_batches=3)
     LDVAE.setup_anndata(adata, batch_key="batch")
     full = LDVAE(adata).module.state_dict()
-    with pytest.raises(RuntimeError, match=r"This network has no 'decoder.factor_regressor.*built with other options"):
+    with pytest.raises(RuntimeError, match=r"This network has no 'decoder.factor_regressor.*saved with other options"):
         LDVAE(adata, use_batch_norm="none", bias=True).module.load_state_dict(full)
 
 
@@ -88,7 +88,7 @@ def test_minibatches_without_codes_are_not_taken_for_the_first_batch():
     loader = [{**tensors, "batch": None} for tensors in model._make_data_loader(adata)]
     with pytest.raises(ValueError, match="no 'batch' codes; the model knows 3"):
         model.ablate(dataloader=loader)
-    with pytest.raises(ValueError, match="no batch codes; the model knows 3 batches"):
+    with pytest.raises(ValueError, match="no batch codes; the model has 3 batches"):
         model.posterior_predictive_sample(dataloader=loader)
     with pytest.raises(ValueError, match="`dataloader` is for a model without an AnnData"):
         model.differential_abundance(sample_key="batch", dataloader=loader)

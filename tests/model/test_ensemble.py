@@ -313,7 +313,7 @@ def test_suggestion_counts_stable_factors_and_says_where_the_scree_differs(runs,
     ):
         with pytest.raises(ValueError, match="either `adata`"):
             suggest_n_latent(**arguments)
-    with pytest.raises(TypeError, match="what `fit_ensemble` returned"):
+    with pytest.raises(TypeError, match="`ensemble` must be a result of `fit_ensemble`; got list"):
         suggest_n_latent(ensemble=runs.models)
     with pytest.raises(ValueError, match="between 0 and 1"):
         suggest_n_latent(ensemble=runs, min_increment=5)

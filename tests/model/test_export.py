@@ -133,7 +133,7 @@ class TestTargets:
         model = untrained(part)
         full.X = np.log1p(full.X)  # the usual fate of a full object; the cells go by name
         with pytest.warns(
-            UserWarning, match="60 cells of `adata` were taken for those of the model by their names alone"
+            UserWarning, match="60 cells of `adata` were identified with those of the model by their names only"
         ):
             model.export_to_anndata(full)
         assert full.var["ldvae"].sum() == 4
@@ -147,7 +147,7 @@ class TestTargets:
 
     def test_own_cells_go_by_name_in_any_order_and_without_counts(self, model):
         bare = ad.AnnData(obs=pd.DataFrame(index=["cell7", "cell3"]), var=pd.DataFrame(index=["something"]))
-        with pytest.warns(UserWarning, match="by their names alone"):
+        with pytest.warns(UserWarning, match="by their names only"):
             model.export_to_anndata(bare, order_by="network")
         model.export_to_anndata(order_by="network")
         np.testing.assert_allclose(bare.obsm["X_ldvae"], model.adata.obsm["X_ldvae"][[7, 3]], atol=1e-6)

@@ -306,7 +306,7 @@ def not_trained():
         (batch_norm, "cannot train a decoder with batch norm"),
         (lambda: trained(counts(60), latent_distribution="ln"), "logistic-normal latent"),
         (minified, "has minified data"),
-        (other_cells, "needs those that it was trained on"),
+        (other_cells, "needs the same cells"),
         (not_trained, "call `train` first"),
     ],
     ids=["batch norm", "ln", "minified", "other cells", "not trained"],

@@ -288,7 +288,7 @@ def test_with_nothing_to_learn_the_model_is_the_reference():
     model = map_query(reference, cells(["b"], seed=1))
     assert model.is_trained_
     assert_same(seen_by(reference, adata), seen_by(model, adata))
-    with pytest.raises(ValueError, match="Nothing is left to learn"):
+    with pytest.raises(ValueError, match="There are no parameters to train"):
         model.train(1, **FAST)
 
 

@@ -149,7 +149,7 @@ class TestView:
     def test_under_ln_it_is_refused_with_the_reason(self):
         model = untrained(counts(n_batches=3), latent_distribution="ln")
         for method in METHODS:
-            with pytest.raises(ValueError, match=r"cannot be rotated: z = softmax\(u\) lies on the simplex"):
+            with pytest.raises(ValueError, match=r"cannot be rotated: z = softmax\(u\) is on the simplex"):
                 model.rotate(method)
         model.rotate("none")
         assert model.rotation is None

@@ -131,7 +131,7 @@ def test_poisson_correlation_is_that_of_decoded_expression():
 
 def test_normal_likelihood_has_no_rate_to_correlate_and_no_weights():
     model = trained(gene_likelihood="normal")
-    with pytest.raises(ValueError, match="counts nothing"):
+    with pytest.raises(ValueError, match="has no counts"):
         model.get_feature_correlation_matrix()
     with pytest.raises(ValueError, match="has none"):
         model.get_normalized_expression(n_samples_overall=5, weights="importance")

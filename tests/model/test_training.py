@@ -74,7 +74,7 @@ def test_a_lower_maximum_gets_another_remedy(model):
         warnings.simplefilter("always")
         model.train(4, kl_warmup=1, plan_kwargs={"max_kl_weight": 0.5}, **TRAIN)
     (warning,) = kl_warnings(record)
-    assert "`max_kl_weight=0.5` was asked for" in str(warning.message)
+    assert "`max_kl_weight=0.5` was requested" in str(warning.message)
 
 
 @pytest.mark.parametrize(

@@ -193,7 +193,7 @@ class TestSources:
         )
         # Genes that the model does not know are no genes of its factors.
         wide = ad.AnnData(obs=a.obs.copy(), var=pd.DataFrame(index=["unknown", *a.var_names]))
-        with pytest.warns(UserWarning, match="by their names alone"):
+        with pytest.warns(UserWarning, match="by their names only"):
             first.export_to_anndata(wide)
         assert tl.match_factors(wide, first).n_shared == 20
         a.write_h5ad(tmp_path / "a.h5ad")

@@ -78,7 +78,7 @@ def test_what_is_written_goes_through_files_with_a_slash_in_a_group(tmp_path):
 def test_genes_that_the_model_does_not_know_are_left_out_and_counts_are_not_needed():
     model, adata = exported()
     more = ad.AnnData(obs=adata.obs, var=pd.DataFrame(index=["new", *adata.var_names[::-1]]))
-    with pytest.warns(UserWarning, match="by their names alone"):
+    with pytest.warns(UserWarning, match="by their names only"):
         model.export_to_anndata(more)
     tl.population_loadings(more, "type", "contribution")
     assert np.isnan(more.varm[KEY][0]).all()
@@ -164,9 +164,9 @@ def test_bad_input_is_named_and_nothing_is_written():
         get.population_loadings_df(adata, None, "T")
     with pytest.raises(ValueError, match="'D_0' is no latent"):
         get.population_loadings_df(adata, "D_0")
-    with pytest.raises(ValueError, match="directions belong to 'within'"):
+    with pytest.raises(ValueError, match="only kind 'within' has directions"):
         get.population_directions_df(adata)
-    with pytest.raises(ValueError, match="`rank_by` ranks by the decoder alone"):
+    with pytest.raises(ValueError, match="`rank_by` ranks by the decoder; with `group`"):
         get.top_genes(adata, "Z_0", "B", rank_by="loading")
 
 
