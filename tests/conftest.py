@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pairwise import covering_all_pairs
+from tests import pairwise
 
 # One thread: the models are small, and threads that wait for each other on a busy machine cost ten times as much. Set
 # before numpy and torch are imported; torch itself is imported by the tests that need it, not here.
@@ -15,11 +15,20 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_addoption(parser):
-    parser.addoption("--grid", action="store_true", help="run all combinations of the tests that are marked `grid`")
+    parser.addoption(
+        "--grid", action="store_true", help="run all combinations of tests that are marked `grid`, and all examples"
+    )
+
+
+def pytest_configure(config):
+    pairwise.is_full = config.getoption("--grid")
 
 
 def pytest_collection_modifyitems(config, items):
-    """Keep a sample of each test marked ``grid`` in which all pairs of values of two parameters occur."""
+    """Keep a sample of each test marked ``grid`` in which all pairs of values of two parameters occur.
+
+    With ``grid(1)`` all values occur, not all pairs; with ``grid(0)`` the first combination is kept.
+    """
     if config.getoption("--grid"):
         return
     grids = {}
@@ -28,18 +37,20 @@ def pytest_collection_modifyitems(config, items):
             grids.setdefault((item.parent.nodeid, item.originalname), []).append(item)
     left_out = set()
     for grid in grids.values():
-        kept = covering_all_pairs([axes_of(item.callspec) for item in grid])
+        kept = pairwise.covering([axes_of(item.callspec) for item in grid], *grid[0].get_closest_marker("grid").args)
         left_out |= {item for at, item in enumerate(grid) if at not in kept}
     config.hook.pytest_deselected(items=list(left_out))
     items[:] = [item for item in items if item not in left_out]
 
 
 def axes_of(callspec):
-    """Values of the parameters of a test; the elements of a tuple are parameters of their own."""
+    """Values of the parameters of a test; the elements of a tuple or dictionary are parameters of their own."""
     axes = {}
     for name, value in callspec.params.items():
         if isinstance(value, tuple):
             axes |= {(name, at): repr(part) for at, part in enumerate(value)}
+        elif isinstance(value, dict) and value:
+            axes |= {(name, key): repr(part) for key, part in value.items()}
         else:
             axes[name, 0] = id(value)  # values need no equality; each is one object in all combinations
     return axes

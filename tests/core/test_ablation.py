@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ldvae_ext.core import LinearDecoder, ablation_effects, log_likelihood
 from ldvae_ext.kernels.threads import compiled
 from tests.core.decoders import cells, full_decoder
+from tests.pairwise import examples
 
 
 @st.composite
@@ -66,7 +67,7 @@ def one_by_one(decoder, x, mean, library, batch, value, factors):
 
 
 @given(cases())
-@settings(max_examples=150, deadline=None)
+@examples(150)
 def test_effects_equal_the_definition(case):
     factors = np.arange(case[2].shape[1])
     expected = one_by_one(*case, factors)

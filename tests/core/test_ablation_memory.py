@@ -62,7 +62,7 @@ WAYS = [
 ]
 
 
-@pytest.mark.grid
+@pytest.mark.grid(0)
 @pytest.mark.parametrize("arguments", WAYS, ids=str)
 @pytest.mark.parametrize(("likelihood", "fmt"), [("nb", "csr"), ("zinb", "dense"), ("poisson", "csr")])
 def test_sums_of_genes_take_the_memory_of_a_chunk(likelihood, fmt, arguments):
@@ -77,6 +77,7 @@ def test_sums_of_genes_take_the_memory_of_a_chunk(likelihood, fmt, arguments):
     assert few < 40 * N_CELLS * N_GENES * 8, "and of no more than some dozens of them"
 
 
+@pytest.mark.grid(0)
 @pytest.mark.parametrize("likelihood", ["nb", "zinb", "poisson"])
 def test_explained_deviances_take_the_memory_of_a_chunk(likelihood):
     def work(n_chunks):
@@ -90,6 +91,7 @@ def test_explained_deviances_take_the_memory_of_a_chunk(likelihood):
     assert peak_of(work, 40) < 1.1 * peak_of(work, 4)
 
 
+@pytest.mark.grid(0)
 @pytest.mark.parametrize("arguments", WAYS, ids=str)
 def test_effects_of_cells_take_the_memory_of_a_chunk_and_of_themselves(arguments):
     sizes = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import sparse
 
@@ -13,6 +13,7 @@ from ldvae_ext.core import ablation_effects
 from ldvae_ext.core._paired import SetUpdates
 from ldvae_ext.kernels.threads import compiled
 from tests.core.decoders import full_decoder
+from tests.pairwise import examples
 
 SETS = [0, 3, [0, 1, 2], [1, 2, 3], [], [2], [0, 1, 2, 3], [1, 2, 3], [3], [0, 3]]
 
@@ -85,7 +86,7 @@ def test_each_cell_has_the_dispersion_of_its_batch_or_label(dispersion):
     likelihood=st.sampled_from(["nb", "poisson"]),
     latent_distribution=st.sampled_from(["normal", "ln"]),
 )
-@settings(max_examples=120, deadline=None)
+@examples(120)
 def test_extreme_latents_and_values_are_left_to_float64(seed, value, scale, likelihood, latent_distribution):
     if value == -np.inf and latent_distribution == "normal":
         value = 0.0

@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ldvae_ext.core import Covariate
 from ldvae_ext.core._design import covariates_from_arrays, covariates_to_arrays, design_matrix
+from tests.pairwise import examples
 
 AGE, LANE, SITE = Covariate("age"), Covariate("lane", ["L/1", "L/2", "L 3"]), Covariate("site", ["only/one"])
 ALL = (AGE, LANE, SITE)
@@ -115,7 +116,7 @@ def covariate_lists(draw):
 
 
 @given(covariate_lists())
-@settings(deadline=None, max_examples=50)
+@examples(50)
 def test_arrays_bring_covariates_back(covariates):
     arrays = covariates_to_arrays(covariates)
     assert all(array.dtype != object for array in arrays.values())
@@ -127,7 +128,7 @@ def test_arrays_bring_covariates_back(covariates):
 
 
 @given(st.integers(0, 10_000), st.integers(1, 6))
-@settings(deadline=None, max_examples=50)
+@examples(50)
 def test_names_and_codes_say_the_same(seed, n_cells):
     rng = np.random.default_rng(seed)
     codes, age = rng.integers(0, 3, n_cells), rng.normal(size=n_cells)

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
 from ldvae_ext.core.draws import POSTERIOR, PRIOR, donors, normal_draws
+from tests.pairwise import examples
 
 
 @given(
@@ -16,7 +17,7 @@ from ldvae_ext.core.draws import POSTERIOR, PRIOR, donors, normal_draws
     n_latent=st.integers(1, 5),
     n_samples=st.integers(1, 4),
 )
-@settings(max_examples=50, deadline=None)
+@examples(50)
 def test_a_cell_has_its_draws_whichever_cells_and_samples_are_asked_for(seed, purpose, positions, n_latent, n_samples):
     draws_snk = normal_draws(seed, purpose, np.array(positions), n_latent, n_samples)
     assert draws_snk.shape == (n_samples, len(positions), n_latent)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import expit
 
 from ldvae_ext.core import Covariate, LinearDecoder
 from tests.core.decoders import cells, full_decoder
+from tests.pairwise import examples
 
 LINKS, LATENTS = ("softmax", "softplus"), ("normal", "ln")
 DISPERSIONS = ("gene", "gene-batch", "gene-label", "gene-cell")
@@ -111,7 +112,7 @@ def test_theta_of_each_cell_needs_the_cell():
 
 
 @given(decoders(), st.integers(0, 1000))
-@settings(deadline=None, max_examples=80)
+@examples(80)
 def test_the_canonical_gauge_changes_nothing_that_is_decoded(decoder, seed):
     c, centred = cells(decoder, seed=seed), decoder.centered()
     np.testing.assert_allclose(everything(centred, c), everything(decoder, c), rtol=1e-10, atol=1e-12)
@@ -126,7 +127,7 @@ def test_the_canonical_gauge_changes_nothing_that_is_decoded(decoder, seed):
 
 
 @given(decoders(), st.integers(0, 1000))
-@settings(deadline=None, max_examples=80)
+@examples(80)
 def test_order_and_signs_change_nothing_that_is_decoded(decoder, seed):
     rng, n_factors = np.random.default_rng(seed), len(decoder.factors)
     order = rng.permutation(n_factors)
@@ -138,7 +139,7 @@ def test_order_and_signs_change_nothing_that_is_decoded(decoder, seed):
 
 
 @given(decoders(), st.integers(0, 1000))
-@settings(deadline=None, max_examples=80)
+@examples(80)
 def test_genes_in_another_order_are_the_same_genes(decoder, seed):
     order = np.random.default_rng(seed).permutation(len(decoder.genes))
     c, moved = cells(decoder, seed=seed), decoder.with_genes_in_order(order)

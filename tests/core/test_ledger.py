@@ -4,7 +4,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.integrate import quad
 from scipy.special import logsumexp, xlogy
@@ -12,6 +12,7 @@ from scipy.stats import multivariate_normal, norm, ortho_group
 
 from ldvae_ext.core import kl_per_dimension
 from ldvae_ext.core.ledger import InformationLedger, _JointMixture, _Mixture, information_ledger
+from tests.pairwise import examples
 
 PER_FACTOR = ("kl_k", "mutual_information_k", "dimension_wise_kl_k", "total_correlation_k")
 JOINT = ("kl", "mutual_information", "total_correlation", "dimension_wise_kl")
@@ -43,6 +44,7 @@ def assert_same(got: InformationLedger, expected: InformationLedger, atol: float
         np.testing.assert_allclose(getattr(got, name), getattr(expected, name), atol=atol, err_msg=name)
 
 
+@pytest.mark.grid(0)
 @pytest.mark.parametrize("degrees", [None, 0, 33, 90])
 def test_two_factors_have_the_ledger_of_a_grid(degrees):
     mean, variance = posteriors(5, 2, seed=3)
@@ -234,6 +236,7 @@ def test_the_seed_decides_what_is_drawn_and_nothing_that_is_integrated():
     assert other.total_correlation != first.total_correlation
 
 
+@pytest.mark.grid(0)
 @pytest.mark.parametrize("rotated", [False, True])
 def test_the_parts_add_up_to_the_kl_at_five_thousand_cells(rotated):
     mean, variance = posteriors(5000, 10, n_collapsed=3)
@@ -262,7 +265,7 @@ def test_no_array_of_cells_by_cells_is_made():
 
 
 @given(st.integers(0, 2**31), st.integers(1, 30), st.floats(-12, 2), st.floats(-3, 2))
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_a_factor_tells_no_more_than_its_kl_and_no_more_than_there_are_cells(seed, n_cells, log_variance, log_mean):
     rng = np.random.default_rng(seed)
     mean = np.exp(log_mean) * rng.normal(size=(n_cells, 3))

@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.linalg import orthogonal_procrustes
 from scipy.spatial import procrustes as scipy_procrustes
@@ -24,6 +24,7 @@ from ldvae_ext.core.matching import (
     procrustes,
 )
 from ldvae_ext.core.rotation import varimax
+from tests.pairwise import examples
 
 SEEDS = st.integers(0, 10_000)
 
@@ -75,7 +76,7 @@ class TestMatchColumns:
         np.testing.assert_allclose(cosines(a * 3, b), got)
         np.testing.assert_array_equal(cosines(np.zeros((9, 2)), np.zeros((9, 2))), 0)
 
-    @settings(max_examples=60, deadline=None)
+    @examples(60)
     @given(SEEDS, st.integers(1, 5), st.integers(1, 5))
     def test_pairs_have_the_largest_sum_of_all_assignments(self, seed, n_first, n_second):
         cosine = np.random.default_rng(seed).uniform(-1, 1, (n_first, n_second))
@@ -116,7 +117,7 @@ class TestMatchColumns:
 
 
 class TestProcrustes:
-    @settings(max_examples=40, deadline=None)
+    @examples(40)
     @given(SEEDS, st.integers(2, 5), st.sampled_from([1e-6, 1.0, 1e6]))
     def test_rotated_and_scaled_loadings_are_at_distance_zero(self, seed, n_factors, scale):
         a = np.random.default_rng(seed).normal(size=(12, n_factors))
@@ -125,7 +126,7 @@ class TestProcrustes:
         np.testing.assert_allclose(distance, 0, atol=1e-12)
         np.testing.assert_allclose(got, rotation, atol=1e-8)
 
-    @settings(max_examples=40, deadline=None)
+    @examples(40)
     @given(SEEDS, st.integers(2, 5))
     def test_is_scipys(self, seed, n_factors):
         rng = np.random.default_rng(seed)
@@ -138,7 +139,7 @@ class TestProcrustes:
         )
         np.testing.assert_allclose(distance, scipy_procrustes(a, b)[2], rtol=1e-9, atol=1e-12)
 
-    @settings(max_examples=40, deadline=None)
+    @examples(40)
     @given(SEEDS, st.integers(1, 5), st.integers(1, 5))
     def test_is_symmetric_within_bounds_and_does_not_depend_on_axes_also_for_unequal_numbers(self, seed, n, m):
         rng = np.random.default_rng(seed)
@@ -175,7 +176,7 @@ class TestProcrustes:
 
 
 class TestConsensusLoadings:
-    @settings(max_examples=15, deadline=None)
+    @examples(15)
     @given(SEEDS)
     def test_does_not_depend_on_the_axes_of_any_run(self, seed):
         loadings = runs(programs(80, 3, seed), 3, seed=seed)
@@ -186,6 +187,7 @@ class TestConsensusLoadings:
         np.testing.assert_array_equal(match.sign, 1)
         np.testing.assert_allclose(got[:, match.second], expected, atol=1e-5)
 
+    @pytest.mark.grid(0)
     @pytest.mark.parametrize("seed", range(3))
     def test_is_nearer_to_the_truth_than_any_single_run(self, seed):
         truth = programs(seed=seed)
@@ -254,6 +256,7 @@ def left_out(loadings, kinds, n_factors):
 
 
 class TestConsensusOf:
+    @pytest.mark.grid(1)
     @pytest.mark.parametrize("kinds", [None, [0, 1, 0, 1, 0], [2, 2, 7, 7, 1]])
     @pytest.mark.parametrize("noise", [0.1, 0.7])
     def test_a_run_is_compared_with_those_of_other_kinds_alone(self, kinds, noise):
@@ -286,6 +289,7 @@ class TestConsensusOf:
         assert got.reproducibility_k[alone] < 0.4
         assert np.delete(got.reproducibility_k, alone).min() > 0.95
 
+    @pytest.mark.grid(0)
     @pytest.mark.parametrize("seed", range(4))
     def test_planted_factors_are_stable_and_random_surplus_is_not(self, seed):
         truth = programs(300, 4, seed)

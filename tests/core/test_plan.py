@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import sparse
 
@@ -18,6 +18,7 @@ from ldvae_ext.core.plan import MODES, SCHEMES, AblationPlan, AblationRequest, L
 from ldvae_ext.kernels.threads import compiled
 from tests.core.brute_force import brute_force, replaced_sets
 from tests.core.decoders import COVARIATES, full_decoder
+from tests.pairwise import examples
 
 LIKELIHOODS = ("nb", "zinb", "poisson", "normal")
 
@@ -130,7 +131,7 @@ def assert_close(got: np.ndarray, expected: np.ndarray, tolerance: float = 1e-8)
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("mode", MODES)
 @given(data=st.data())
-@settings(max_examples=20, deadline=None)
+@examples(20)
 def test_effects_equal_a_loop_over_cells_and_sets(mode, scheme, data):
     decoder, cells, group_n, arguments, value_k = data.draw(problems(mode, scheme))
     names, expected_ngs = expected_changes(decoder, cells, group_n, arguments, value_k)
@@ -144,7 +145,7 @@ def test_effects_equal_a_loop_over_cells_and_sets(mode, scheme, data):
 
 @pytest.mark.parametrize("mode", MODES)
 @given(data=st.data())
-@settings(max_examples=25, deadline=None)
+@examples(25)
 def test_sums_over_the_cells_of_a_group_equal_a_loop_for_each_gene(mode, data):
     decoder, cells, group_n, arguments, value_k = data.draw(problems(mode))
     _, change_ngs = expected_changes(decoder, cells, group_n, arguments, value_k)
@@ -156,7 +157,7 @@ def test_sums_over_the_cells_of_a_group_equal_a_loop_for_each_gene(mode, data):
 
 
 @given(problem=problems())
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_sums_over_genes_are_the_sums_of_the_cells_effects(problem):
     decoder, cells, group_n, arguments, _ = problem
     plan, position_n = plan_of(decoder, [cells], [group_n], **arguments), np.arange(len(group_n))
@@ -169,7 +170,7 @@ def test_sums_over_genes_are_the_sums_of_the_cells_effects(problem):
 
 
 @given(problem=problems(), data=st.data())
-@settings(max_examples=80, deadline=None)
+@examples(80)
 def test_cutting_cells_into_chunks_in_any_order_changes_nothing(problem, data):
     decoder, cells, group_n, arguments, _ = problem
     n_cells = len(group_n)
@@ -191,7 +192,7 @@ def test_cutting_cells_into_chunks_in_any_order_changes_nothing(problem, data):
 @given(
     seed=st.integers(0, 2**31), sizes=st.lists(st.integers(1, 5), min_size=1, max_size=4), n_latent=st.integers(1, 3)
 )
-@settings(max_examples=40, deadline=None)
+@examples(40)
 def test_a_summary_of_chunks_is_that_of_all_cells(seed, sizes, n_latent):
     rng = np.random.default_rng(seed)
     mean_nk, variance_nk = rng.normal(size=(sum(sizes), n_latent)), rng.gamma(1.0, 1.0, (sum(sizes), n_latent))
@@ -230,7 +231,7 @@ def untidy(matrix: np.ndarray, fmt: str, seed: int) -> Any:
 
 @pytest.mark.parametrize("fmt", ["csr", "csc"])
 @given(problem=problems(), seed=st.integers(0, 9))
-@settings(max_examples=40, deadline=None)
+@examples(40)
 def test_sparse_counts_in_any_state_give_what_dense_ones_give(fmt, problem, seed):
     decoder, cells, group_n, arguments, _ = problem
     plan, position_n = plan_of(decoder, [cells], [group_n], **arguments), np.arange(len(group_n))

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.integrate import quad
 from scipy.special import expit, logsumexp
@@ -17,6 +17,7 @@ from ldvae_ext.core.populations import (
     within_directions,
 )
 from tests.core.decoders import cells, full_decoder
+from tests.pairwise import examples
 
 CASES = [("softmax", "normal"), ("softmax", "ln"), ("softplus", "normal"), ("softplus", "ln")]
 
@@ -97,7 +98,7 @@ def log_expression(decoder, logits_g):
 
 
 @given(points())
-@settings(max_examples=150, deadline=None)
+@examples(150)
 def test_a_path_adds_up_to_the_log_ratio(case):
     decoder, z, offset = case
     split = path_attribution(decoder, z[0], offset[0], z[1], offset[1])

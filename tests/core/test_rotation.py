@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 from scipy.stats import ortho_group
@@ -17,6 +17,7 @@ from ldvae_ext.core._views import orthogonal
 from ldvae_ext.core.cells import EncodedCells, PosteriorAxes
 from ldvae_ext.core.rotation import Rotation, loading_varimax, score_varimax, varimax
 from tests.core.decoders import COVARIATES, cells, full_decoder
+from tests.pairwise import examples
 
 SEEDS = st.integers(0, 10_000)
 
@@ -66,6 +67,7 @@ def assert_same_columns(got: np.ndarray, expected: np.ndarray, atol: float):
 
 
 class TestVarimax:
+    @pytest.mark.grid(1)
     @pytest.mark.parametrize("seed", range(6))
     @pytest.mark.parametrize("n_factors", [2, 4, 7])
     def test_is_as_high_as_that_of_other_algorithms_and_the_same_where_the_maximum_is_clear(self, seed, n_factors):
@@ -78,11 +80,13 @@ class TestVarimax:
             assert criterion(got) >= criterion(theirs) - 1e-9
             assert_same_columns(got, theirs, 1e-3)
 
+    @pytest.mark.grid(0)
     @pytest.mark.parametrize("seed", range(8))
     def test_is_as_high_as_that_of_another_algorithm_where_there_are_many_maxima(self, seed):
         noise = np.random.default_rng(seed).standard_t(4, size=(40, 5))
         assert criterion(noise @ varimax(noise)) >= criterion(planar_varimax(noise)) - 1e-9
 
+    @pytest.mark.grid(0)
     @pytest.mark.parametrize("seed", range(5))
     def test_two_columns_end_on_the_best_of_all_angles(self, seed):
         values = np.random.default_rng(seed).standard_t(3, size=(50, 2))
@@ -95,7 +99,7 @@ class TestVarimax:
         assert criterion(got) >= best - 1e-12 * abs(best)
         assert_same_columns(got, turned[int(heights.argmax())], 2e-3 * np.abs(values).max())
 
-    @settings(max_examples=25, deadline=None)
+    @examples(25)
     @given(SEEDS, st.integers(2, 6))
     def test_does_not_depend_on_the_axes_signs_and_order_that_it_is_given(self, seed, n_factors):
         rng = np.random.default_rng(seed)
@@ -105,7 +109,7 @@ class TestVarimax:
         for given_ in (loading @ random_rotation(n_factors, seed), loading * flips, loading[:, order]):
             assert_same_columns(given_ @ varimax(given_), expected, 1e-5)
 
-    @settings(max_examples=40, deadline=None)
+    @examples(40)
     @given(SEEDS, st.integers(1, 7), st.integers(1, 40), st.sampled_from([1e-8, 1.0, 1e8]))
     def test_is_orthogonal_whatever_it_is_given(self, seed, n_columns, n_rows, scale):
         values = scale * np.random.default_rng(seed).normal(size=(n_rows, n_columns))
@@ -133,6 +137,7 @@ class TestVarimax:
         np.testing.assert_allclose(got[:, order[3:]], 0, atol=0.05)
         assert criterion(got) >= criterion(loading @ varimax(loading)) - 1e-9
 
+    @pytest.mark.grid(0)
     @pytest.mark.parametrize("seed", range(3))
     def test_planted_sparse_factors_are_found_behind_any_rotation(self, seed):
         planted = sparse_loadings(300, 6, seed, noise=0.05)
@@ -256,8 +261,11 @@ def kind_id(kind):
     return "-".join([kind["likelihood"], kind["dispersion"], kind["link"], f"{len(kind['covariates'])}"])
 
 
-every_kind = pytest.mark.parametrize("kind", KINDS, ids=kind_id)
-FEW = settings(max_examples=5, deadline=None)
+def every_kind(test):
+    return pytest.mark.grid(pytest.mark.parametrize("kind", KINDS, ids=kind_id)(test))
+
+
+FEW = examples(5)
 
 
 def decoded(decoder, z, c):
@@ -352,7 +360,7 @@ class TestInvariances:
         again = again.reordered([3, 1, 0, 2], again.signs()[[3, 1, 0, 2]]).centered()
         np.testing.assert_allclose(again.weight_gk, canonical.weight_gk, atol=1e-10)
 
-    @settings(max_examples=50, deadline=None)
+    @examples(50)
     @given(SEEDS, st.integers(1, 6))
     def test_the_divergence_of_a_rotated_posterior_with_its_full_covariance(self, seed, n_factors):
         rng = np.random.default_rng(seed)
