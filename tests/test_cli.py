@@ -64,6 +64,7 @@ def test_the_bundled_example_runs_to_the_end(tmp_path):
     assert "litlogger" not in result.output
 
 
+@pytest.mark.slow
 def test_options_reach_the_model_and_results_come_in_exported_order(tmp_path, h5ad):
     arguments = [
         h5ad,
@@ -99,6 +100,7 @@ def test_options_reach_the_model_and_results_come_in_exported_order(tmp_path, h5
     assert [p.name for p in out.parent.iterdir()] == ["res"], "no temporary folder is left"
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_tables(tmp_path, h5ad):
     for name in ("one", "two"):
         assert invoke(h5ad, "--max-epochs", 2, "--seed", 5, "--out", tmp_path / name).exit_code == 0
@@ -111,6 +113,7 @@ def test_without_groups_all_cells_are_one_population(tmp_path, h5ad):
     assert set(pd.read_csv(tmp_path / "res" / "tables" / "ablation_groups.csv")["group"]) == {"all cells"}
 
 
+@pytest.mark.slow
 def test_only_results_are_replaced(tmp_path, h5ad):
     out = tmp_path / "res"
     assert invoke(h5ad, "--max-epochs", 1, "--out", out).exit_code == 0
@@ -142,6 +145,7 @@ def test_a_folder_of_somebody_else_is_never_replaced(tmp_path, h5ad):
     assert h5ad.exists()
 
 
+@pytest.mark.slow
 def test_the_current_folder_is_never_replaced(tmp_path, h5ad, monkeypatch):
     out = tmp_path / "res"
     assert invoke(h5ad, "--max-epochs", 1, "--out", out).exit_code == 0
@@ -151,6 +155,7 @@ def test_the_current_folder_is_never_replaced(tmp_path, h5ad, monkeypatch):
     assert "cannot be replaced, since it contains" in result.output
 
 
+@pytest.mark.slow
 def test_a_failure_after_the_training_leaves_the_model_and_old_results(tmp_path, h5ad, monkeypatch):
     def fail(*_args, **_kwargs):
         msg = "disk full"
@@ -182,6 +187,7 @@ def test_an_interruption_leaves_nothing(tmp_path, h5ad, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["counts.h5ad"]
 
 
+@pytest.mark.slow
 def test_of_two_runs_into_one_folder_the_second_says_so_and_keeps_its_results(tmp_path, h5ad, monkeypatch):
     out, train = tmp_path / "res", _run._train
 
@@ -286,12 +292,14 @@ def test_too_little_data_is_named(tmp_path, h5ad):
     assert "The input has 2 cells and 20 genes; at least 3 and 2 are needed" in invoke(tmp_path / "two.h5ad").output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_latent", [1, 2])
 def test_one_or_two_latents_will_do(tmp_path, h5ad, n_latent):
     result = invoke(h5ad, "--max-epochs", 2, "--n-latent", n_latent, "--out", tmp_path / "res")
     assert result.exit_code == 0, result.output
 
 
+@pytest.mark.slow
 def test_genes_are_chosen_where_there_are_many(monkeypatch, tmp_path, h5ad):
     monkeypatch.setattr(_run, "MANY_GENES", 30)
     monkeypatch.setattr(_run, "N_TOP_GENES", 10)

@@ -101,6 +101,7 @@ def test_an_unknown_fragment_is_an_error():
         fill_docstring(function)
 
 
+@pytest.mark.slow
 def test_functions_without_docstrings_are_left_alone():
     def function(): ...
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from importlib.metadata import version
 
 import pytest
@@ -16,6 +17,9 @@ from tests.helpers import counts
 CONTRACT = json.loads(PATH.read_text())
 
 
+installed_hashes = cache(hashes)
+
+
 def of_installed(package):
     """Hashes of the installed release, or of the newest known one if the installed one is new."""
     releases = CONTRACT[package]
@@ -26,7 +30,7 @@ def of_installed(package):
 def test_a_touched_function_is_unchanged(name):
     package = release_of(name)
     why, breaks = TOUCHED[name]
-    expected, found = of_installed(package)[name], hashes(package)[name]
+    expected, found = of_installed(package)[name], installed_hashes(package)[name]
     assert found, f"{name} is gone ({why}); this breaks: {breaks}"
     assert found == expected, f"{name} changed in {package} {version(package)} ({why}); look at: {breaks}"
 

@@ -265,6 +265,7 @@ SAID = {
 }
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("fmt", ["h5ad", "zarr"])
 @pytest.mark.parametrize("way", WAYS)
 def test_a_written_ablation_reads_the_same(model, tmp_path, way, fmt):

@@ -324,6 +324,7 @@ def test_matrices_that_are_large_enough_for_several_threads_give_the_same_number
         torch.set_num_threads(threads)
 
 
+@pytest.mark.grid(0)
 @pytest.mark.parametrize("mode", ["zero", "mean", "prior"])
 def test_memory_does_not_grow_with_the_number_of_cells(mode):
     def peak_of(work):

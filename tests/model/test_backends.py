@@ -193,6 +193,7 @@ def test_likelihoods_train_alike(backend, options):
     assert_same_history(fitted(backend, options=options, check_val_every_n_epoch=1), theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_elbo_of_fifty_epochs_is_that_of_linear_scvi(backend):
     arguments = {"epochs": 50, "plan_kwargs": {"lr": 5e-3, "n_epochs_kl_warmup": 10}, "check_val_every_n_epoch": 1}

@@ -79,6 +79,7 @@ class TestSingleCells:
         model.train(2, batch_size=batch_size, train_size=train_size, plan_kwargs={"n_epochs_kl_warmup": 1}, **TRAIN)
         return model
 
+    @pytest.mark.grid(0)
     @pytest.mark.parametrize(
         ("n_cells", "batch_size", "train_size"), [(33, 16, 1.0), (36, 16, 0.9), (2, 128, 0.5), (3, 2, 1.0)]
     )

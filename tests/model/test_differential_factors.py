@@ -66,6 +66,7 @@ ALL_SORTS = {
 @pytest.mark.filterwarnings("ignore:Determinant has increased:RuntimeWarning")  # scikit-learn's, of few cells
 @pytest.mark.parametrize("sort", ALL_SORTS)
 class TestBoundaries:
+    @pytest.mark.grid(1)
     def test_all_factors_are_the_whole_model(self, model, sort):
         options = {"batch_correction": True, **ALL_SORTS[sort]}
         got = compared(model, factors=["Z_0", "Z_1", "Z_2"], **options)

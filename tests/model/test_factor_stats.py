@@ -84,6 +84,7 @@ class TestMeasures:
         got = column(model.get_factor_stats(indices=some), "explained_deviance")
         np.testing.assert_allclose(got, expected[got.index], rtol=1e-6)
 
+    @pytest.mark.grid(1)
     @pytest.mark.parametrize("mode", ["zero", "mean", "permute"])
     @pytest.mark.parametrize("seed", [None, 5])
     def test_effects_of_ablation_are_the_means_of_ablate(self, model, mode, seed):

@@ -24,6 +24,7 @@ def fresh(covariates="both", *, size_factor=False, n_cells=60, **kwargs):
     return LDVAE(adata, **{"n_latent": 3, "n_hidden": 16, **kwargs})
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize(("gene_likelihood", "dispersion"), PAIRS)
 def test_trains_and_samples(gene_likelihood, dispersion):
     odd = PAIRS.index((gene_likelihood, dispersion)) % 2 == 1

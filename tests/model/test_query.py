@@ -50,6 +50,7 @@ CASES = [
 ]
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case.values())))
 def test_the_reference_does_not_move_and_the_new_batch_learns(case):
     case = dict(case)
@@ -335,6 +336,7 @@ def kang(real_data):
     return [adata[np.sort(each), genes].copy() for each in rows]
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("batch_key", ["condition", "batch"], ids=["one batch", "two batches"])
 @pytest.mark.parametrize("dispersion", ["gene", "gene-batch"])
 @pytest.mark.parametrize("observed", [True, False], ids=["observed", "latent"])

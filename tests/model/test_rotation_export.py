@@ -135,6 +135,7 @@ class TestExport:
             np.testing.assert_array_equal(get.decoder(back).to_arrays()[name], value, err_msg=name)
         np.testing.assert_array_equal(tl.ablate(back, mode="permute").X, tl.ablate(adata, mode="permute").X)
 
+    @pytest.mark.grid(1)
     @pytest.mark.parametrize("order_by", MEASURES)
     @pytest.mark.parametrize("rotated", [False, True])
     def test_any_measure_orders_and_is_stored(self, model, order_by, rotated):

@@ -53,6 +53,7 @@ def model(request):
     return trained(**request.param)
 
 
+@pytest.mark.grid(0)
 @pytest.mark.filterwarnings("ignore:Determinant has increased:RuntimeWarning")  # scikit-learn's, of twenty cells
 def test_differential_expression_in_every_mode(model):
     for options in (
@@ -108,6 +109,7 @@ def test_posterior_predictive_samples_have_the_mean_of_the_network(model):
     assert (np.abs(observed - expected) < error).all()
 
 
+@pytest.mark.grid(0)
 def test_posterior_predictive_check_runs_on_a_dictionary_of_models(model):
     check = PosteriorPredictiveCheck(model.adata, {"ours": model}, n_samples=2)
     check.coefficient_of_variation("cells")
@@ -209,6 +211,7 @@ def test_reconstruction_error_at_the_posterior_mean_is_the_likelihood_of_the_net
         model.get_reconstruction_error(use_posterior_mean=True, inference_kwargs={})
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("counts_kept", [True, False])
 def test_minified_data_give_what_the_cells_gave(model, tmp_path, counts_kept):
     adata = model.adata

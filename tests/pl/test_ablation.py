@@ -104,6 +104,7 @@ def test_a_single_value_can_be_drawn(ablated, value):
     assert_legible(figure)
 
 
+@pytest.mark.grid(0)
 @pytest.mark.parametrize(("n_latent", "n_groups"), [(1, 4), (3, 4), (10, 2), (10, 25), (30, 25), (50, 2)])
 def test_no_label_overlaps_another_or_is_cut_off(ablated, n_latent, n_groups):
     figure = pl.ablation(ablated(n_latent, n_groups), "population", return_fig=True)
@@ -270,6 +271,7 @@ def test_groups_without_an_effect_have_no_dot_and_infinite_effects_the_strongest
 SIZES = [(1, 1), (2, 1), (1, 4), (3, 2), (10, 2), (10, 25), (30, 30), (50, 2)]
 
 
+@pytest.mark.grid(0)
 @pytest.mark.parametrize(("n_latent", "n_groups"), SIZES)
 def test_no_dot_or_label_touches_another(ablated, n_latent, n_groups):
     figure = pl.ablation(ablated(n_latent, n_groups), "population", kind="dotplot", return_fig=True)

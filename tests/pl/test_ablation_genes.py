@@ -94,6 +94,7 @@ def test_the_scheme_of_the_ablation_is_said(readable):
     assert "with the factor alone" in pl.ablation_genes(ablation, 0, return_fig=True).axes[1].get_ylabel()
 
 
+@pytest.mark.grid(0)
 @pytest.mark.parametrize(("n_groups", "n_genes"), [(1, 1), (1, 10), (2, 10), (10, 5), (30, 30)])
 def test_no_label_overlaps_another_or_is_cut_off(by_gene, n_groups, n_genes):
     figure = pl.ablation_genes(by_gene(2, n_groups), 0, n_genes=n_genes, return_fig=True)

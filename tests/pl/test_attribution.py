@@ -211,6 +211,7 @@ def test_a_figure_of_several_genes_is_shown_and_closed(paths, shown):
     assert not plt.get_fignums()
 
 
+@pytest.mark.grid(0)
 @pytest.mark.parametrize(
     ("n_latent", "n_genes", "n_factors"), [(1, 1, 8), (2, 3, 8), (3, 2, 8), (30, 1, 8), (30, 1, 30), (30, 7, 12)]
 )

@@ -54,6 +54,7 @@ def test_every_public_figure_is_tested_here():
     assert sorted(pl.__all__) == sorted(SINGLE + MULTI)
 
 
+@pytest.mark.grid(0)
 @pytest.mark.parametrize("name", SINGLE + MULTI)
 def test_the_axes_or_figure_comes_back_when_not_shown(draw, shown, name):
     drawn = draw(name, show=False)
@@ -62,6 +63,7 @@ def test_the_axes_or_figure_comes_back_when_not_shown(draw, shown, name):
     assert len(plt.get_fignums()) == 1
 
 
+@pytest.mark.grid(0)
 @pytest.mark.parametrize("name", SINGLE + MULTI)
 def test_a_shown_figure_is_not_returned_and_not_left_open(draw, shown, name):
     assert draw(name, show=True) is None
@@ -69,6 +71,7 @@ def test_a_shown_figure_is_not_returned_and_not_left_open(draw, shown, name):
     assert not plt.get_fignums()
 
 
+@pytest.mark.grid(0)
 @pytest.mark.parametrize("name", SINGLE + MULTI)
 def test_the_figure_can_be_asked_for_and_is_then_not_shown(draw, shown, set_autoshow, name):
     set_autoshow(True)
@@ -76,6 +79,7 @@ def test_the_figure_can_be_asked_for_and_is_then_not_shown(draw, shown, set_auto
     assert not shown
 
 
+@pytest.mark.grid(0)
 @pytest.mark.parametrize("name", SINGLE + MULTI)
 def test_a_figure_that_is_asked_for_and_shown_stays_open(draw, shown, name):
     figure = draw(name, show=True, return_fig=True)
@@ -83,6 +87,7 @@ def test_a_figure_that_is_asked_for_and_shown_stays_open(draw, shown, name):
     assert shown == [[figure.number]] == [plt.get_fignums()]
 
 
+@pytest.mark.grid(0)
 @pytest.mark.parametrize("autoshow", [True, False])
 @pytest.mark.parametrize("name", SINGLE + MULTI)
 def test_scanpy_decides_at_call_time_whether_to_show(draw, shown, set_autoshow, name, autoshow):
@@ -97,6 +102,7 @@ def test_an_interactive_session_keeps_what_it_shows(draw, shown):
     assert len(plt.get_fignums()) == 1
 
 
+@pytest.mark.grid(0)
 @pytest.mark.parametrize("name", SINGLE)
 def test_given_axes_are_drawn_in_and_their_figure_keeps_its_size_and_layout(draw, shown, name):
     figure, axes = plt.subplots(1, 2, figsize=(13, 4))
@@ -139,6 +145,7 @@ def test_unknown_factors_are_named_before_anything_is_drawn(draw, name, wrong):
     assert not plt.get_fignums()
 
 
+@pytest.mark.grid(0)
 @pytest.mark.parametrize("name", SINGLE + MULTI)
 def test_larger_type_makes_larger_figures(draw, name):
     small = draw(name, return_fig=True).get_size_inches()

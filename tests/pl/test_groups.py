@@ -137,6 +137,7 @@ def test_a_ranking_without_differences_can_be_drawn(ranked):
 SIZES = [(1, 2), (1, 30), (3, 4), (10, 2), (10, 25), (30, 30), (50, 2)]
 
 
+@pytest.mark.grid(0)
 @pytest.mark.parametrize(("n_latent", "n_groups"), SIZES)
 def test_no_label_overlaps_another_or_is_cut_off(ranked, n_latent, n_groups):
     figure = pl.factor_groups(ranked(n_latent, n_groups), return_fig=True)
@@ -144,6 +145,7 @@ def test_no_label_overlaps_another_or_is_cut_off(ranked, n_latent, n_groups):
     assert len(drawn_texts(figure)) > n_latent + n_groups
 
 
+@pytest.mark.grid(0)
 @pytest.mark.parametrize(("n_latent", "n_groups"), SIZES)
 def test_no_dot_touches_another(ranked, n_latent, n_groups):
     figure = pl.factor_groups(ranked(n_latent, n_groups), return_fig=True)

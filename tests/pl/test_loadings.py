@@ -75,6 +75,7 @@ def test_panels_fill_rows_of_the_asked_width(exported, n_latent, ncols):
     assert len(lefts) == min(ncols, n_latent)
 
 
+@pytest.mark.grid(0)
 @pytest.mark.parametrize(
     ("n_latent", "n_genes", "ncols"), [(1, 8, 5), (2, 1, 5), (3, 8, 5), (10, 15, 5), (30, 2, 7), (4, 3, 1)]
 )

@@ -85,11 +85,13 @@ def test_scores_have_correlations_and_no_distance():
     assert ax.figure.axes[1].get_ylabel() == "Correlation of scores\n(120 shared cells)"
 
 
+@pytest.mark.grid(0)
 @pytest.mark.parametrize("n_factors", [1, 2, 5, 10, 30])
 def test_all_labels_are_legible(n_factors):
     assert_legible(pl.match(tl.match_factors(*tables(n_factors, n_factors)), return_fig=True))
 
 
+@pytest.mark.grid(0)
 @pytest.mark.parametrize("n_factors", [2, 10, 30])
 def test_long_names_are_legible(n_factors):
     first, second = tables(n_factors, n_factors)

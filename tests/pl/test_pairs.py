@@ -122,6 +122,7 @@ def test_many_cells_are_drawn_as_an_image_in_vector_files(exported):
     assert many.axes[0].collections[0].get_rasterized()
 
 
+@pytest.mark.grid(0)
 @pytest.mark.parametrize("color", [None, "many", "population", "depth"])
 @pytest.mark.parametrize("n_factors", [2, 3, 5])
 def test_no_label_overlaps_another_or_is_cut_off(exported, color, n_factors):

@@ -31,6 +31,7 @@ def wide(adata, factor, **kwargs):
     return table.pivot_table(index="gene", columns="group", values="value")
 
 
+@pytest.mark.grid(0)
 @pytest.mark.parametrize(
     ("kind", "factor", "scale", "said", "times"),
     [
@@ -126,6 +127,7 @@ def test_another_key_is_read(populations):
         pl.population_loadings(adata, "Z_0")
 
 
+@pytest.mark.grid(0)
 @pytest.mark.parametrize(
     ("n_latent", "n_groups", "n_genes"), [(1, 2, 1), (3, 2, 20), (3, 10, 20), (30, 10, 20), (30, 30, 40), (3, 30, 2)]
 )

@@ -113,11 +113,13 @@ def test_numbers_are_written_for_few_factors_and_signs_for_many(rotated):
         assert {text.get_text() for text in ax.texts} == {"\N{MINUS SIGN}"}
 
 
+@pytest.mark.grid(0)
 @pytest.mark.parametrize("n_latent", [1, 2, 5, 8, 10, 30])
 def test_all_labels_are_legible(rotated, n_latent):
     assert_legible(pl.rotation(rotated(n_latent), return_fig=True))
 
 
+@pytest.mark.grid(0)
 @pytest.mark.parametrize("n_latent", [2, 10, 30])
 def test_long_names_are_legible(rotated, n_latent):
     adata = rotated(n_latent)

@@ -30,6 +30,7 @@ def test_the_line_is_the_share_of_the_kl_up_to_each_factor(exported):
     assert line.get_ydata()[-1] == pytest.approx(1)
 
 
+@pytest.mark.grid(0)
 @pytest.mark.parametrize("n_latent", [1, 2, 3, 10, 30, 60])
 def test_all_labels_are_legible(exported, n_latent):
     assert_legible(pl.factor_scree(exported(n_latent), return_fig=True))
@@ -121,12 +122,14 @@ def test_a_measure_that_is_0_throughout_has_a_scale_and_ties(exported):
     assert ax.get_ylim()[1] >= 1
 
 
+@pytest.mark.grid(0)
 @pytest.mark.parametrize("n_latent", [1, 2, 5, 10, 30])
 @pytest.mark.parametrize("measures", ["kl", ("kl", "explained_deviance"), MEASURES])
 def test_all_labels_of_measures_are_legible(exported, n_latent, measures):
     assert_legible(pl.factor_scree(with_measures(exported(n_latent)), measures=measures, return_fig=True))
 
 
+@pytest.mark.grid(0)
 @pytest.mark.parametrize("n_latent", [2, 10, 30])
 def test_long_names_are_legible_below_measures(exported, n_latent):
     adata = with_measures(exported(n_latent))

@@ -112,6 +112,7 @@ def test_a_list_of_one_key_is_a_figure_with_one_panel(exported, consensus):
     assert figure.axes[0].get_title().startswith("ldvae_consensus\n")
 
 
+@pytest.mark.grid(0)
 @pytest.mark.parametrize("n_factors", [1, 2, 5, 10, 30])
 @pytest.mark.parametrize("n_keys", [1, 3])
 def test_all_labels_are_legible(exported, consensus, n_factors, n_keys):
@@ -122,6 +123,7 @@ def test_all_labels_are_legible(exported, consensus, n_factors, n_keys):
     assert_legible(pl.stability(adata, key=key, return_fig=True))
 
 
+@pytest.mark.grid(0)
 @pytest.mark.parametrize("n_factors", [2, 10, 30])
 def test_long_names_are_legible(exported, consensus, n_factors):
     key = "consensus_of_runs_on_two_halves_of_all_the_cells_of_donor_1"

@@ -94,6 +94,7 @@ def test_a_single_epoch_is_seen():
     assert all(line.get_marker() == "o" for line in figure.axes[0].lines)
 
 
+@pytest.mark.grid(0)
 @pytest.mark.parametrize("n_epochs", [1, 2, 20, 400])
 @pytest.mark.parametrize("validation", [True, False])
 def test_no_label_overlaps_another_or_is_cut_off(n_epochs, validation):
