@@ -108,6 +108,7 @@ def test_the_same_seed_gives_the_same_tables(tmp_path, h5ad):
     assert one == two
 
 
+@pytest.mark.slow
 def test_without_groups_all_cells_are_one_population(tmp_path, h5ad):
     assert invoke(h5ad, "--max-epochs", 1, "--out", tmp_path / "res").exit_code == 0
     assert set(pd.read_csv(tmp_path / "res" / "tables" / "ablation_groups.csv")["group"]) == {"all cells"}

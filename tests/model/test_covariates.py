@@ -160,6 +160,7 @@ def test_decoded_posterior_means_use_the_cells_own_covariates(case):
         np.testing.assert_allclose(scaled, decoded * adata.obs[["size"]].to_numpy(), rtol=1e-5)
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("case", CASES[:12:2], ids=case_id)
 @pytest.mark.parametrize("form", [None, "h5ad", "zarr"])
 def test_exported_decoders_decode_exported_latents(case, form, tmp_path):

@@ -73,6 +73,7 @@ class TestBoundaries:
         pd.testing.assert_frame_equal(got, compared(model, **options), check_exact=True)
         assert_whole(model.module)
 
+    @pytest.mark.grid(1)
     def test_without_the_argument_it_is_that_of_scvi_tools(self, model, sort):
         # batchid1 and batchid2 ask for it; elsewhere ours is left out and scvi-tools' is False.
         correction = {"batch_correction": True} if sort == "one batch" else {}
@@ -81,6 +82,7 @@ class TestBoundaries:
         got = compared(model, **ALL_SORTS[sort], **correction)
         pd.testing.assert_frame_equal(got, expected, check_exact=True)
 
+    @pytest.mark.grid(1)
     def test_no_factors_are_no_calls(self, model, sort):
         options = dict(ALL_SORTS[sort])
         if sort in ("uncorrected", "pairs"):
@@ -174,6 +176,7 @@ def with_the_true_decoder(adata, decoder):
     return model
 
 
+@pytest.mark.slow
 def test_a_factor_that_separates_groups_calls_its_genes_and_no_others():
     adata, decoder = datasets.simulate(600, 100, 2, median_library=2000)
     model = with_the_true_decoder(adata, decoder)

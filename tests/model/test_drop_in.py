@@ -156,6 +156,7 @@ def test_load_still_refuses_other_classes(tmp_path):
 FORMATS = [sparse.csr_matrix, sparse.csr_array, sparse.csc_matrix, sparse.csc_array, lambda x: x.toarray()]
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("layer", [None, "counts"])
 @pytest.mark.parametrize("form", FORMATS, ids=["csr_matrix", "csr_array", "csc_matrix", "csc_array", "dense"])
 def test_every_matrix_format_trains_to_the_same_model(form, layer):

@@ -252,6 +252,7 @@ class TestScanpy:
         model.export_to_anndata(adata, as_pca=True)
         return adata
 
+    @pytest.mark.slow
     def test_the_first_factors_make_a_neighbour_graph(self, exported):
         sc.pp.neighbors(exported, use_rep="X_ldvae", n_pcs=2, n_neighbors=5)
         graph = exported.obsp["distances"].toarray()

@@ -118,6 +118,7 @@ def test_a_poisson_has_no_dispersion_whatever_was_asked_for():
         assert not hasattr(model.module.decoder, "px_r_decoder")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size_factor", [False, True])
 def test_an_informative_covariate_beats_a_permuted_one(size_factor):
     """The covariate doubles some genes; encoders do not see it."""

@@ -149,6 +149,7 @@ def test_each_argument_of_the_network_changes_it(argument):
     assert differ(reference, other) > set()
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("argument", CHANGES)
 def test_each_argument_of_the_model_reaches_its_network(argument):
     changed, base = CHANGES[argument]

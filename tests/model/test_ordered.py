@@ -86,6 +86,7 @@ def state(model):
     return {name: value.clone() for name, value in model.module.state_dict().items()}
 
 
+@pytest.mark.slow
 def test_first_rotated_factors_explain_more_of_held_out_cells_than_those_of_largest_kl(of_programs):
     rotation = deviance_rotation(of_programs, indices=of_programs.train_indices)
     by_rotation, by_kl = explained(of_programs, rotation), explained(of_programs, kl_order(of_programs))
@@ -93,6 +94,7 @@ def test_first_rotated_factors_explain_more_of_held_out_cells_than_those_of_larg
     assert by_rotation[-1] == pytest.approx(by_kl[-1], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_strong_programs_come_first(of_programs):
     rotation = deviance_rotation(of_programs)
     loadings = of_programs.get_decoder().rotated(rotation).centered().weight_gk

@@ -84,6 +84,7 @@ def test_the_reference_does_not_move_and_the_new_batch_learns(case):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("known", [["a"], ["a", "b"]])
 def test_training_fits_the_new_cells(known):
     reference = trained(cells(known), epochs=30, dispersion="gene-batch")
@@ -96,6 +97,7 @@ def test_training_fits_the_new_cells(known):
 COVARIATES = {"categorical_covariate_keys": ["sex", "chemistry"], "continuous_covariate_keys": ["age"]}
 
 
+@pytest.mark.grid(1)
 @pytest.mark.parametrize("known", [["a"], ["a", "b"]])
 @pytest.mark.parametrize(
     "options", [{}, {"encode_covariates": True, "n_layers": 2}, {"batch_representation": "embedding"}]

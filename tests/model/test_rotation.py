@@ -117,6 +117,7 @@ class TestView:
         np.testing.assert_allclose(model.get_latent_kl().sum(axis=1).mean(), total, rtol=1e-4)
         assert np.abs(rotation - np.eye(4)).max() > 0.05, "there is something to see"
 
+    @pytest.mark.grid(1)
     @pytest.mark.parametrize("method", METHODS)
     @pytest.mark.parametrize(
         ("options", "setup"),

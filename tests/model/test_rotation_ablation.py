@@ -77,6 +77,7 @@ ONE_BY_ONE = [[0], [1], [2], [3]]
 
 
 class TestAblation:
+    @pytest.mark.grid(1)
     @pytest.mark.parametrize(("mode", "use_posterior"), WAYS)
     @pytest.mark.parametrize("likelihood", ["nb", "zinb"])
     def test_equals_scvi_tools_network_and_the_export(self, model, mode, use_posterior, likelihood):

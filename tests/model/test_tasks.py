@@ -99,6 +99,7 @@ def test_differential_abundance_writes_a_density_for_each_sample(model):
     assert np.isfinite(table.to_numpy()).all()
 
 
+@pytest.mark.grid(0)
 def test_posterior_predictive_samples_have_the_mean_of_the_network(model):
     samples = model.posterior_predictive_sample(n_samples=300, indices=np.arange(6)).todense()
     assert samples.shape == (6, 20, 300)
@@ -109,7 +110,7 @@ def test_posterior_predictive_samples_have_the_mean_of_the_network(model):
     assert (np.abs(observed - expected) < error).all()
 
 
-@pytest.mark.grid(0)
+@pytest.mark.slow
 def test_posterior_predictive_check_runs_on_a_dictionary_of_models(model):
     check = PosteriorPredictiveCheck(model.adata, {"ours": model}, n_samples=2)
     check.coefficient_of_variation("cells")

@@ -65,6 +65,7 @@ def test_validation_too(case):
     assert_as_exact(model.module, tensors, routes=(False,), training=False)
 
 
+@pytest.mark.grid(0)
 @pytest.mark.parametrize("case", ["nb", "zinb, 4 batches", "poisson", "gene-batch", "30 latents", "ln"])
 def test_a_trained_network_too(case):
     model = build(case, n_cells=200)

@@ -235,6 +235,7 @@ def rewritten(adata, tmp_path, form):
     return adata
 
 
+@pytest.mark.grid(1)
 @pytest.mark.filterwarnings("ignore:The inplace keyword in DataFrame.drop")  # in scanpy's reader
 @pytest.mark.parametrize("form", ["memory", "h5ad", "zarr"])
 @pytest.mark.parametrize("method", METHODS)
