@@ -86,14 +86,17 @@ def untested_releases() -> str:
 
 
 class DataChecks:
-    """Stands before scvi-tools' model classes: a check of its own before scvi-tools' check of an AnnData.
+    """Stands before scvi-tools' model classes: a check of its own after scvi-tools' check of an AnnData.
 
     ``_validate_anndata`` is the gate of all inherited methods; there is no public one.
     """
 
     def _validate_anndata(self, adata: Any = None, *args: Any, **kwargs: Any) -> Any:
-        self._check_genes(adata)  # type: ignore[attr-defined]
-        return super()._validate_anndata(adata, *args, **kwargs)  # type: ignore[misc]
+        self._check_type(adata)  # type: ignore[attr-defined]
+        adata = super()._validate_anndata(adata, *args, **kwargs)  # type: ignore[misc]
+        # After it, since it registers an AnnData again that another model was set up on.
+        self._check_unchanged(adata)  # type: ignore[attr-defined]
+        return adata
 
 
 class DenoisedSamples:

@@ -218,10 +218,11 @@ def test_bad_input_is_named(trained, arguments, message):
         trained.ablate(**arguments)
 
 
-def test_data_that_were_normalised_since_are_named():
+def test_fractions_are_named():
     adata = counts(n_batches=3)
-    model = untrained(adata)
     adata.X = adata.X * 0.5
+    with pytest.warns(UserWarning, match="values that are not integers"):
+        model = untrained(adata)
     with pytest.warns(UserWarning, match="values that are not integers"):
         model.ablate()
     with pytest.warns(UserWarning, match="values that are not integers"):

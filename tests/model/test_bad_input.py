@@ -131,15 +131,6 @@ def test_cells_keep_their_names():
         model.get_normalized_expression(use_posterior_mean=True, data_loader_kwargs={"shuffle": True})
 
 
-def test_genes_in_another_order_are_not_read_by_position():
-    adata = counts()
-    model = untrained(adata)
-    turned = adata[:, ::-1].copy()
-    with pytest.raises(ValueError, match="genes in another order"):
-        model.get_elbo(turned)
-    np.testing.assert_array_equal(model.get_latent_kl(turned), model.get_latent_kl())
-
-
 def test_columns_and_groups_of_a_comparison_are_named():
     model = untrained(counts(n_batches=3))
     with pytest.raises(KeyError, match="`groupby`: 'cell_type' is not a column"):

@@ -112,6 +112,7 @@ def test_a_resampled_run_is_not_trained_on_the_other_cells(cells):
     order = np.arange(150)
     order[others] = others[::-1]
     changed.X = changed.X[order]
+    LDVAE.setup_anndata(changed, batch_key="batch")
     again = fit_ensemble(
         changed, 2, n_latent=3, resample="halves", model_kwargs={"use_observed_lib_size": True}, **QUICK
     )

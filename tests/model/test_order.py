@@ -121,6 +121,7 @@ def model(models):
 def posterior(model, data=None):
     """The posterior of the cells from the model's own network."""
     model.module.eval()
+    model._validate_anndata(data)
     loader = model._make_data_loader(model.adata if data is None else data, batch_size=13)
     with torch.no_grad():
         outputs = [model.module.inference(**model.module._get_inference_input(tensors)) for tensors in loader]

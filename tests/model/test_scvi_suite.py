@@ -66,7 +66,7 @@ def test_getters_take_other_cells_views_and_copies(model):
 def test_unknown_labels_are_refused(model):
     other = data()
     other.obs["labels"] = other.obs["labels"].cat.rename_categories(["a", "b", "c"])
-    with pytest.raises(ValueError, match="not found in source registry"):
+    with pytest.raises(ValueError, match="`labels_key`: the model has not seen 'b', 'c', 'a'"):
         model.get_elbo(other)
 
 

@@ -12,6 +12,7 @@ from scvi import REGISTRY_KEYS
 
 from ldvae_ext._validate import listed
 from ldvae_ext.core import LinearDecoder
+from ldvae_ext.core.levels import match_levels
 from ldvae_ext.core.rotation import CONSENSUS, Rotation, with_signs
 from ldvae_ext.model._base import LDVAEBase
 from ldvae_ext.model._bridge import linear_decoder
@@ -78,8 +79,11 @@ def transform_batch_codes(model: LDVAEBase, transform_batch: Any) -> list[int | 
         msg = "`transform_batch` must name at least one batch; got none."
         raise ValueError(msg)
     known = list(level_names(model.registry, REGISTRY_KEYS.BATCH_KEY))
+    codes: list[int | None] = []
     for batch in transform_batch:
-        if batch is not None and batch not in known:
+        code = None if batch is None else int(match_levels("transform_batch", [batch], known)[0])
+        if code is not None and code < 0:
             msg = f"`transform_batch`: {batch!r} is no batch of this model; allowed are {listed(known)}."
             raise ValueError(msg)
-    return [None if batch is None else known.index(batch) for batch in transform_batch]
+        codes.append(code)
+    return codes

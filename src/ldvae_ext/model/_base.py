@@ -13,7 +13,6 @@ from anndata import AnnData
 from scvi import REGISTRY_KEYS
 from scvi.data import AnnDataManager
 from scvi.data.fields import (
-    CategoricalObsField,
     NumericalJointObsField,
     NumericalObsField,
 )
@@ -32,15 +31,14 @@ from ldvae_ext._scvi import (
     SETUP_ARGS_KEY,
     DataChecks,
     DenoisedSamples,
-    StableCategoriesField,
     adata_minify_type,
 )
 from ldvae_ext._validate import check_positive_int, listed, warn
 from ldvae_ext.core.rotation import CONSENSUS, Rotation
 from ldvae_ext.model._counts import (
-    CountsField,
     check_categories,
     check_counts,
+    check_is_anndata,
     check_numbers,
     checked_keys,
     counts_of,
@@ -48,8 +46,17 @@ from ldvae_ext.model._counts import (
     mean_expression,
 )
 from ldvae_ext.model._datamodule import start_of
+from ldvae_ext.model._fields import CountsField, CovariatesField, LevelsField, check_levels_fit
+from ldvae_ext.model._fingerprint import check_unchanged
 from ldvae_ext.model._linear_scvi import as_linear_scvi_knows, as_linear_scvi_meant, is_of_linear_scvi
-from ldvae_ext.model._registry import EMPTY_REGISTRY, SETUP_ARGUMENTS, covariates_of, has_size_factors, registry_of
+from ldvae_ext.model._registry import (
+    EMPTY_REGISTRY,
+    SETUP_ARGUMENTS,
+    covariates_of,
+    has_size_factors,
+    registry_of,
+    state_of,
+)
 from ldvae_ext.module import LDVAEModule
 from ldvae_ext.module._options import batch_norm_where
 
@@ -100,7 +107,10 @@ class LDVAEBase(
             registry = registry_of(datamodule)
         if is_of_linear_scvi(registry):
             model_kwargs = as_linear_scvi_meant(model_kwargs)
+        check_is_anndata(adata)
         super().__init__(adata, registry)
+        if adata is not None:
+            check_unchanged(self.adata_manager)
         covariates = covariates_of(self.registry)
         of_data: dict[str, Any] = {
             "n_input": self.summary_stats.n_vars,
@@ -261,17 +271,16 @@ class LDVAEBase(
             check_numbers(adata, "continuous_covariate_keys", key)
         if size_factor_key is not None:
             check_numbers(adata, "size_factor_key", size_factor_key, positive=True)
+        check_levels_fit(adata, kwargs.get("source_registry"), extend=kwargs.get("extend_categories", False))
         fields: list[Any] = [
             CountsField(REGISTRY_KEYS.X_KEY, layer),
-            CategoricalObsField(REGISTRY_KEYS.BATCH_KEY, batch_key),
-            CategoricalObsField(REGISTRY_KEYS.LABELS_KEY, labels_key),
+            LevelsField(REGISTRY_KEYS.BATCH_KEY, batch_key),
+            LevelsField(REGISTRY_KEYS.LABELS_KEY, labels_key),
+            # Also without columns, as in SCVI: other models of scvi-tools read the empty fields.
+            NumericalObsField(REGISTRY_KEYS.SIZE_FACTOR_KEY, size_factor_key, required=False),
+            CovariatesField(REGISTRY_KEYS.CAT_COVS_KEY, categorical),
+            NumericalJointObsField(REGISTRY_KEYS.CONT_COVS_KEY, continuous),
         ]
-        if size_factor_key is not None:
-            fields.append(NumericalObsField(REGISTRY_KEYS.SIZE_FACTOR_KEY, size_factor_key))
-        if categorical:
-            fields.append(StableCategoriesField(REGISTRY_KEYS.CAT_COVS_KEY, categorical))
-        if continuous:
-            fields.append(NumericalJointObsField(REGISTRY_KEYS.CONT_COVS_KEY, continuous))
         if minify_type is not None:
             fields += cls._get_fields_for_adata_minification(minify_type)
         manager = AnnDataManager(fields=fields, setup_method_args=setup_method_args)
@@ -281,17 +290,25 @@ class LDVAEBase(
             )
             manager.register_fields(adata, **kwargs)
         cls.register_manager(manager)
+        check_unchanged(manager)
 
-    def _check_genes(self, adata: AnnData | None) -> None:
-        """Raise if another AnnData has the model's genes in another order, which scvi-tools would take for the model's."""
-        if adata is not None and adata is not self.adata:
-            own, given = np.asarray(self.get_var_names()).astype(str), np.asarray(adata.var_names).astype(str)
-            if len(own) == len(given) and (own != given).any() and set(own) == set(given):
-                msg = (
-                    "`adata` has the model's genes in another order, and this method reads them by position; "
-                    "`adata[:, model.get_var_names()]` has them in the model's."
-                )
-                raise ValueError(msg)
+    def get_var_names(self, legacy_mudata_format: bool = False) -> np.ndarray:
+        """Names of the genes at the set-up, to which loadings belong whatever ``adata.var_names`` are now.
+
+        Parameters
+        ----------
+        legacy_mudata_format
+            As in scvi-tools.
+        """
+        names = state_of(self.registry, REGISTRY_KEYS.X_KEY).get("column_names")
+        return super().get_var_names(legacy_mudata_format) if names is None else np.asarray(names)
+
+    def _check_type(self, adata: Any) -> None:
+        check_is_anndata(adata)
+
+    def _check_unchanged(self, adata: AnnData) -> None:
+        """Raise if the data are no longer those that were registered."""
+        check_unchanged(self.get_anndata_manager(adata, required=True))
 
     def _check_has_counts(self, method: str) -> None:
         """Raise if the data were minified without the counts that a method needs."""

@@ -25,18 +25,14 @@ from ldvae_ext.model._counts import (
     are_counts,
     check_categories,
     check_counts,
+    check_is_anndata,
     check_numbers,
     counts_of,
     same_counts,
 )
+from ldvae_ext.model._fields import matched_column
+from ldvae_ext.model._fingerprint import compare_genes
 from ldvae_ext.model._registry import covariates_of, has_size_factors, known_levels
-
-
-def check_is_anndata(adata: Any) -> None:
-    """Raise unless these are cells, or None."""
-    if adata is not None and not isinstance(adata, AnnData):
-        msg = f"`adata` must be an AnnData or None, for the model's own; got {adata!r}. Other arguments are best given by name."
-        raise TypeError(msg)
 
 
 class CellStream(NamedTuple):
@@ -116,12 +112,13 @@ def with_positions(
 
 
 @contextmanager
-def readable_cells(model: LDVAEBase, adata: AnnData | None) -> Iterator[AnnData]:
+def readable_cells(model: LDVAEBase, adata: AnnData | None, *, keep_random_state: bool = True) -> Iterator[AnnData]:
     """An AnnData that the model's encoder can read, registered with the model while the context lasts.
 
     An AnnData other than the model's own is not written to: its counts of the model's genes, in the model's order, and
     its obs are put into a light one. Raises if it lacks a gene, a layer or a column, or has a batch that the model
-    has not seen.
+    has not seen. scvi-tools draws from numpy's global random state when it registers cells; that is undone with
+    ``keep_random_state``.
     """
     if adata is None and model.adata is None:
         msg = "This model was loaded without data: give `adata`."
@@ -129,19 +126,20 @@ def readable_cells(model: LDVAEBase, adata: AnnData | None) -> Iterator[AnnData]
     if adata is not None and adata_minify_type(adata) != model.minified_data_type:
         msg = f"`adata` is minified as {adata_minify_type(adata)!r}, the model's data as {model.minified_data_type!r}; they must agree."
         raise ValueError(msg)
-    if adata is None or adata is model.adata or adata_minify_type(adata) is not None:
+    if adata is None or adata is model.adata or adata_minify_type(adata) is not None or _is_registered(model, adata):
         yield model._validate_anndata(adata)
         return
     light = light_cells(model, adata)
     without_data = model.adata is None
-    random_state = np.random.get_state()  # noqa: NPY002 - scvi-tools' look at the counts draws from it
+    random_state = np.random.get_state()  # noqa: NPY002
     if without_data:
         model._validate_anndata(light)  # adopts the cells as the model's own, for as long as they are here
         manager = model.adata_manager
     else:
         manager = model.adata_manager.transfer_fields(light)
         model._register_manager_for_instance(manager)
-    np.random.set_state(random_state)  # noqa: NPY002
+    if keep_random_state:
+        np.random.set_state(random_state)  # noqa: NPY002
     try:
         yield light
     finally:
@@ -152,6 +150,34 @@ def readable_cells(model: LDVAEBase, adata: AnnData | None) -> Iterator[AnnData]
         model._setup_adata_manager_store.pop(manager.adata_uuid, None)
 
 
+@contextmanager
+def cells_to_read(model: LDVAEBase, adata: AnnData | None, dataloader: Any = None) -> Iterator[AnnData | None]:
+    """``adata`` for a method of scvi-tools: None for the model's own cells, else cells as in :func:`readable_cells`.
+
+    An AnnData with the model's genes in order is checked and returned: scvi-tools registers it, as for a LinearSCVI.
+    """
+    check_is_anndata(adata)
+    if adata is None or adata is model.adata or dataloader is not None or _is_registered(model, adata):
+        yield adata
+        return
+    if model.adata is not None and adata_minify_type(adata) is None and _has_genes_in_order(model, adata):
+        _check_cells(model, adata)
+        yield adata
+        return
+    with readable_cells(model, adata, keep_random_state=False) as cells:
+        yield cells
+
+
+def _has_genes_in_order(model: LDVAEBase, adata: AnnData) -> bool:
+    return np.array_equal(np.asarray(adata.var_names).astype(str), np.asarray(model.get_var_names()).astype(str))
+
+
+def _is_registered(model: LDVAEBase, adata: AnnData) -> bool:
+    """True if these are cells of :func:`readable_cells`, which a method passes on to another one."""
+    managers = model._per_instance_manager_store.get(model.id, {})
+    return any(manager.adata is adata for manager in managers.values())
+
+
 def missing_genes(model: LDVAEBase, adata: AnnData) -> list[str]:
     """Genes of the model that ``adata`` does not have."""
     genes = pd.Index(np.asarray(model.get_var_names()).astype(str))
@@ -159,9 +185,15 @@ def missing_genes(model: LDVAEBase, adata: AnnData) -> list[str]:
 
 
 def model_counts(model: LDVAEBase, adata: AnnData) -> Any:
-    """Counts of the model's genes, in the model's order."""
+    """Counts of the model's genes, in the model's order.
+
+    As many genes of which none has a name of the model are taken for the model's under other names, with a warning.
+    """
     genes = np.asarray(model.get_var_names()).astype(str)
     missing = missing_genes(model, adata)
+    if len(missing) == len(genes) == adata.n_vars:
+        compare_genes(np.asarray(adata.var_names).astype(str), genes)
+        return counts_of(adata, model.get_setup_arg("layer"))
     if missing:
         msg = f"`adata` lacks {len(missing)} of the {len(genes)} genes of the model: {listed(missing)}."
         raise ValueError(msg)
@@ -197,18 +229,27 @@ def light_cells(model: LDVAEBase, adata: AnnData) -> AnnData:
     """The counts of the model's genes and the obs of ``adata``, checked, in an AnnData of their own."""
     layer = model.get_setup_arg("layer")
     counts = model_counts(model, adata)
+    if isinstance(counts, np.ndarray):
+        counts = np.asarray(counts)  # no view of anndata's, which torch cannot take
     light = AnnData(
         X=counts if layer is None else None,
         obs=cast("pd.DataFrame", adata.obs).copy(),
         var=pd.DataFrame(index=np.asarray(model.get_var_names()).astype(str)),
         layers=None if layer is None else {layer: counts},
     )
-    check_counts(light, layer)
+    _check_cells(model, light)
+    for key, (_, levels) in known_levels(model.registry).items():
+        light.obs[key] = matched_column(pd.Series(light.obs[key]), levels, key)
+    return light
+
+
+def _check_cells(model: LDVAEBase, adata: AnnData) -> None:
+    """Raise unless counts and columns of other cells can be read by the model."""
+    check_counts(adata, model.get_setup_arg("layer"))
     for key, (argument, levels) in known_levels(model.registry).items():
-        check_categories(light, argument, key, levels)
+        check_categories(adata, argument, key, levels)
     for covariate in covariates_of(model.registry):
         if covariate.levels is None:
-            check_numbers(light, "continuous_covariate_keys", covariate.name)
+            check_numbers(adata, "continuous_covariate_keys", covariate.name)
     if has_size_factors(model.registry):
-        check_numbers(light, "size_factor_key", model.get_setup_arg("size_factor_key"), positive=True)
-    return light
+        check_numbers(adata, "size_factor_key", model.get_setup_arg("size_factor_key"), positive=True)

@@ -24,8 +24,8 @@ from ldvae_ext.core.importance import importance_weights, latent_log_density
 from ldvae_ext.core.rotation import Rotation
 from ldvae_ext.model._axes import network_decoder
 from ldvae_ext.model._base import LDVAEBase
-from ldvae_ext.model._cells import stream_cells
-from ldvae_ext.model._stock import in_evaluation_mode, quiet, with_checked_groups, with_u
+from ldvae_ext.model._cells import cells_to_read, stream_cells
+from ldvae_ext.model._stock import quiet, reads_cells, with_checked_groups, with_u
 from ldvae_ext.module import LDVAEModule
 
 
@@ -249,38 +249,62 @@ class ComparisonMixin(LDVAEBase):
         if dataloader is not None and self.adata is not None:
             msg = "`dataloader` is for a model without an AnnData; this one compares the cells of `adata`."
             raise ValueError(msg)
-        with self.module.evaluating(), quiet():
-            given = self.adata if adata is None else adata
-            if given is not None:
-                check_column(given.obs.columns, "sample_key", cast("str", sample_key))
-            if self.module.latent_distribution != "ln" or given is None:
-                return with_u(VAEMixin.differential_abundance)(
+        given = self.adata if adata is None else adata
+        if given is not None:
+            check_column(given.obs.columns, "sample_key", cast("str", sample_key))
+        target = given if adata_sub is None else adata_sub
+        with (
+            self.module.evaluating(),
+            quiet(),
+            cells_to_read(self, adata, dataloader) as cells,
+            cells_to_read(self, adata_sub) as cells_sub,
+        ):
+            table = None
+            if self.module.latent_distribution == "ln" and given is not None:
+                self._write_densities_of_u(
+                    cells, cells_sub, cast("str", sample_key), batch_size, num_cells_posterior, dof
+                )
+            else:
+                table = with_u(VAEMixin.differential_abundance)(
                     self,
-                    adata=adata,
-                    adata_sub=adata_sub,
+                    adata=cells,
+                    adata_sub=cells_sub,
                     sample_key=sample_key,
                     batch_size=batch_size,
                     num_cells_posterior=num_cells_posterior,
                     dof=dof,
                     dataloader=dataloader,
                 )
-            adata = self._validate_anndata(adata)
-            adata_sub = adata if adata_sub is None else self._validate_anndata(adata_sub)
-            check_column(adata_sub.obs.columns, "sample_key", cast("str", sample_key))
-            u_nk, _ = self.get_latent_representation(adata_sub, batch_size=batch_size, return_dist=True)
-            u_blocks = torch.from_numpy(u_nk).to(self.device).split(batch_size)
-            columns = {}
-            for sample in adata_sub.obs[sample_key].unique():
-                members = np.flatnonzero(adata.obs[sample_key] == sample)
-                if num_cells_posterior is not None and num_cells_posterior < len(members):
-                    members = np.random.choice(members, num_cells_posterior, replace=False)  # noqa: NPY002
-                mixture = self.get_aggregated_posterior(adata, members, batch_size, dof)
-                columns[sample] = np.concatenate([mixture.log_prob(u).cpu().numpy() for u in u_blocks])
-            adata_sub.obsm[ABUNDANCE] = pd.DataFrame(columns, index=adata_sub.obs_names)
-        return None
+            read = cells if cells_sub is None else cells_sub
+            if read is not None and read is not target and target is not None:
+                target.obsm[ABUNDANCE] = read.obsm[ABUNDANCE]
+        return table
+
+    def _write_densities_of_u(
+        self,
+        adata: AnnData | None,
+        adata_sub: AnnData | None,
+        sample_key: str,
+        batch_size: int,
+        num_cells_posterior: int | None,
+        dof: float | None,
+    ) -> None:
+        adata = self._validate_anndata(adata)
+        adata_sub = adata if adata_sub is None else self._validate_anndata(adata_sub)
+        check_column(adata_sub.obs.columns, "sample_key", sample_key)
+        u_nk, _ = self.get_latent_representation(adata_sub, batch_size=batch_size, return_dist=True)
+        u_blocks = torch.from_numpy(u_nk).to(self.device).split(batch_size)
+        columns = {}
+        for sample in adata_sub.obs[sample_key].unique():
+            members = np.flatnonzero(adata.obs[sample_key] == sample)
+            if num_cells_posterior is not None and num_cells_posterior < len(members):
+                members = np.random.choice(members, num_cells_posterior, replace=False)  # noqa: NPY002
+            mixture = self.get_aggregated_posterior(adata, members, batch_size, dof)
+            columns[sample] = np.concatenate([mixture.log_prob(u).cpu().numpy() for u in u_blocks])
+        adata_sub.obsm[ABUNDANCE] = pd.DataFrame(columns, index=adata_sub.obs_names)
 
 
-_stock_differential_expression = with_u(in_evaluation_mode(RNASeqMixin.differential_expression))
+_stock_differential_expression = with_u(reads_cells(RNASeqMixin.differential_expression))
 
 
 def _positions(factors: Any, names: list[str]) -> np.ndarray:

@@ -9,24 +9,18 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 from scipy import sparse
-from scvi.data.fields import LayerField
 
 from ldvae_ext._validate import check_column, listed, warn
+from ldvae_ext.core.levels import match_levels
 
 _CHUNK_VALUES = 2**24
 
 
-class CountsField(LayerField):
-    """scvi-tools' field of counts, which also takes scipy's sparse arrays.
-
-    The check of scvi-tools on twenty values does not read these matrices. For other matrices it is kept, since it draws
-    from numpy's global random state, which a LinearSCVI script may use.
-    """
-
-    def validate_field(self, adata: AnnData) -> None:
-        """Check that the field is there."""
-        self.is_count_data = not isinstance(self.get_field_data(adata), sparse.sparray)
-        super().validate_field(adata)
+def check_is_anndata(adata: Any) -> None:
+    """Raise unless ``adata`` is an AnnData, or None."""
+    if adata is not None and not isinstance(adata, AnnData):
+        msg = f"`adata` must be an AnnData or None, for the model's own; got {adata!r}. Other arguments are best given by name."
+        raise TypeError(msg)
 
 
 def counts_of(adata: AnnData, layer: str | None) -> Any:
@@ -112,16 +106,34 @@ def check_categories(adata: AnnData, name: str, key: str | None, known: np.ndarr
         return
     check_column(adata.obs.columns, name, key)
     values = adata.obs[key]
+    _check_levels(pd.Series(values), name, key)
     if values.isna().any():
         msg = f"`{name}`: `adata.obs[{key!r}]` is NaN for {int(values.isna().sum())} of {adata.n_obs} cells; name a value for each."
         raise ValueError(msg)
     if known is not None:
-        unseen = sorted(set(values.astype(str)) - {str(v) for v in known})
+        given = list(values.unique())
+        position = match_levels(name, given, known.tolist())
+        unseen = [value for value, at in zip(given, position, strict=True) if at < 0]
         if unseen:
             msg = (
                 f"`{name}`: the model has not seen {listed(unseen)} in `adata.obs[{key!r}]`; it knows {listed(known)}."
             )
             raise ValueError(msg)
+
+
+_DATES = ("datetime64", "datetime", "date", "timedelta64", "timedelta", "time", "period", "interval")
+
+
+def _check_levels(values: pd.Series, name: str, key: str) -> None:
+    """Raise on dates and on values of several types, of which a file or another library would make other levels."""
+    kind = pd.api.types.infer_dtype(values.cat.categories if hasattr(values, "cat") else values, skipna=True)
+    if kind in _DATES or (kind.startswith("mixed") and kind != "mixed-integer-float"):
+        what = "dates" if kind in _DATES else "values of several types"
+        msg = (
+            f"`{name}`: `adata.obs[{key!r}]` must hold text, numbers or booleans; it has {what}, such as {listed(values.unique(), 3)}. "
+            f"Write them as text: `adata.obs[{key!r}] = adata.obs[{key!r}].astype(str)`."
+        )
+        raise TypeError(msg)
 
 
 def checked_keys(name: str, keys: Any) -> list[str]:

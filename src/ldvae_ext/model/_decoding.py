@@ -22,8 +22,18 @@ from ldvae_ext.model._axes import (
 from ldvae_ext.model._base import LDVAEBase
 from ldvae_ext.model._expression import posterior_mean_expression
 from ldvae_ext.model._rotation import rotate
-from ldvae_ext.model._stock import quiet
+from ldvae_ext.model._stock import reads_cells
 from ldvae_ext.model._threads import with_torch_threads
+
+
+def _no_expression(
+    model: LDVAEBase, *_args: Any, gene_list: Any = None, return_numpy: bool | None = None, **_kwargs: Any
+) -> np.ndarray | pd.DataFrame:
+    """Expression of no cells."""
+    genes = network_decoder(model).genes
+    genes = genes[gene_positions(genes, gene_list)]
+    none = np.empty((0, len(genes)), dtype=np.float32)
+    return none if return_numpy else pd.DataFrame(none, columns=genes)
 
 
 class DecodingMixin(LDVAEBase):
@@ -148,6 +158,7 @@ class DecodingMixin(LDVAEBase):
         put_scale(decoder, expression, *given, genes=genes)
         return expression if return_numpy else pd.DataFrame(expression, index=index, columns=decoder.genes[genes])
 
+    @reads_cells(empty=_no_expression)
     def get_normalized_expression(
         self,
         adata: AnnData | None = None,
@@ -204,24 +215,23 @@ class DecodingMixin(LDVAEBase):
             raise ValueError(msg)
         if not use_posterior_mean:
             # With `n_samples_overall` scvi-tools would name the draws after cells, of which there are fewer or more.
-            with self.module.evaluating(), quiet(indices, None if dataloader is None else batch_size):
-                out = super().get_normalized_expression(
-                    adata=adata,
-                    indices=indices,
-                    transform_batch=transform_batch,
-                    gene_list=gene_list,
-                    library_size=library_size,
-                    n_samples=n_samples,
-                    n_samples_overall=n_samples_overall,
-                    weights=weights,
-                    batch_size=batch_size,
-                    return_mean=return_mean,
-                    return_numpy=return_numpy if n_samples_overall is None else True,
-                    silent=silent,
-                    dataloader=dataloader,
-                    data_loader_kwargs=data_loader_kwargs,
-                    **importance_weighting_kwargs,
-                )
+            out = super().get_normalized_expression(
+                adata=adata,
+                indices=indices,
+                transform_batch=transform_batch,
+                gene_list=gene_list,
+                library_size=library_size,
+                n_samples=n_samples,
+                n_samples_overall=n_samples_overall,
+                weights=weights,
+                batch_size=batch_size,
+                return_mean=return_mean,
+                return_numpy=return_numpy if n_samples_overall is None else True,
+                silent=silent,
+                dataloader=dataloader,
+                data_loader_kwargs=data_loader_kwargs,
+                **importance_weighting_kwargs,
+            )
             if n_samples_overall is None or return_numpy or dataloader is not None:
                 return out
             names = self.get_var_names()

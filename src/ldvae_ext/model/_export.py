@@ -17,7 +17,8 @@ from ldvae_ext.core import kl_per_dimension
 from ldvae_ext.core.posterior import deterministic_latent
 from ldvae_ext.model._axes import canonical_signs, factor_decoder, factor_stream
 from ldvae_ext.model._base import LDVAEBase
-from ldvae_ext.model._cells import check_is_anndata, shared_counts_agree, stream_cells
+from ldvae_ext.model._cells import shared_counts_agree, stream_cells
+from ldvae_ext.model._counts import check_is_anndata
 from ldvae_ext.model._stats import factor_stats
 
 # "network": latents as they are, factors of a rotation as they are numbered.

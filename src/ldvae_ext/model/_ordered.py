@@ -68,8 +68,6 @@ def order_factors(
     bake_rotation(model.module, deviance_rotation(model, indices=split[0], batch_size=batch_size))
     # A view of the former axes.
     model.rotation_ = None
-    # Lightning leaves a trained network in evaluation mode and trains it in the mode it finds: without dropout.
-    model.module.train()
     try:
         with model.module.truncating():
             model.train(

@@ -15,7 +15,8 @@ from ldvae_ext.core.populations import GroupMoments, PopulationLoadings, Populat
 from ldvae_ext.core.posterior import deterministic_latent
 from ldvae_ext.model._axes import factor_decoder, factor_stream, network_decoder, transform_batch_codes
 from ldvae_ext.model._base import LDVAEBase
-from ldvae_ext.model._cells import check_is_anndata, stream_cells, with_positions
+from ldvae_ext.model._cells import stream_cells, with_positions
+from ldvae_ext.model._counts import check_is_anndata
 from ldvae_ext.model._threads import with_torch_threads
 
 

@@ -24,6 +24,7 @@ from ldvae_ext._scvi import (
     parse_device_args,
 )
 from ldvae_ext._validate import listed, warn
+from ldvae_ext.core.levels import match_levels
 from ldvae_ext.model._base import LDVAEBase
 from ldvae_ext.model._datamodule import start_of
 from ldvae_ext.model._linear_scvi import as_linear_scvi_meant, is_of_linear_scvi
@@ -290,7 +291,7 @@ def _set_up(cls: Any, adata: AnnData, reference: _Reference, *, subset: bool, ne
         raise ValueError(msg)
     batch_key = arguments.get("batch_key")
     if not new_batches and batch_key in adata.obs:
-        _check_no_new_batch(adata.obs[batch_key].astype(str), reference)
+        _check_no_new_batch(adata.obs[batch_key].unique(), reference)
     if subset and not np.array_equal(genes, reference.genes):
         adata._inplace_subset_var(reference.genes)
     cls.setup_anndata(adata, source_registry=reference.registry, extend_categories=True, **arguments)
@@ -311,12 +312,12 @@ def _check_registry(registry: Mapping[str, Any], reference: _Reference, *, new_b
             msg = f"`registry`: the levels of {name} must begin with the reference's, {listed(old)}; they are {listed(levels[name])}."
             raise ValueError(msg)
     if not new_batches:
-        _check_no_new_batch(levels["batch"].astype(str), reference)
+        _check_no_new_batch(levels["batch"], reference)
 
 
 def _check_no_new_batch(batches: Any, reference: _Reference) -> None:
-    known = reference.levels()["batch"].astype(str)
-    unseen = sorted(set(batches) - set(known))
+    known, given = reference.levels()["batch"], list(batches)
+    unseen = [batch for batch, at in zip(given, match_levels("adata", given, known.tolist()), strict=True) if at < 0]
     if unseen:
         msg = f"`transfer_batch=False`, but the query has the new batches {listed(unseen)}; the reference knows {listed(known)}."
         raise ValueError(msg)

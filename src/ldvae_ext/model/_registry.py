@@ -42,7 +42,7 @@ def registry_of(datamodule: Any) -> dict[str, Any]:
 
 def state_of(registry: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     """State registry of a field; empty if there is none."""
-    return registry["field_registries"].get(key, {}).get("state_registry") or {}
+    return registry.get("field_registries", {}).get(key, {}).get("state_registry") or {}
 
 
 def level_names(registry: Mapping[str, Any], key: str) -> np.ndarray:
@@ -73,7 +73,7 @@ def known_levels(registry: Mapping[str, Any]) -> dict[str, tuple[str, np.ndarray
     """Argument and levels of each categorical column that unseen cells must have, by column."""
     known = {}
     for argument, field in (("batch_key", REGISTRY_KEYS.BATCH_KEY), ("labels_key", REGISTRY_KEYS.LABELS_KEY)):
-        key = registry["setup_args"].get(argument)
+        key = registry.get("setup_args", {}).get(argument)
         if key is not None:
             known[key] = (argument, level_names(registry, field))
     for covariate in covariates_of(registry):

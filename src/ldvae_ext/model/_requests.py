@@ -15,7 +15,8 @@ from ldvae_ext.core.cells import EncodedCells, has_fractions
 from ldvae_ext.core.plan import AblationPlan, AblationRequest, LatentSummary
 from ldvae_ext.model._axes import factor_decoder, factor_stream, transform_batch_codes
 from ldvae_ext.model._base import LDVAEBase
-from ldvae_ext.model._cells import check_is_anndata, with_positions
+from ldvae_ext.model._cells import with_positions
+from ldvae_ext.model._counts import check_is_anndata
 
 # Name of the group of all cells without `groupby`.
 _ALL = "all"
@@ -43,7 +44,7 @@ def ablation_request(
 
 
 def with_fraction_warning(model: LDVAEBase, chunks: Iterable[EncodedCells]) -> Iterator[EncodedCells]:
-    """The chunks, with a warning if their values are not counts: the model's data may have been normalised since."""
+    """The chunks, with a warning if their values are not counts."""
     said = model.module.gene_likelihood == "normal"
     for chunk in chunks:
         if not said and has_fractions(chunk.counts):

@@ -1,4 +1,4 @@
-"""scvi-tools' own methods, called in evaluation mode and with checks."""
+"""scvi-tools' own methods, called with the same cells, checks and mode as the package's own."""
 
 from __future__ import annotations
 
@@ -9,23 +9,63 @@ from functools import partial, wraps
 from inspect import signature
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import torch
 from anndata import AnnData
 
 from ldvae_ext._scvi import MODULE_KEYS, check_adata_or_dataloader
-from ldvae_ext._validate import check_column, check_one_of
+from ldvae_ext._validate import cell_positions, check_column, check_one_of, listed
 from ldvae_ext.model._base import LDVAEBase
+from ldvae_ext.model._cells import cells_to_read
 
 
-def in_evaluation_mode(method: Callable[..., Any], *, needs_counts: bool = False) -> Callable[..., Any]:
-    """A method of scvi-tools that runs in evaluation mode, with a helpful error if counts are missing."""
+def reads_cells(
+    method: Callable[..., Any] | None = None,
+    *,
+    needs_counts: bool = False,
+    empty: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """A method of scvi-tools that reads cells, in evaluation mode.
+
+    Cells of another AnnData are read as by the package's own methods: genes and levels by name, without a change of that
+    AnnData. ``indices`` may be positions or a mask.
+
+    Parameters
+    ----------
+    method
+        Takes ``adata`` and ``indices``.
+    needs_counts
+        True to raise if the data were minified without counts.
+    empty
+        Result without cells, from model and arguments; an error if None.
+    """
+    if method is None:
+        return partial(reads_cells, needs_counts=needs_counts, empty=empty)
+    parameters = signature(method)
 
     @wraps(method)
     def run(self: LDVAEBase, *args: Any, **kwargs: Any) -> Any:
         if needs_counts:
             self._check_has_counts(method.__name__)
-        with self.module.evaluating(), quiet(kwargs.get("indices"), kwargs.get("batch_size")):
-            return method(self, *args, **kwargs)
+        bound = parameters.bind(self, *args, **kwargs)
+        given = bound.arguments
+        dataloader, indices = given.get("dataloader"), given.get("indices")
+        with (
+            self.module.evaluating(),
+            quiet(indices, None if dataloader is None else given.get("batch_size")),
+            cells_to_read(self, given.get("adata"), dataloader) as cells,
+        ):
+            given["adata"] = cells
+            own = self.adata if cells is None else cells
+            if indices is not None and dataloader is None and own is not None:
+                given["indices"] = cell_positions(indices, own.n_obs)
+                if not len(given["indices"]):
+                    if empty is None:
+                        msg = f"`indices` selects no cells, of which `{method.__name__}` has no value; got {indices!r}."
+                        raise ValueError(msg)
+                    return empty(*bound.args, **bound.kwargs)
+            return method(*bound.args, **bound.kwargs)
 
     return run
 
@@ -64,19 +104,39 @@ def with_checked_groups(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(method)
     def run(self: LDVAEBase, *args: Any, **kwargs: Any) -> Any:
-        given = signature(method).bind(self, *args, **kwargs).arguments
+        bound = signature(method).bind(self, *args, **kwargs)
+        given = bound.arguments
         adata, groupby = given.get("adata", self.adata), given.get("groupby")
         if adata is not None and groupby is not None:
             check_column(adata.obs.columns, "groupby", groupby)
-            groups = list(adata.obs[groupby].unique())
+            groups = _groups_with_cells(adata.obs[groupby], groupby)
             for name in ("group1", "group2"):
                 asked = given.get(name)
                 for group in [asked] if isinstance(asked, str) or not isinstance(asked, Iterable) else asked:
                     if group is not None:
                         check_one_of(name, group, groups)
-        return method(self, *args, **kwargs)
+            if given.get("group1") is None and given.get("idx1") is None:
+                # scvi-tools takes all categories of the column, also those without cells.
+                if len(groups) < 2:
+                    msg = f"`groupby`: `adata.obs[{groupby!r}]` has the single group {listed(groups)}; there is none to compare it with."
+                    raise ValueError(msg)
+                given["group1"] = groups
+        return method(*bound.args, **bound.kwargs)
 
     return run
+
+
+def _groups_with_cells(column: pd.Series, key: str) -> list[Any]:
+    """Groups of a column, in the order of its categories."""
+    is_missing = column.isna()
+    if is_missing.any() and not isinstance(column.dtype, (np.dtype, pd.CategoricalDtype)):
+        msg = (
+            f"`groupby`: `adata.obs[{key!r}]` has no value for {int(is_missing.sum())} of {len(column)} cells, and its type "
+            f"{column.dtype} cannot be compared then; `.astype(object)`, or name a group for each cell."
+        )
+        raise ValueError(msg)
+    present = column[~is_missing].astype("category").cat.remove_unused_categories()
+    return present.cat.categories.tolist()
 
 
 def minibatches_of(

@@ -21,17 +21,24 @@ from ldvae_ext.core.posterior import deterministic_latent
 from ldvae_ext.model._axes import network_decoder
 from ldvae_ext.model._base import LDVAEBase
 from ldvae_ext.model._cells import stream_cells
-from ldvae_ext.model._stock import in_evaluation_mode, minibatches_of, quiet, sampled_distribution
+from ldvae_ext.model._stock import minibatches_of, reads_cells, sampled_distribution
+
+
+def _no_latents(model: LDVAEBase, *_args: Any, return_dist: bool = False, **_kwargs: Any) -> Any:
+    """Latents of no cells."""
+    none = np.empty((0, model.n_latent), dtype=np.float32)
+    return (none, none.copy()) if return_dist else none
 
 
 class TasksMixin(LDVAEBase):
     """scVI's tasks: likelihoods, latents, parameters of the counts, correlation of genes, minified data."""
 
-    get_elbo = in_evaluation_mode(VAEMixin.get_elbo, needs_counts=True)
-    get_latent_library_size = in_evaluation_mode(RNASeqMixin.get_latent_library_size, needs_counts=True)
-    get_aggregated_posterior = in_evaluation_mode(VAEMixin.get_aggregated_posterior)
-    posterior_predictive_sample = in_evaluation_mode(RNASeqMixin.posterior_predictive_sample)
+    get_elbo = reads_cells(VAEMixin.get_elbo, needs_counts=True)
+    get_latent_library_size = reads_cells(RNASeqMixin.get_latent_library_size, needs_counts=True)
+    get_aggregated_posterior = reads_cells(VAEMixin.get_aggregated_posterior)
+    posterior_predictive_sample = reads_cells(RNASeqMixin.posterior_predictive_sample)
 
+    @reads_cells(needs_counts=True)
     def get_marginal_ll(
         self,
         adata: AnnData | None = None,
@@ -58,20 +65,19 @@ class TasksMixin(LDVAEBase):
         -------
         The mean, or shape (cells,).
         """
-        self._check_has_counts("get_marginal_ll")
-        with self.module.evaluating(), quiet(indices, None if dataloader is None else batch_size):
-            of_cells = super().get_marginal_ll(
-                adata=adata,
-                indices=indices,
-                n_mc_samples=n_mc_samples,
-                batch_size=batch_size,
-                return_mean=False,
-                dataloader=dataloader,
-                data_loader_kwargs=data_loader_kwargs,
-                **kwargs,
-            )
+        of_cells = super().get_marginal_ll(
+            adata=adata,
+            indices=indices,
+            n_mc_samples=n_mc_samples,
+            batch_size=batch_size,
+            return_mean=False,
+            dataloader=dataloader,
+            data_loader_kwargs=data_loader_kwargs,
+            **kwargs,
+        )
         return np.mean(of_cells.numpy(), dtype=np.float64) if return_mean else of_cells
 
+    @reads_cells(empty=_no_latents)
     def get_latent_representation(
         self,
         adata: AnnData | None = None,
@@ -106,19 +112,19 @@ class TasksMixin(LDVAEBase):
         if is_deterministic and not give_mean:
             msg = "`use_posterior_mean=True` returns no samples, and `give_mean=False` requests them."
             raise ValueError(msg)
-        with self.module.evaluating(), quiet(indices, None if dataloader is None else batch_size):
-            out = super().get_latent_representation(
-                adata=adata,
-                indices=indices,
-                give_mean=give_mean,
-                mc_samples=mc_samples,
-                batch_size=batch_size,
-                return_dist=return_dist or is_deterministic,
-                dataloader=dataloader,
-                **data_loader_kwargs,
-            )
+        out = super().get_latent_representation(
+            adata=adata,
+            indices=indices,
+            give_mean=give_mean,
+            mc_samples=mc_samples,
+            batch_size=batch_size,
+            return_dist=return_dist or is_deterministic,
+            dataloader=dataloader,
+            **data_loader_kwargs,
+        )
         return deterministic_latent(out[0], "ln") if is_deterministic else out
 
+    @reads_cells(needs_counts=True)
     def get_reconstruction_error(
         self,
         adata: AnnData | None = None,
@@ -148,24 +154,23 @@ class TasksMixin(LDVAEBase):
         -------
         ``{"reconstruction_loss": tensor}``: the mean over cells, or shape (cells,).
         """
-        self._check_has_counts("get_reconstruction_error")
         if not use_posterior_mean:
-            with self.module.evaluating():
-                return super().get_reconstruction_error(
-                    adata=adata,
-                    indices=indices,
-                    batch_size=batch_size,
-                    dataloader=dataloader,
-                    return_mean=return_mean,
-                    data_loader_kwargs=data_loader_kwargs,
-                    **kwargs,
-                )
+            return super().get_reconstruction_error(
+                adata=adata,
+                indices=indices,
+                batch_size=batch_size,
+                dataloader=dataloader,
+                return_mean=return_mean,
+                data_loader_kwargs=data_loader_kwargs,
+                **kwargs,
+            )
         if kwargs:
             msg = f"`use_posterior_mean=True` does not run the network's forward pass, which {sorted(kwargs)} are for."
             raise TypeError(msg)
         error_n = reconstruction_error_at_mean(self, adata, indices, batch_size, dataloader, data_loader_kwargs)
         return {"reconstruction_loss": error_n.mean() if return_mean else error_n}
 
+    @reads_cells
     def get_likelihood_parameters(
         self,
         adata: AnnData | None = None,
@@ -189,22 +194,21 @@ class TasksMixin(LDVAEBase):
         ``"mean"``, ``"dispersions"`` (not under ``"poisson"``; standard deviations under ``"normal"``) and, under
         ``"zinb"``, ``"dropout"``: shape (cells, genes), or (samples, cells, genes).
         """
-        with self.module.evaluating(), quiet(indices, None if dataloader is None else batch_size):
-            if self.module.gene_likelihood in ("nb", "zinb"):
-                return super().get_likelihood_parameters(
-                    adata=adata,
-                    indices=indices,
-                    n_samples=n_samples,
-                    give_mean=give_mean,
-                    batch_size=batch_size,
-                    dataloader=dataloader,
-                    **data_loader_kwargs,
-                )
-            means, deviations = [], []
-            for tensors in minibatches_of(self, adata, indices, batch_size, dataloader, data_loader_kwargs):
-                px = sampled_distribution(self, tensors, n_samples or 1)
-                means.append(px.mean.cpu().numpy())
-                deviations.append(px.stddev.cpu().numpy())
+        if self.module.gene_likelihood in ("nb", "zinb"):
+            return super().get_likelihood_parameters(
+                adata=adata,
+                indices=indices,
+                n_samples=n_samples,
+                give_mean=give_mean,
+                batch_size=batch_size,
+                dataloader=dataloader,
+                **data_loader_kwargs,
+            )
+        means, deviations = [], []
+        for tensors in minibatches_of(self, adata, indices, batch_size, dataloader, data_loader_kwargs):
+            px = sampled_distribution(self, tensors, n_samples or 1)
+            means.append(px.mean.cpu().numpy())
+            deviations.append(px.stddev.cpu().numpy())
         out = {"mean": np.concatenate(means, axis=-2)}
         if self.module.gene_likelihood == "normal":
             out["dispersions"] = np.concatenate(deviations, axis=-2)
@@ -237,6 +241,7 @@ class TasksMixin(LDVAEBase):
         joined = np.concatenate(samples, axis=-2)
         return joined if n_samples == 1 else joined.transpose(1, 2, 0)
 
+    @reads_cells
     def get_feature_correlation_matrix(
         self,
         adata: AnnData | None = None,
@@ -272,22 +277,23 @@ class TasksMixin(LDVAEBase):
             msg = "The correlation is of rates without count noise; `gene_likelihood='normal'` has no counts."
             raise ValueError(msg)
         check_one_of("correlation_type", correlation_type, ("spearman", "pearson"))
-        with self.module.evaluating():
-            if dataloader is None:
-                return super().get_feature_correlation_matrix(
-                    adata=adata,
-                    indices=indices,
-                    n_samples=n_samples,
-                    batch_size=batch_size,
-                    rna_size_factor=rna_size_factor,
-                    transform_batch=transform_batch,
-                    correlation_type=correlation_type,
-                    silent=silent,
-                )
-            if adata is not None or indices is not None or transform_batch is not None:
-                msg = "`dataloader` decides on the cells and their batches: leave out `adata`, `indices`, `transform_batch`."
-                raise ValueError(msg)
-            rates = self._sampled_rates(n_samples=n_samples, rna_size_factor=rna_size_factor, dataloader=dataloader)
+        if dataloader is None:
+            return super().get_feature_correlation_matrix(
+                adata=adata,
+                indices=indices,
+                n_samples=n_samples,
+                batch_size=batch_size,
+                rna_size_factor=rna_size_factor,
+                transform_batch=transform_batch,
+                correlation_type=correlation_type,
+                silent=silent,
+            )
+        if adata is not None or indices is not None or transform_batch is not None:
+            msg = (
+                "`dataloader` decides on the cells and their batches: leave out `adata`, `indices`, `transform_batch`."
+            )
+            raise ValueError(msg)
+        rates = self._sampled_rates(n_samples=n_samples, rna_size_factor=rna_size_factor, dataloader=dataloader)
         flat = rates if n_samples == 1 else rates.transpose(2, 0, 1).reshape(-1, rates.shape[1])
         matrix = np.corrcoef(flat, rowvar=False) if correlation_type == "pearson" else spearmanr(flat).statistic
         names = self.get_var_names()

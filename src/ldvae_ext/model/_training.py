@@ -21,6 +21,7 @@ from ldvae_ext.core._views import check_rotatable
 from ldvae_ext.model._base import LDVAEBase
 from ldvae_ext.model._batch_norm import recalibrate_batch_norm
 from ldvae_ext.model._ordered import check_can_be_ordered, check_epochs, check_not_decided, order_factors
+from ldvae_ext.module._query import QueryTrainingPlan
 
 _WARMED_UP = 0.95
 # Momentum of scvi-tools' batch norms; a frozen one has 0, after it has moved.
@@ -52,9 +53,13 @@ class TrainingMixin(LDVAEBase):
         *,
         kl_warmup: Literal["auto"] | int | None = None,
         backend: Literal["auto", "numba", "torch", "scvi"] = "auto",
+        evaluation_mode: bool = False,
         **trainer_kwargs: Any,
     ) -> Any:
-        """Train the model: :meth:`scvi.model.LinearSCVI.train` with two more arguments, ``kl_warmup`` and ``backend``.
+        """Train the model: :meth:`scvi.model.LinearSCVI.train` with ``kl_warmup``, ``backend`` and ``evaluation_mode``.
+
+        A model that was trained continues in training mode, with a new optimizer. (LinearSCVI continues in evaluation mode, see
+        ``evaluation_mode``.)
 
         Parameters
         ----------
@@ -74,15 +79,21 @@ class TrainingMixin(LDVAEBase):
             How a step is computed, with the same minibatches, random draws and results but for rounding: ``"scvi"`` as
             scvi-tools does; ``"torch"`` with gamma functions of non-zero counts only; ``"numba"`` in compiled loops over sparse
             counts, on a CPU. ``"auto"``: the last of these that the network and the device allow.
+        evaluation_mode
+            True to train without dropout and with frozen running statistics of batch norms, which are those that reading uses.
+            This is what every training of a LinearSCVI but the first does. As the last part of a training it can raise the
+            held-out ELBO a good deal.
 
         Raises
         ------
         ValueError
-            If ``kl_warmup`` is combined with a warm-up in ``plan_kwargs``, or the network does not support ``backend``.
+            If ``evaluation_mode`` is requested of another training plan, ``kl_warmup`` is combined with a warm-up in ``plan_kwargs``, or the network does not support ``backend``.
         """
         if datamodule is None and self.adata is None:
             msg = "This model has no AnnData to train on: give `datamodule`."
             raise ValueError(msg)
+        if datamodule is None:
+            self._validate_anndata()
         max_epochs = self._n_epochs(max_epochs, datamodule)
         plan_kwargs = merge_kwargs(plan_config, plan_kwargs, name="plan")
         if kl_warmup is not None:
@@ -101,6 +112,11 @@ class TrainingMixin(LDVAEBase):
         chosen = self._backend_of(backend, accelerator, devices, plan_kwargs, trainer_options)
         if uses_backend(self._training_plan_cls):
             plan_kwargs["backend"] = chosen
+        if evaluation_mode:
+            if not issubclass(self._training_plan_cls, QueryTrainingPlan):
+                msg = f"`evaluation_mode=True` needs the training plan of LDVAE; this class has {self._training_plan_cls.__name__}."
+                raise ValueError(msg)
+            plan_kwargs["evaluation_mode"] = True
         splitter = None if chosen.name == "scvi" else CountsSplitter
         with self._axes_of_other_loadings_ended(), splitting_cells_by(self, splitter):
             result = super().train(

@@ -69,6 +69,8 @@ class QueryTrainingPlan(GatheringPlan):
     ----------
     module
         The network.
+    evaluation_mode
+        True to train a network in evaluation mode.
     **kwargs
         As in ``scvi.train.TrainingPlan``.
 
@@ -78,7 +80,7 @@ class QueryTrainingPlan(GatheringPlan):
         If there are no parameters to train.
     """
 
-    def __init__(self, module: Any, **kwargs: Any) -> None:
+    def __init__(self, module: Any, *, evaluation_mode: bool = False, **kwargs: Any) -> None:
         if not module.can_learn:
             msg = (
                 "There are no parameters to train: the reference has all batches and levels of the query, and all else is "
@@ -87,20 +89,19 @@ class QueryTrainingPlan(GatheringPlan):
             )
             raise ValueError(msg)
         super().__init__(module, **kwargs)
+        self.evaluation_mode = evaluation_mode
 
     def on_fit_start(self) -> None:
-        """Training mode, which a network out of ``load_query_data`` or ``load`` is not in and lightning does not set."""
+        """Set training mode: a network that was trained, loaded or mapped is in evaluation mode, and Lightning keeps it."""
         super().on_fit_start()
-        if self.module.learnable is not None:
-            # All layers, at first: Lightning would warn of layers in evaluation mode.
-            for layer in self.module.modules():
-                layer.training = True
+        # All layers, at first: Lightning would warn of layers in evaluation mode.
+        for layer in self.module.modules():
+            layer.training = True
 
     def on_train_start(self) -> None:
-        """Training mode for trained layers, evaluation mode for frozen batch norms."""
+        """Set training mode for trained layers, evaluation mode for frozen batch norms or as requested."""
         super().on_train_start()
-        if self.module.learnable is not None:
-            self.module.train()
+        self.module.train(not self.evaluation_mode)
 
     def configure_optimizers(self) -> dict[str, Any]:
         """scvi-tools' optimizer, which restores frozen entries after each step."""

@@ -13,8 +13,8 @@ from ldvae_ext._keys import MINIFIED_INFO, MINIFIED_WITHOUT_COUNTS
 from ldvae_ext._validate import given_names, listed, warn
 from ldvae_ext.core import LinearDecoder
 from ldvae_ext.core._arrays import strings
-from ldvae_ext.core._design import level_codes
 from ldvae_ext.core.cells import EncodedCells, PosteriorAxes, has_fractions, row_chunks, values_of
+from ldvae_ext.core.levels import match_levels
 from ldvae_ext.get._export import export_of
 
 
@@ -60,9 +60,18 @@ class ExportedCells:
         if column is None:
             msg = f"The decoder has several levels of `{setup}`, but the export does not name the column of obs with them."
             raise KeyError(msg)
-        # Strings are made once for each level, not for each cell.
-        code_n, levels = pd.factorize(self._column(column), use_na_sentinel=False)
-        return level_codes(names, levels.astype(str).to_numpy(), len(levels), column)[code_n]
+        return self._level_codes(names, column)
+
+    def _level_codes(self, names: np.ndarray, column: str) -> np.ndarray:
+        """Code of the level of each cell. Levels are matched once for each value, not for each cell."""
+        code_n, unique = pd.factorize(self._column(column), use_na_sentinel=False)
+        values = list(unique)
+        code_of = match_levels(column, values, names.tolist())
+        if (code_of < 0).any():
+            unknown = [value for value, code in zip(values, code_of, strict=True) if code < 0]
+            msg = f"`adata.obs[{column!r}]` has {listed(unknown)}, which the decoder does not; allowed are {listed(names)}."
+            raise ValueError(msg)
+        return code_of[code_n]
 
     def _column(self, name: str) -> pd.Series:
         if name not in self._adata.obs:
@@ -76,7 +85,9 @@ class ExportedCells:
         # Levels are matched by name, also those that are numbers.
         return pd.DataFrame(
             {
-                c.name: self._column(c.name) if c.levels is None else self._column(c.name).astype(str)
+                c.name: self._column(c.name)
+                if c.levels is None
+                else pd.Series(c.levels[self._level_codes(c.levels, c.name)], index=self._adata.obs_names)
                 for c in self.decoder.covariates
             }
         )
@@ -101,11 +112,11 @@ class ExportedCells:
             return (None,)
         known = self.decoder.batches.tolist()
         given = given_names("transform_batch", transform_batch)
-        unknown = [batch for batch in given if batch not in known]
-        if unknown:
+        codes = [int(match_levels("transform_batch", [batch], known)[0]) for batch in given]
+        if min(codes) < 0:
             msg = f"`transform_batch` must name batches of the decoder, {listed(known)}; got {listed(given)}."
             raise ValueError(msg)
-        return tuple(known.index(batch) for batch in given)
+        return tuple(codes)
 
     def counts(self, layer: str | None) -> Any:
         """Count matrix with all genes of the AnnData."""
