@@ -50,7 +50,8 @@ class CountsDataset(Dataset):
     def _rows(self, rows: np.ndarray) -> torch.Tensor:
         chosen = self._counts[rows]
         if not sparse.issparse(chosen):
-            chosen = sparse.csr_array(chosen)
+            # scipy reads neither float16 nor the other byte order.
+            chosen = sparse.csr_array(np.asarray(chosen, dtype=np.float32))
         indices = chosen.indptr.astype(np.int64), chosen.indices.astype(np.int64)
         return csr_tensor(*indices, chosen.data.astype(np.float32, copy=False), chosen.shape)
 

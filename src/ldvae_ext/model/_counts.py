@@ -67,7 +67,7 @@ def check_counts(adata: AnnData, layer: str | None) -> None:
             is_fraction = values % 1 != 0
             if is_fraction.any():
                 fraction = float(values[is_fraction].flat[0])
-        totals = np.asarray(chunk.sum(axis=1)).ravel()
+        totals = totals_of(chunk)
         empty += (start + np.flatnonzero(totals == 0)).tolist()
     if fraction is not None:
         warn(f"`{where}` has values that are not integers, such as {fraction:g}; LDVAE models raw counts.")
@@ -79,6 +79,17 @@ def check_counts(adata: AnnData, layer: str | None) -> None:
             f"{len(empty)} of {adata.n_obs} cells have no counts in `{where}`; the first is "
             f"{adata.obs_names[empty[0]]!r}. They do not contribute to the prior of the library size."
         )
+
+
+def totals_of(counts: Any) -> np.ndarray:
+    """Total of each cell, shape (cells,); in the type that numpy chooses, as in LinearSCVI, but not in float16."""
+    return np.asarray(_native(counts).sum(axis=1)).ravel()
+
+
+def _native(counts: Any) -> Any:
+    """The matrix; of float32 for types that cannot hold totals, or that scipy does not multiply."""
+    is_short = counts.dtype.kind == "f" and counts.dtype.itemsize < 4
+    return counts.astype(np.float32) if is_short or not counts.dtype.isnative else counts
 
 
 def are_counts(counts: Any) -> bool:
@@ -184,7 +195,7 @@ def mean_expression(counts: Any, size_n: np.ndarray | None = None) -> np.ndarray
     for start, chunk in _row_chunks(counts):
         n_cells += chunk.shape[0]
         weights = np.ones(chunk.shape[0]) if size_n is None else 1 / size_n[start : start + chunk.shape[0]]
-        total_g += np.asarray(chunk.T @ weights, dtype=np.float64).ravel()
+        total_g += np.asarray(_native(chunk).T @ weights, dtype=np.float64).ravel()
     return (total_g / (np.sum(total_g) if size_n is None else n_cells)).astype(np.float32)
 
 
@@ -214,7 +225,7 @@ def library_prior(counts: Any, batch_n: np.ndarray | None, n_batch: int) -> tupl
     if isinstance(counts, pd.DataFrame):
         counts = counts.to_numpy()
     for code in np.unique(batch_n):
-        totals = np.asarray(counts[np.flatnonzero(batch_n == code)].sum(axis=1)).ravel()
+        totals = totals_of(counts[np.flatnonzero(batch_n == code)])
         means[0, code], variances[0, code] = prior_of_totals(totals)
     return means, variances
 
