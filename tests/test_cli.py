@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import anndata as ad
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -165,6 +166,7 @@ def test_a_failure_after_the_training_leaves_the_model_and_old_results(tmp_path,
     out = tmp_path / "res"
     assert invoke(h5ad, "--max-epochs", 1, "--out", out).exit_code == 0
     before = (out / "tables" / "loadings.csv").read_text()
+    monkeypatch.setattr(_run, "_rehearse", lambda *_: None)
     monkeypatch.setattr(_run, "_write_results", fail)
     result = invoke(h5ad, "--max-epochs", 1, "--n-latent", 3, "--out", out, "--overwrite")
     assert result.exit_code == 1
@@ -183,6 +185,7 @@ def test_an_interruption_leaves_nothing(tmp_path, h5ad, monkeypatch):
     def interrupt(*_args, **_kwargs):
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(_run, "_rehearse", lambda *_: None)
     monkeypatch.setattr(_run, "_write_results", interrupt)
     assert invoke(h5ad, "--max-epochs", 1, "--out", tmp_path / "res").exit_code != 0
     assert [p.name for p in tmp_path.iterdir()] == ["counts.h5ad"]
@@ -313,3 +316,94 @@ def test_the_entry_point_answers_without_loading_torch():
     code = "import sys; from ldvae_ext.cli import app; app(['--version'], standalone_mode=False); print('torch' in sys.modules)"
     lines = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert lines == [ldvae_ext.__version__, "False"]
+
+
+def slash_in_a_column(adata, path):
+    adata.obs["TMP"] = 1.0
+    adata.write_h5ad(path)
+    with h5py.File(path, "a") as file:  # as anndata before 0.12 wrote it
+        obs = file["obs"]
+        del obs["TMP"]
+        column = obs.create_dataset("nCount/nFeature", data=np.ones(80))
+        column.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+        order = [{"TMP": "nCount/nFeature"}.get(name, name) for name in obs.attrs["column-order"]]
+        obs.attrs["column-order"] = np.array(order, dtype=object)
+
+
+def column_of_var(adata, path):
+    adata.var["ldvae"] = "mine"
+    adata.write_h5ad(path)
+
+
+def column_of_obs(adata, path):
+    adata.obs["ldvae_library"] = "lane 1"
+    adata.write_h5ad(path)
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (slash_in_a_column, "`adata.obs` has the name 'nCount/nFeature' with a slash"),
+        (column_of_var, "`adata.var['ldvae']` exists and is no export's"),
+        (column_of_obs, "`adata.obs['ldvae_library']` exists and is no library size"),
+    ],
+)
+def test_what_cannot_be_written_is_named_before_the_training(tmp_path, h5ad, monkeypatch, write, message):
+    monkeypatch.setattr(_run, "_train", lambda *_: pytest.fail("trained"))
+    write(ad.read_h5ad(h5ad), tmp_path / "input.h5ad")
+    result = invoke(tmp_path / "input.h5ad", "--out", tmp_path / "res")
+    assert result.exit_code == 1
+    assert message in result.output
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "res").exists()
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [[1, 2, 3], [True, False], ["$a$ x", "b$^$"], [r"\\frac", "x_{"], ["a/b", "CD4+/CD25"]],
+)
+@pytest.mark.slow
+def test_labels_of_any_kind_are_written(tmp_path, h5ad, labels):
+    adata = ad.read_h5ad(h5ad)
+    adata.obs["label"] = np.resize(np.array(labels), adata.n_obs)
+    adata.var_names = [f"$gene_{i}^$" for i in range(adata.n_vars)]
+    adata.write_h5ad(tmp_path / "input.h5ad")
+    result = invoke(
+        tmp_path / "input.h5ad", "--groupby", "label", "--max-epochs", 1, "--n-latent", 2, "--out", tmp_path / "res"
+    )
+    assert result.exit_code == 0, result.output
+    groups = pd.read_csv(tmp_path / "res" / "tables" / "ablation_groups.csv", dtype=str, keep_default_na=False)["group"]
+    assert set(groups) == set(map(str, np.array(labels).tolist()))
+
+
+@pytest.mark.parametrize("dtype", ["f2", ">f4"])
+def test_counts_of_other_types_are_read(tmp_path, h5ad, dtype):
+    adata = ad.read_h5ad(h5ad)
+    adata.X = adata.X.toarray().astype(dtype)
+    adata.write_h5ad(tmp_path / "input.h5ad")
+    result = invoke(tmp_path / "input.h5ad", "--max-epochs", 1, "--n-latent", 1, "--out", tmp_path / "res")
+    assert result.exit_code == 0, result.output
+
+
+def test_a_rehearsal_does_not_change_the_training(tmp_path, h5ad, monkeypatch):
+    seen = []
+    for rehearse in (_run._rehearse, lambda *_: None):
+        monkeypatch.setattr(_run, "_rehearse", rehearse)
+        result = invoke(h5ad, "--max-epochs", 1, "--n-latent", 2, "--out", tmp_path / f"res{len(seen)}")
+        assert result.exit_code == 0, result.output
+        seen.append(pd.read_csv(tmp_path / f"res{len(seen)}" / "tables" / "loadings.csv", index_col=0))
+    pd.testing.assert_frame_equal(*seen)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [([1.5, 2.0], "holds numbers such as 1.5, not groups"), (["", "b"], "distinct and not empty")],
+)
+def test_labels_that_are_no_groups_are_named_before_the_training(tmp_path, h5ad, monkeypatch, labels, message):
+    monkeypatch.setattr(_run, "_train", lambda *_: pytest.fail("trained"))
+    adata = ad.read_h5ad(h5ad)
+    adata.obs["label"] = np.resize(np.array(labels), adata.n_obs)
+    adata.write_h5ad(tmp_path / "input.h5ad")
+    result = invoke(tmp_path / "input.h5ad", "--groupby", "label", "--out", tmp_path / "res")
+    assert result.exit_code == 1
+    assert message in result.output

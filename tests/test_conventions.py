@@ -25,7 +25,7 @@ ALLOWED = {
     "backends": {"backends", "core", "kernels", "_scvi", "_validate"},
     "module": {"backends", "core", "module", "_scvi", "_validate"},
     "model": {
-        "backends", "core", "kernels", "module", "model", "_docs", "_groups", "_keys", "_scvi", "_stats", "_validate",
+        "backends", "core", "kernels", "module", "model", "_docs", "_folder", "_groups", "_keys", "_scvi", "_stats", "_validate",
     },
     "get": {"core", "get", "_validate", "_keys", "_groups", "_stats"},
     "tl": {"core", "get", "tl", "_docs", "_validate", "_keys", "_groups"},

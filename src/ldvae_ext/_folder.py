@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+import warnings
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
+
+from anndata import AnnData
 
 MARKER = ".ldvae-ext-run.json"
 FORMAT = 1
@@ -14,6 +18,37 @@ FORMAT = 1
 
 class FolderError(Exception):
     """Folder that cannot be created or replaced, described in one sentence."""
+
+
+def check_anndata_can_be_written(adata: AnnData) -> None:
+    """Raise if names or columns of an AnnData cannot be written to a file. Counts and other arrays are not written.
+
+    Parameters
+    ----------
+    adata
+        The AnnData.
+
+    Raises
+    ------
+    ValueError
+        If a name has a slash, or a column has values of several types.
+    """
+    for slot in ("obs", "var", "obsm", "varm", "obsp", "varp", "layers", "uns"):
+        for name in map(str, getattr(adata, slot)):
+            if "/" in name:
+                msg = f"`adata.{slot}` has the name {name!r} with a slash, which cannot be written to a file; rename it first."
+                raise ValueError(msg)
+    obs: Any = adata.obs
+    var: Any = adata.var
+    with tempfile.TemporaryDirectory(prefix="ldvae-ext-") as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            AnnData(obs=obs, var=var, uns=adata.uns).write_h5ad(Path(folder) / "names.h5ad")
+        except Exception as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            note = next((note.strip() for note in getattr(error, "__notes__", ())), "")
+            msg = f"`adata` cannot be written to a file ({reason}; {note}); columns need one type, such as `.astype(str)`."
+            raise ValueError(msg) from error
 
 
 def temporary_beside(out: Path) -> Path:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from anndata import AnnData, read_h5ad
 from ldvae_ext import datasets, get, pl
 from ldvae_ext._folder import (
     FolderError,
+    check_anndata_can_be_written,
     check_can_be_written,
     discard,
     keep_incomplete,
@@ -84,6 +87,8 @@ def run(job: Job, echo: Callable[[str], None]) -> None:
     adata = _read(job)
     groupby = "bulk_labels" if job.source is None and job.groupby is None else job.groupby
     model = _set_up(adata, job, echo)
+    if job.source is not None:
+        _rehearse(model, adata, groupby)
     # Training writes nothing: it takes long, and an interruption may leave no time to clean up.
     _train(model, job)
     work = temporary_beside(out)
@@ -91,7 +96,7 @@ def run(job: Job, echo: Callable[[str], None]) -> None:
         model.save(str(work / "model"))
         model.export_to_anndata(adata)
         ablation = model.ablate()[:, get.factors(adata).index].copy()
-        written = _write_results(model, adata, ablation, groupby, work)
+        written = _write_results(adata, ablation, groupby, work, model.history)
         summary = _summary(adata, ablation, groupby)
         write_marker(work, version("ldvae-ext"))
         work.chmod(0o755)
@@ -139,6 +144,7 @@ def _read(job: Job) -> AnnData:
     if adata.n_obs < MIN_CELLS or adata.n_vars < MIN_GENES:
         msg = f"The input has {adata.n_obs} cells and {adata.n_vars} genes; at least {MIN_CELLS} and {MIN_GENES} are needed."
         raise InputError(msg)
+    _read_as_native_float(adata, job.layer)
     for names, what in ((adata.obs_names, "cell"), (adata.var_names, "gene")):
         if not names.is_unique:
             msg = f"The {what} name {names[names.duplicated()][0]!r} occurs more than once; make {what} names unique first."
@@ -153,6 +159,17 @@ def _read(job: Job) -> AnnData:
             msg = f"`--groupby`: {job.groupby!r} has {n_groups} different values; name a column of 1 to {MANY_GROUPS} groups."
             raise InputError(msg)
     return adata
+
+
+def _read_as_native_float(adata: AnnData, layer: str | None) -> None:
+    """Convert float16 and the other byte order, which scanpy's selection of genes cannot read."""
+    counts = adata.X if layer is None else adata.layers.get(layer)
+    if isinstance(counts, np.ndarray) and (counts.dtype == np.float16 or not counts.dtype.isnative):
+        counts = counts.astype(np.float32)
+        if layer is None:
+            adata.X = counts
+        else:
+            adata.layers[layer] = counts
 
 
 @contextmanager
@@ -200,6 +217,44 @@ def _set_up(adata: AnnData, job: Job, echo: Callable[[str], None]) -> LDVAE:
         return LDVAE(selected, n_latent=job.n_latent)
 
 
+def _rehearse(model: LDVAE, adata: AnnData, groupby: str | None) -> None:
+    """Write the results of a few cells before the training, so that a problem of the input does not cost the training."""
+    with _data_errors_as_input_errors():
+        check_anndata_can_be_written(adata)
+    codes = np.zeros(adata.n_obs) if groupby is None else pd.factorize(pd.Series(adata.obs[groupby]))[0]
+    few = pd.Series(codes).groupby(codes).head(5).index.to_numpy()
+    with (
+        TemporaryDirectory(prefix="ldvae-ext-") as folder,
+        warnings.catch_warnings(),
+        _random_states_restored(),
+    ):
+        warnings.simplefilter("ignore")
+        try:
+            small = adata[few].copy()
+            model.export_to_anndata(small)
+            ablation = model.ablate(small)[:, get.factors(small).index].copy()
+            _write_results(small, ablation, groupby, Path(folder))
+            _summary(small, ablation, groupby)
+        except Exception as error:
+            reason = error.args[0] if error.args else error
+            msg = (
+                f"The results for this input cannot be written ({type(error).__name__}: {reason}). Nothing was trained."
+            )
+            raise InputError(msg) from error
+
+
+@contextmanager
+def _random_states_restored() -> Iterator[None]:
+    import torch
+
+    state = np.random.get_state()  # noqa: NPY002 - scvi-tools draws from it
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            np.random.set_state(state)  # noqa: NPY002
+
+
 def _train(model: LDVAE, job: Job) -> None:
     import torch
 
@@ -216,7 +271,7 @@ def _train(model: LDVAE, job: Job) -> None:
 
 
 def _write_results(
-    model: LDVAE, adata: AnnData, ablation: AnnData, groupby: str | None, folder: Path
+    adata: AnnData, ablation: AnnData, groupby: str | None, folder: Path, history: Any = None
 ) -> list[tuple[str, str]]:
     """Write all results; return a description and the path, relative to the folder, of each."""
     import matplotlib.pyplot as plt
@@ -241,14 +296,15 @@ def _write_results(
         "factor_scree": pl.factor_scree(adata, return_fig=True, show=False),
         "loadings": pl.loadings(
             adata,
-            n_genes=min(N_FIGURE_GENES, model.summary_stats.n_vars // 2),
+            n_genes=min(N_FIGURE_GENES, len(get.loadings(adata)) // 2),
             rank_by="information",
             return_fig=True,
             show=False,
         ),
         "ablation": pl.ablation(ablation, population, factors=list(ablation.var_names), return_fig=True, show=False),
-        "training_curves": pl.training_curves(model.history, return_fig=True, show=False),
     }
+    if history is not None:
+        figures["training_curves"] = pl.training_curves(history, return_fig=True, show=False)
     if ablation.n_vars > 1:
         figures["latent_pairs"] = pl.latent_pairs(adata, color=groupby, return_fig=True, show=False)
     (folder / "figures").mkdir()

@@ -9,6 +9,7 @@ import torch
 from anndata import AnnData
 from scvi.model import LinearSCVI
 
+from ldvae_ext._folder import check_anndata_can_be_written
 from ldvae_ext._scvi import SETUP_ARGS_KEY
 from ldvae_ext.model._ablation import AblationMixin
 from ldvae_ext.model._comparison import ComparisonMixin
@@ -78,6 +79,49 @@ class LDVAE(
     >>> model.train(kl_warmup="auto")
     >>> model.export_to_anndata()
     """
+
+    def save(
+        self,
+        dir_path: str,
+        prefix: str | None = None,
+        overwrite: bool = False,
+        save_anndata: bool = False,
+        save_kwargs: dict | None = None,
+        legacy_mudata_format: bool = False,
+        datamodule: Any = None,
+        **anndata_write_kwargs: Any,
+    ) -> None:
+        """Save the model as scvi-tools does; without the AnnData, and with an error, if that cannot be written.
+
+        Parameters
+        ----------
+        dir_path, prefix, overwrite, save_anndata, save_kwargs, legacy_mudata_format, datamodule, **anndata_write_kwargs
+            As in :meth:`scvi.model.base.BaseModelClass.save`.
+
+        Raises
+        ------
+        ValueError
+            If ``save_anndata`` is True and a name or column of the AnnData cannot be written. The model is saved.
+        """
+        problem = None
+        if save_anndata and self.adata is not None:
+            try:
+                check_anndata_can_be_written(self.adata)
+            except ValueError as error:
+                problem = error
+        super().save(
+            dir_path,
+            prefix=prefix,
+            overwrite=overwrite,
+            save_anndata=save_anndata and problem is None,
+            save_kwargs=save_kwargs,
+            legacy_mudata_format=legacy_mudata_format,
+            datamodule=datamodule,
+            **anndata_write_kwargs,
+        )
+        if problem is not None:
+            msg = f"{problem} The model was saved to {dir_path} without it."
+            raise ValueError(msg) from problem
 
     @classmethod
     def load(

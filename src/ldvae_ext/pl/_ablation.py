@@ -16,7 +16,7 @@ from ldvae_ext import get
 from ldvae_ext._keys import ABLATION_INFO
 from ldvae_ext._validate import check_one_of
 from ldvae_ext.pl._dots import CELL, dress, laid_out_diameter, size_legend
-from ldvae_ext.pl._figure import CHARACTER, em, factors_in_order, finish, panels
+from ldvae_ext.pl._figure import CHARACTER, em, factors_in_order, finish, panels, plain_text
 from ldvae_ext.pl._heatmap import color_bar, heatmap, largest_of
 
 KINDS = ("heatmap", "dotplot")
@@ -29,6 +29,7 @@ _SIGNIFICANT = 0.05
 _RING, _PLAIN = (1.4, "black"), (0.4, "darkgray")
 
 
+@plain_text
 def ablation(
     ablation: AnnData,
     groupby: str | None = None,

@@ -12,10 +12,11 @@ from ldvae_ext import get
 from ldvae_ext._keys import ABLATION_INFO
 from ldvae_ext._validate import check_positive_int
 from ldvae_ext.pl._ablation import change_label, with_sizes
-from ldvae_ext.pl._figure import finish, groups_in_order, one_factor
+from ldvae_ext.pl._figure import finish, groups_in_order, one_factor, plain_text
 from ldvae_ext.pl._heatmap import heatmap, top_rows
 
 
+@plain_text
 def ablation_genes(
     ablation: AnnData,
     factor: Any,

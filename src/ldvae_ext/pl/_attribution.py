@@ -17,7 +17,19 @@ from ldvae_ext._validate import check_one_of, check_positive_int, listed
 from ldvae_ext.core._arrays import strings
 from ldvae_ext.core.populations import BATCH
 from ldvae_ext.get._populations import populations_of
-from ldvae_ext.pl._figure import BLUE, CHARACTER, ORANGE, SMALL, Ticks, em, finish, fit, panels, turn_crowded
+from ldvae_ext.pl._figure import (
+    BLUE,
+    CHARACTER,
+    ORANGE,
+    SMALL,
+    Ticks,
+    em,
+    finish,
+    fit,
+    panels,
+    plain_text,
+    turn_crowded,
+)
 from ldvae_ext.pl._populations import reference_line
 
 _GRAY, _DARK = "darkgray", "#333333"
@@ -28,6 +40,7 @@ _GAP = 0.4
 _MOST_DIGITS = 3
 
 
+@plain_text
 def attribution(
     adata: AnnData,
     gene: Any,

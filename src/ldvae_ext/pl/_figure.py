@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -33,6 +34,18 @@ class Ticks(MaxNLocator):
 
     def __init__(self, n: int, *, integer: bool = False) -> None:
         super().__init__(n, steps=[1, 2, 5, 10], integer=integer)
+
+
+def plain_text[**P, R](plot: Callable[P, R]) -> Callable[P, R]:
+    """A plot whose names of genes and groups are text as they are: matplotlib takes text between two ``$`` for mathematics."""
+
+    @wraps(plot)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        # Each text keeps the setting with which it was made.
+        with plt.rc_context({"text.parse_math": False}):
+            return plot(*args, **kwargs)
+
+    return run
 
 
 def em() -> float:

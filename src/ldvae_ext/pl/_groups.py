@@ -16,12 +16,13 @@ from ldvae_ext._keys import GROUPS_INFO
 from ldvae_ext.core._arrays import strings
 from ldvae_ext.get._groups import ranking_of
 from ldvae_ext.pl._dots import CELL, dress, laid_out_diameter, size_legend
-from ldvae_ext.pl._figure import CHARACTER, SMALL, em, factors_in_order, finish, panels
+from ldvae_ext.pl._figure import CHARACTER, SMALL, em, factors_in_order, finish, panels, plain_text
 
 # AUROCs in the legend, largest first.
 _SHOWN = (1.0, 0.9, 0.75, 0.6)
 
 
+@plain_text
 def factor_groups(
     adata: AnnData,
     *,

@@ -12,9 +12,10 @@ from matplotlib.figure import Figure
 from ldvae_ext import get
 from ldvae_ext._keys import DEFAULT_KEY
 from ldvae_ext._validate import check_positive_int
-from ldvae_ext.pl._figure import BLUE, ORANGE, SMALL, Ticks, em, factors_in_order, finish, fit, panels
+from ldvae_ext.pl._figure import BLUE, ORANGE, SMALL, Ticks, em, factors_in_order, finish, fit, panels, plain_text
 
 
+@plain_text
 def loadings(
     adata: AnnData,
     *,

@@ -9,10 +9,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from ldvae_ext.pl._figure import finish
+from ldvae_ext.pl._figure import finish, plain_text
 from ldvae_ext.pl._heatmap import heatmap
 
 
+@plain_text
 def match(
     match: Any, *, ax: Axes | None = None, show: bool | None = None, return_fig: bool = False
 ) -> Axes | Figure | None:

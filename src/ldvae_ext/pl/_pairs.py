@@ -15,12 +15,13 @@ from ldvae_ext import get
 from ldvae_ext._keys import DEFAULT_KEY, export_keys
 from ldvae_ext._validate import check_column, listed
 from ldvae_ext.pl._color import look_of
-from ldvae_ext.pl._figure import SMALL, Ticks, em, factors_in_order, finish, fit, panels
+from ldvae_ext.pl._figure import SMALL, Ticks, em, factors_in_order, finish, fit, panels, plain_text
 
 _DEFAULT_FACTORS = 4
 _MANY_CELLS = 5_000
 
 
+@plain_text
 def latent_pairs(
     adata: AnnData,
     *,

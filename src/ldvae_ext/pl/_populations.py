@@ -13,13 +13,14 @@ from ldvae_ext._keys import POPULATION_LOADINGS
 from ldvae_ext._validate import check_positive_int
 from ldvae_ext.core._arrays import strings
 from ldvae_ext.get._populations import populations_of
-from ldvae_ext.pl._figure import finish, groups_in_order, one_factor
+from ldvae_ext.pl._figure import finish, groups_in_order, one_factor, plain_text
 from ldvae_ext.pl._heatmap import heatmap, top_rows
 
 # Shares of expression are small; they are shown as counts in a cell with this total.
 _COUNTS = 10_000
 
 
+@plain_text
 def population_loadings(
     adata: AnnData,
     factor: Any,

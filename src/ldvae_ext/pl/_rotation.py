@@ -14,7 +14,7 @@ from ldvae_ext._keys import DEFAULT_KEY
 from ldvae_ext._validate import check_positive_int
 from ldvae_ext.core.matching import cosines, match_columns
 from ldvae_ext.get._export import export_of
-from ldvae_ext.pl._figure import CHARACTER, SMALL, em, finish, fit, panels
+from ldvae_ext.pl._figure import CHARACTER, SMALL, em, finish, fit, panels, plain_text
 from ldvae_ext.pl._heatmap import annotate, color_bar, largest_of, longest_number, matrix, top_rows
 
 # Share of the largest loading up to which a cell is nearly white.
@@ -23,6 +23,7 @@ _FAINT = 0.1
 _FEW = 8
 
 
+@plain_text
 def rotation(
     adata: AnnData,
     *,

@@ -14,7 +14,19 @@ from matplotlib.ticker import PercentFormatter
 from ldvae_ext import get
 from ldvae_ext._keys import DEFAULT_KEY
 from ldvae_ext._validate import check_one_of, given_names, listed
-from ldvae_ext.pl._figure import BLUE, CHARACTER, ORANGE, SMALL, Ticks, em, finish, fit, panels, turn_crowded
+from ldvae_ext.pl._figure import (
+    BLUE,
+    CHARACTER,
+    ORANGE,
+    SMALL,
+    Ticks,
+    em,
+    finish,
+    fit,
+    panels,
+    plain_text,
+    turn_crowded,
+)
 
 # Title of each measure, and its unit.
 _MEASURES = {
@@ -31,6 +43,7 @@ _MEASURES = {
 _UNKNOWN = "not known: it needs counts"
 
 
+@plain_text
 def factor_scree(
     adata: AnnData,
     *,

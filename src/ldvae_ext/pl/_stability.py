@@ -17,7 +17,19 @@ from ldvae_ext._keys import CONSENSUS_KEY
 from ldvae_ext._validate import given_names
 from ldvae_ext.core.matching import FLAGS
 from ldvae_ext.get._stability import consensus_info
-from ldvae_ext.pl._figure import BLUE, CHARACTER, ORANGE, PALETTE, SMALL, em, finish, fit, panels, turn_crowded
+from ldvae_ext.pl._figure import (
+    BLUE,
+    CHARACTER,
+    ORANGE,
+    PALETTE,
+    SMALL,
+    em,
+    finish,
+    fit,
+    panels,
+    plain_text,
+    turn_crowded,
+)
 
 # Colour and shape of the mean, by flag.
 _LOOKS = dict(zip(FLAGS, ((BLUE, "o"), (PALETTE[4], "D"), (ORANGE, "X")), strict=True))
@@ -34,6 +46,7 @@ _DIFFER = {
 _SPREAD = 0.3
 
 
+@plain_text
 def stability(
     adata: AnnData,
     *,

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ldvae_ext._validate import listed
-from ldvae_ext.pl._figure import BLUE, ORANGE, SMALL, Ticks, em, finish, fit, panels
+from ldvae_ext.pl._figure import BLUE, ORANGE, SMALL, Ticks, em, finish, fit, panels, plain_text
 
 _TITLES = {
     "elbo": "Negative ELBO\n(lower is better)",
@@ -24,6 +24,7 @@ _EARLY = 1 / 3
 _SPARE = 0.6
 
 
+@plain_text
 def training_curves(
     history: Mapping[str, pd.DataFrame], *, show: bool | None = None, return_fig: bool = False
 ) -> Figure | None:
