@@ -161,3 +161,27 @@ def test_what_is_new_is_saved_under_its_name():
     assert arguments["categorical_covariate_keys"] == CATEGORICAL
     assert arguments["continuous_covariate_keys"] == CONTINUOUS
     assert arguments["size_factor_key"] == "size"
+
+
+@pytest.mark.parametrize(
+    ("values", "has_warning"),
+    [
+        (np.linspace(-2, 2, 60), False),
+        (np.linspace(0, 15, 60), False),
+        (np.resize([2019, 2020, 2021], 60), True),
+        (np.linspace(1e3, 1e4, 60), True),
+        (np.resize([-30.0, 30.0], 60), True),
+    ],
+)
+def test_a_covariate_of_large_values_is_named_with_the_line_that_standardises_it(recwarn, values, has_warning):
+    adata = counts(n_batches=3)
+    adata.obs["c"] = values
+    LDVAE.setup_anndata(adata, continuous_covariate_keys=["c"])
+    said = [str(w.message) for w in recwarn if "continuous_covariate_keys" in str(w.message)]
+    assert len(said) == has_warning
+    for message in said:
+        assert f"has mean {values.mean():.4g} and standard deviation {values.std():.4g}" in message
+        exec(message.split("`")[-2], {"adata": adata})
+        recwarn.clear()
+        LDVAE.setup_anndata(adata, continuous_covariate_keys=["c"])
+        assert not [w for w in recwarn if "continuous_covariate_keys" in str(w.message)]

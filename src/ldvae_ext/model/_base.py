@@ -40,6 +40,7 @@ from ldvae_ext.model._counts import (
     check_counts,
     check_is_anndata,
     check_numbers,
+    check_scale,
     checked_keys,
     counts_of,
     library_prior,
@@ -227,7 +228,8 @@ class LDVAEBase(
         categorical_covariate_keys
             Categorical columns of ``adata.obs`` other than the batch; each level shifts the logits of all genes.
         continuous_covariate_keys
-            Numeric columns of ``adata.obs``; each has one coefficient for each gene in the logits.
+            Numeric columns of ``adata.obs``; each has one coefficient for each gene in the logits. A warning follows where
+            mean or standard deviation are above 10: standardise such columns.
         **kwargs
             For scvi-tools itself: ``source_registry``, ``extend_categories``, ``allow_missing_labels``.
 
@@ -269,6 +271,8 @@ class LDVAEBase(
             check_categories(adata, "categorical_covariate_keys", key)
         for key in continuous:
             check_numbers(adata, "continuous_covariate_keys", key)
+            if "source_registry" not in kwargs:
+                check_scale(adata, key)
         if size_factor_key is not None:
             check_numbers(adata, "size_factor_key", size_factor_key, positive=True)
         check_levels_fit(adata, kwargs.get("source_registry"), extend=kwargs.get("extend_categories", False))
