@@ -252,7 +252,8 @@ class LDVAEBase(
         minify_type = adata_minify_type(adata)
         counts_of(adata, layer)
         if minify_type is None:
-            check_counts(adata, layer)
+            is_opened = "source_registry" in kwargs and not kwargs.get("extend_categories", False)
+            check_counts(adata, layer, may_be_empty=is_opened)
         if not adata.var_names.is_unique:
             again = adata.var_names[adata.var_names.duplicated()][0]
             warn(

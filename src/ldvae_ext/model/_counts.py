@@ -48,10 +48,11 @@ def _row_chunks(counts: Any) -> Iterator[tuple[int, Any]]:
         yield start, chunk.to_numpy() if isinstance(chunk, pd.DataFrame) else chunk
 
 
-def check_counts(adata: AnnData, layer: str | None) -> None:
+def check_counts(adata: AnnData, layer: str | None, *, may_be_empty: bool = False) -> None:
     """Raise on negative, NaN or infinite counts, warn on fractions and on cells without counts.
 
-    Every stored value is read once, in chunks of rows.
+    Every stored value is read once, in chunks of rows. A matrix without counts is an error, or a warning with
+    ``may_be_empty``: a saved model can be opened with latents only.
     """
     counts = counts_of(adata, layer)
     where = "adata.X" if layer is None else f"adata.layers[{layer!r}]"
@@ -73,8 +74,10 @@ def check_counts(adata: AnnData, layer: str | None) -> None:
         warn(f"`{where}` has values that are not integers, such as {fraction:g}; LDVAE models raw counts.")
     if len(empty) == adata.n_obs:
         msg = f"`{where}` has no counts."
-        raise ValueError(msg)
-    if empty:
+        if not may_be_empty:
+            raise ValueError(msg)
+        warn(f"{msg} `minify_adata` makes the model read the posteriors in `adata.obsm` instead.")
+    elif empty:
         warn(
             f"{len(empty)} of {adata.n_obs} cells have no counts in `{where}`; the first is "
             f"{adata.obs_names[empty[0]]!r}. They do not contribute to the prior of the library size."
@@ -90,6 +93,11 @@ def _native(counts: Any) -> Any:
     """The matrix; of float32 for types that cannot hold totals, or that scipy does not multiply."""
     is_short = counts.dtype.kind == "f" and counts.dtype.itemsize < 4
     return counts.astype(np.float32) if is_short or not counts.dtype.isnative else counts
+
+
+def has_counts(counts: Any) -> bool:
+    """True if any value is not 0."""
+    return any((chunk.data if sparse.issparse(chunk) else np.asarray(chunk)).any() for _, chunk in _row_chunks(counts))
 
 
 def are_counts(counts: Any) -> bool:

@@ -10,10 +10,11 @@ import pandas as pd
 import torch
 from anndata import AnnData
 from scipy.stats import spearmanr
+from scvi import REGISTRY_KEYS
 from scvi.model.base import RNASeqMixin, VAEMixin
 
 from ldvae_ext._scvi import ADATA_MINIFY_TYPE
-from ldvae_ext._validate import check_one_of
+from ldvae_ext._validate import check_one_of, warn
 from ldvae_ext.core import LinearDecoder, log_likelihood
 from ldvae_ext.core.cells import EncodedCells, dense
 from ldvae_ext.core.heads import parameters_given
@@ -21,6 +22,7 @@ from ldvae_ext.core.posterior import deterministic_latent
 from ldvae_ext.model._axes import network_decoder
 from ldvae_ext.model._base import LDVAEBase
 from ldvae_ext.model._cells import stream_cells
+from ldvae_ext.model._counts import has_counts
 from ldvae_ext.model._stock import minibatches_of, reads_cells, sampled_distribution
 
 
@@ -336,8 +338,13 @@ class TasksMixin(LDVAEBase):
         if self.module.use_observed_lib_size:
             super().minify_adata(minified_data_type, *keys)
             return
-        with stream_cells(self) as cells:
-            library = [size for chunk in cells.chunks for size in chunk.library]
+        if has_counts(self.adata_manager.get_from_registry(REGISTRY_KEYS.X_KEY)):
+            with stream_cells(self) as cells:
+                library = [size for chunk in cells.chunks for size in chunk.library]
+        else:
+            warn("Without counts, the library size of each cell is the mean of its batch at the set-up of the model.")
+            batch_n = self.adata_manager.get_from_registry(REGISTRY_KEYS.BATCH_KEY).ravel()
+            library = np.exp(self.module.library_log_means.cpu().numpy().ravel()[batch_n].astype(np.float64)).tolist()
         # scvi-tools refuses by this flag, and fills the field with totals.
         self.module.use_observed_lib_size = True
         try:
