@@ -1,4 +1,4 @@
-"""Reading a model: what LinearSCVI gets wrong, shown wrong there and right here. T1 to T27 number the page on defects.
+"""Reading a model: what LinearSCVI gets wrong, shown wrong there and right here. T1 to T36 number the page on defects.
 
 Others are in ``test_traps_densities.py``, ``test_traps_options.py`` and ``test_traps_training.py``.
 """

@@ -1,6 +1,6 @@
 """Training and keeping a model: what LinearSCVI gets wrong, shown wrong there and right here.
 
-T1 to T27 number the page on defects; see ``test_traps.py``.
+T1 to T36 number the page on defects; see ``test_traps.py``.
 """
 
 from __future__ import annotations

@@ -78,12 +78,21 @@ def transform_batch_codes(model: LDVAEBase, transform_batch: Any) -> list[int | 
     if not transform_batch:
         msg = "`transform_batch` must name at least one batch; got none."
         raise ValueError(msg)
-    known = list(level_names(model.registry, REGISTRY_KEYS.BATCH_KEY))
-    codes: list[int | None] = []
-    for batch in transform_batch:
-        code = None if batch is None else int(match_levels("transform_batch", [batch], known)[0])
-        if code is not None and code < 0:
-            msg = f"`transform_batch`: {batch!r} is no batch of this model; allowed are {listed(known)}."
-            raise ValueError(msg)
-        codes.append(code)
-    return codes
+    return [None if batch is None else _batch_code(model, "transform_batch", batch) for batch in transform_batch]
+
+
+def known_batches(model: LDVAEBase, name: str, batches: Any) -> Any:
+    """Batches, one or a list of them, as they are named in the set-up; None stays None."""
+    if isinstance(batches, str) or not isinstance(batches, Iterable):
+        known = level_names(model.registry, REGISTRY_KEYS.BATCH_KEY).tolist()
+        return None if batches is None else known[_batch_code(model, name, batches)]
+    return [known_batches(model, name, batch) for batch in batches]
+
+
+def _batch_code(model: LDVAEBase, name: str, batch: Any) -> int:
+    known = level_names(model.registry, REGISTRY_KEYS.BATCH_KEY).tolist()
+    code = int(match_levels(name, [batch], known)[0])
+    if code < 0:
+        msg = f"`{name}`: {batch!r} is no batch of this model; allowed are {listed(known)}."
+        raise ValueError(msg)
+    return code

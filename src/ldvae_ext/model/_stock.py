@@ -16,8 +16,12 @@ from anndata import AnnData
 
 from ldvae_ext._scvi import MODULE_KEYS, check_adata_or_dataloader
 from ldvae_ext._validate import cell_positions, check_column, check_one_of, listed
+from ldvae_ext.model._axes import known_batches
 from ldvae_ext.model._base import LDVAEBase
 from ldvae_ext.model._cells import cells_to_read
+
+# Arguments with names of batches.
+_BATCHES = ("transform_batch", "batchid1", "batchid2")
 
 
 def reads_cells(
@@ -51,6 +55,9 @@ def reads_cells(
         bound = parameters.bind(self, *args, **kwargs)
         given = bound.arguments
         dataloader, indices = given.get("dataloader"), given.get("indices")
+        for name in _BATCHES:
+            if given.get(name) is not None:
+                given[name] = known_batches(self, name, given[name])
         with (
             self.module.evaluating(),
             quiet(indices, None if dataloader is None else given.get("batch_size")),
