@@ -10,7 +10,7 @@ import scvi
 import torch
 
 from ldvae_ext.model import LDVAE
-from tests.helpers import TRAIN
+from tests.helpers import TRAIN, counts, untrained
 from tests.reference import covariate_counts, setup_arguments
 
 LIKELIHOODS, DISPERSIONS = ("nb", "zinb", "poisson", "normal"), ("gene", "gene-batch", "gene-label", "gene-cell")
@@ -216,3 +216,21 @@ def test_a_covariate_moves_the_logits_by_its_slope(use_batch_norm):
         expected = effect[columns[name]] - effect[columns["L 3"]]
         np.testing.assert_allclose(levels[code] - levels[0], np.broadcast_to(expected, (90, 20)), atol=1e-4)
     np.testing.assert_array_equal(effect[5], 0, err_msg="a level without company has no effect")
+
+
+@pytest.mark.parametrize("likelihood", ["nb", "zinb", "poisson"])
+def test_a_library_beyond_float32_is_an_error_that_names_a_cell(likelihood):
+    model = untrained(counts(), gene_likelihood=likelihood)
+    with torch.no_grad():
+        model.module.l_encoder.mean_encoder.bias.fill_(300.0)
+        model.module.l_encoder.mean_encoder.weight.zero_()
+    for method, arguments in (
+        ("get_elbo", {}),
+        ("get_latent_library_size", {}),
+        ("get_normalized_expression", {"use_posterior_mean": True, "library_size": "latent"}),
+    ):
+        with pytest.raises(ValueError, match=rf"`{method}` is not finite: .* of 60 cells .* exp\(300\) for 'cell0'"):
+            getattr(model, method)(**arguments)
+    for table in (model.ablate().X, model.get_factor_stats().factors, model.get_explained_deviance()):
+        values = table if isinstance(table, np.ndarray) else table.select_dtypes("number").to_numpy(dtype=float)
+        assert np.isfinite(values).all()

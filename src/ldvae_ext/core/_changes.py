@@ -40,12 +40,15 @@ def ablation_changes(
     library_n1 = np.asarray(library_n, dtype=np.float64).reshape(-1, 1)
     heads = heads_at(decoder, z_nk, batch, covariates, label)
     full_ng = logits_ng.copy()
-    _to_rate(decoder, full_ng, library_n1)
-    if refit_heads:
-        counts_ng = dense(x_ng)
-        full_ng = log_likelihood(decoder.likelihood, counts_ng, full_ng, *heads)
+    if decoder.likelihood == "poisson":
+        change = _poisson_change(decoder, nonzero(x_ng), full_ng, library_n1)
     else:
-        change = _change(decoder.likelihood, x_ng, full_ng, *heads)
+        _to_rate(decoder, full_ng, library_n1)
+        if refit_heads:
+            counts_ng = dense(x_ng)
+            full_ng = log_likelihood(decoder.likelihood, counts_ng, full_ng, *heads)
+        else:
+            change = _change(decoder.likelihood, x_ng, full_ng, *heads)
     buffer_ng = np.empty_like(logits_ng)
     for replaced in sets:
         moved_nk = mean_nk.copy()
@@ -54,6 +57,9 @@ def ablation_changes(
         touched = replaced if decoder.latent_distribution == "normal" else slice(None)
         np.matmul((moved_nk - z_nk)[:, touched], decoder.weight_gk[:, touched].T, out=buffer_ng)
         buffer_ng += logits_ng
+        if decoder.likelihood == "poisson":
+            yield change(buffer_ng)
+            continue
         _to_rate(decoder, buffer_ng, library_n1)
         if refit_heads:
             moved_heads = heads_at(decoder, moved_nk, batch, covariates, label)
@@ -72,14 +78,24 @@ def _to_rate(decoder: LinearDecoder, logits_ng: np.ndarray, library_n1: np.ndarr
         np.multiply(decoder.apply_link(logits_ng), library_n1, out=logits_ng)
 
 
+def _to_log_rate(decoder: LinearDecoder, logits_ng: np.ndarray, library_n1: np.ndarray) -> None:
+    """Logits to logarithms of mean counts, in place; finite also where the mean is smaller than any float."""
+    if decoder.link == "softmax":
+        logits_ng -= logits_ng.max(axis=1, keepdims=True)
+        logits_ng -= np.log(np.exp(logits_ng).sum(axis=1, keepdims=True))
+    else:
+        # softplus(x) is exp(x) to double precision below -40.
+        logits_ng[:] = np.where(logits_ng < -40, logits_ng, np.log(decoder.apply_link(np.maximum(logits_ng, -40))))
+    with np.errstate(divide="ignore"):  # a cell without counts has the library 0
+        logits_ng += np.log(library_n1)
+
+
 def _change(
     likelihood: str, x_ng: Any, full_ng: np.ndarray, theta: Any, dropout_ng: np.ndarray | None
 ) -> Callable[[np.ndarray], np.ndarray]:
     """A function of a rate: the change of each count's negative log-likelihood from ``full_ng`` to it."""
     if likelihood == "nb":
         return _nb_change(nonzero(x_ng), full_ng, theta)
-    if likelihood == "poisson":
-        return _poisson_change(nonzero(x_ng), full_ng)
     x_ng = dense(x_ng)
     before_ng = mean_dependent_part(likelihood, x_ng, full_ng, theta, dropout_ng)
     return lambda rate_ng: before_ng - mean_dependent_part(likelihood, x_ng, rate_ng, theta, dropout_ng)
@@ -107,16 +123,21 @@ def _nb_change(x: Nonzero, full_ng: np.ndarray, theta: np.ndarray) -> Callable[[
     return change
 
 
-def _poisson_change(x: Nonzero, full_ng: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    with np.errstate(divide="ignore"):  # a rate of 0 makes a count impossible
-        log_full_at = np.log(full_ng.ravel()[x.at])
+def _poisson_change(
+    decoder: LinearDecoder, x: Nonzero, full_ng: np.ndarray, library_n1: np.ndarray
+) -> Callable[[np.ndarray], np.ndarray]:
+    """As :func:`_change`, but of logits: scvi-tools adds no eps to the mean of a Poisson, whose logarithm must be finite."""
+    _to_log_rate(decoder, full_ng, library_n1)
+    log_full_at = full_ng.ravel()[x.at]
+    np.exp(full_ng, out=full_ng)
 
-    def change(rate_ng: np.ndarray) -> np.ndarray:
-        flat = rate_ng.ravel()
-        with np.errstate(divide="ignore", invalid="ignore"):  # NaN where it was impossible before
-            first_at = x.value * (log_full_at - np.log(flat[x.at]))
-        rate_ng -= full_ng
+    def change(logits_ng: np.ndarray) -> np.ndarray:
+        _to_log_rate(decoder, logits_ng, library_n1)
+        flat = logits_ng.ravel()
+        first_at = x.value * (log_full_at - flat[x.at])
+        np.exp(logits_ng, out=logits_ng)
+        logits_ng -= full_ng
         flat[x.at] += first_at
-        return rate_ng
+        return logits_ng
 
     return change

@@ -70,7 +70,7 @@ class ExplainedSums:
     def __init__(self, n_groups: int, plan: AblationPlan) -> None:
         self._plan = plan
         self._n_p = np.zeros(n_groups, dtype=np.int64)
-        self._full_p, self._null_p = np.zeros(n_groups), np.zeros(n_groups)
+        self._full_p, self._null_p, self._counts_p = np.zeros(n_groups), np.zeros(n_groups), np.zeros(n_groups)
         self._lost_ps = np.zeros((n_groups, len(plan.sets)))
 
     def add(
@@ -87,6 +87,7 @@ class ExplainedSums:
         self._n_p += indicator_pn.sum(axis=1).astype(np.int64)
         self._full_p += indicator_pn @ full_n
         self._null_p += indicator_pn @ null_n
+        self._counts_p += indicator_pn @ np.asarray(cells.counts.sum(axis=1), dtype=np.float64).ravel()
         # A deviance is twice a log-likelihood.
         self._lost_ps += 2 * (indicator_pn @ self._plan.effects(decoder, cells, position_n, group_n))
 
@@ -95,7 +96,7 @@ class ExplainedSums:
         order, (present_p,) = self._plan.order, np.nonzero(self._n_p)
         # A null model that fits exactly, such as that of a single cell, has no deviance to explain.
         null_p1 = self._null_p[present_p, None].copy()
-        null_p1[null_p1 <= 1e-9 * (1 + np.abs(self._full_p[present_p, None]))] = np.nan
+        null_p1[null_p1 <= 1e-9 * (1 + self._counts_p[present_p, None])] = np.nan
         alone_pk, beyond_pj = np.split(self._lost_ps[present_p], [len(order)], axis=1)
         explained_pj = 1 - (self._full_p[present_p, None] + beyond_pj) / null_p1
         if self._plan.mode == "drop":

@@ -158,7 +158,7 @@ class DecodingMixin(LDVAEBase):
         put_scale(decoder, expression, *given, genes=genes)
         return expression if return_numpy else pd.DataFrame(expression, index=index, columns=decoder.genes[genes])
 
-    @reads_cells(empty=_no_expression)
+    @reads_cells(finite=True, empty=_no_expression)
     def get_normalized_expression(
         self,
         adata: AnnData | None = None,

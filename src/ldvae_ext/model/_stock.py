@@ -15,10 +15,10 @@ import torch
 from anndata import AnnData
 
 from ldvae_ext._scvi import MODULE_KEYS, check_adata_or_dataloader
-from ldvae_ext._validate import cell_positions, check_column, check_one_of, listed
+from ldvae_ext._validate import cell_positions, check_column, check_one_of, listed, warn
 from ldvae_ext.model._axes import known_batches
 from ldvae_ext.model._base import LDVAEBase
-from ldvae_ext.model._cells import cells_to_read
+from ldvae_ext.model._cells import cells_to_read, stream_cells
 
 # Arguments with names of batches.
 _BATCHES = ("transform_batch", "batchid1", "batchid2")
@@ -28,6 +28,7 @@ def reads_cells(
     method: Callable[..., Any] | None = None,
     *,
     needs_counts: bool = False,
+    finite: bool = False,
     empty: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """A method of scvi-tools that reads cells, in evaluation mode.
@@ -41,11 +42,13 @@ def reads_cells(
         Takes ``adata`` and ``indices``.
     needs_counts
         True to raise if the data were minified without counts.
+    finite
+        True to raise if the result is not finite since a library size is not, and to warn if it is not for another reason.
     empty
         Result without cells, from model and arguments; an error if None.
     """
     if method is None:
-        return partial(reads_cells, needs_counts=needs_counts, empty=empty)
+        return partial(reads_cells, needs_counts=needs_counts, finite=finite, empty=empty)
     parameters = signature(method)
 
     @wraps(method)
@@ -72,9 +75,45 @@ def reads_cells(
                         msg = f"`indices` selects no cells, of which `{method.__name__}` has no value; got {indices!r}."
                         raise ValueError(msg)
                     return empty(*bound.args, **bound.kwargs)
-            return method(*bound.args, **bound.kwargs)
+            if not finite:
+                return method(*bound.args, **bound.kwargs)
+            where = method.__name__, cells, given.get("indices"), dataloader
+            try:
+                with np.errstate(over="ignore"):  # an error or a warning follows
+                    result = method(*bound.args, **bound.kwargs)
+            except ValueError:  # of a distribution of counts
+                _check_libraries(self, *where)
+                raise
+            if not _is_finite(result):
+                _check_libraries(self, *where)
+                warn(f"`{method.__name__}` has values that are not finite.")
+            return result
 
     return run
+
+
+def _is_finite(result: Any) -> bool:
+    if isinstance(result, dict):
+        return all(map(_is_finite, result.values()))
+    values = result.detach().cpu().numpy() if isinstance(result, torch.Tensor) else np.asarray(result)
+    # One infinite or undefined value makes the sum infinite or undefined.
+    return bool(np.isfinite(values.sum(dtype=np.float64)))
+
+
+def _check_libraries(model: LDVAEBase, method: str, adata: AnnData | None, indices: Any, dataloader: Any) -> None:
+    """Raise if the posterior mean of a library size is infinite in float32."""
+    if dataloader is None and not model.module.use_observed_lib_size:
+        with stream_cells(model, adata, indices) as cells:
+            library_n = np.concatenate([chunk.library for chunk in cells.chunks])
+            names = None if cells.obs is None else cells.obs.index
+        large = np.flatnonzero(~(library_n < np.finfo(np.float32).max))
+        if names is not None and len(large):
+            msg = (
+                f"`{method}` is not finite: the posterior mean of the library size of {len(large)} cells is more than float32 can "
+                f"hold, such as exp({np.log(library_n[large[0]]):.0f}) for {names[large[0]]!r}. The encoder of the library has not "
+                "learned their totals: train with a lower learning rate, or with `use_observed_lib_size=True`."
+            )
+            raise ValueError(msg)
 
 
 @contextmanager

@@ -35,12 +35,12 @@ def _no_latents(model: LDVAEBase, *_args: Any, return_dist: bool = False, **_kwa
 class TasksMixin(LDVAEBase):
     """scVI's tasks: likelihoods, latents, parameters of the counts, correlation of genes, minified data."""
 
-    get_elbo = reads_cells(VAEMixin.get_elbo, needs_counts=True)
-    get_latent_library_size = reads_cells(RNASeqMixin.get_latent_library_size, needs_counts=True)
+    get_elbo = reads_cells(VAEMixin.get_elbo, needs_counts=True, finite=True)
+    get_latent_library_size = reads_cells(RNASeqMixin.get_latent_library_size, needs_counts=True, finite=True)
     get_aggregated_posterior = reads_cells(VAEMixin.get_aggregated_posterior)
     posterior_predictive_sample = reads_cells(RNASeqMixin.posterior_predictive_sample)
 
-    @reads_cells(needs_counts=True)
+    @reads_cells(needs_counts=True, finite=True)
     def get_marginal_ll(
         self,
         adata: AnnData | None = None,
@@ -126,7 +126,7 @@ class TasksMixin(LDVAEBase):
         )
         return deterministic_latent(out[0], "ln") if is_deterministic else out
 
-    @reads_cells(needs_counts=True)
+    @reads_cells(needs_counts=True, finite=True)
     def get_reconstruction_error(
         self,
         adata: AnnData | None = None,
