@@ -32,10 +32,32 @@ def check_one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
         raise ValueError(msg)
 
 
-def check_positive_int(name: str, value: Any) -> None:
-    """Raise unless ``value`` is an integer of at least 1."""
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)) or value < 1:
-        msg = f"`{name}` must be an integer of at least 1; got {value!r}."
+# More cells, genes, epochs or draws than this cannot be meant.
+_MOST = 2**31 - 1
+
+
+def check_positive_int(name: str, value: Any, *, least: int = 1) -> None:
+    """Raise unless ``value`` is an integer of at least 1, or of ``least``."""
+    is_integer = isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.bool_))
+    if not is_integer or value < least:
+        msg = f"`{name}` must be an integer of at least {least}; got {value!r}."
+        raise ValueError(msg)
+    if value > _MOST:
+        msg = f"`{name}` must be at most {_MOST:,}; got {value!r}."
+        raise ValueError(msg)
+
+
+def check_number(name: str, value: Any, *, least: float = -np.inf, most: float = np.inf) -> None:
+    """Raise unless ``value`` is a finite number between bounds, which are allowed themselves."""
+    is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, (bool, np.bool_))
+    # Comparisons with NaN are false.
+    if not is_number or not least <= value <= most or abs(value) == np.inf:
+        bounds = (
+            f" from {least:g} to {most:g}"
+            if np.isfinite(most)
+            else f" of at least {least:g}" * bool(np.isfinite(least))
+        )
+        msg = f"`{name}` must be a finite number{bounds}; got {value!r}."
         raise ValueError(msg)
 
 

@@ -10,7 +10,7 @@ from anndata import AnnData
 from scipy import sparse
 
 from ldvae_ext._keys import SIMULATED_LATENT
-from ldvae_ext._validate import check_one_of, check_positive_int
+from ldvae_ext._validate import check_number, check_one_of, check_positive_int
 from ldvae_ext.core import LinearDecoder
 
 __all__ = ["pbmc68k", "simulate"]
@@ -131,9 +131,11 @@ def simulate(
         ("median_library", median_library, np.inf),
         ("dropout", dropout, 1),
     ):
+        check_number(name, number)
         if not 0 < number < most:
             msg = f"`{name}` must be above 0{' and below 1' if most == 1 else ' and finite'}; got {number!r}."
             raise ValueError(msg)
+    check_positive_int("seed", seed, least=0)
     rng = np.random.default_rng(seed)
     weight_gk = _programs(rng, n_genes, n_latent, last_is_disjoint=specific_program)
     intercept_bg = rng.normal(0, 1.5, n_genes) + rng.normal(0, 0.2 * (n_batches > 1), (n_batches, n_genes))

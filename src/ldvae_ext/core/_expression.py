@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ldvae_ext._validate import listed
+from ldvae_ext._validate import check_number, listed
 from ldvae_ext.core._decode import add_group_scale
 from ldvae_ext.core.decoder import LinearDecoder
 
@@ -104,6 +104,8 @@ def check_library_size(library_size: Any) -> None:
     if not np.isscalar(library_size) or (isinstance(library_size, str) and library_size != "latent"):
         msg = f"`library_size` must be a number or 'latent'; got {library_size!r}."
         raise ValueError(msg)
+    if not isinstance(library_size, str):
+        check_number("library_size", library_size, least=0, most=float(np.finfo(np.float32).max))
 
 
 def gene_positions(genes: np.ndarray, gene_list: Sequence[str] | None) -> np.ndarray:

@@ -33,7 +33,7 @@ from ldvae_ext._scvi import (
     DenoisedSamples,
     adata_minify_type,
 )
-from ldvae_ext._validate import check_positive_int, listed, warn
+from ldvae_ext._validate import check_number, check_positive_int, listed, warn
 from ldvae_ext.core.rotation import CONSENSUS, Rotation
 from ldvae_ext.model._counts import (
     check_categories,
@@ -99,7 +99,9 @@ class LDVAEBase(
         latent_distribution: Literal["normal", "ln"] = "normal",
         **model_kwargs: Any,
     ) -> None:
-        check_positive_int("n_latent", n_latent)
+        for name, value in (("n_hidden", n_hidden), ("n_latent", n_latent), ("n_layers", n_layers)):
+            check_positive_int(name, value)
+        check_number("dropout_rate", dropout_rate, least=0, most=1)
         datamodule = model_kwargs.pop("datamodule", None)
         if adata is None and registry is None:
             if datamodule is None:

@@ -15,7 +15,7 @@ from scvi import REGISTRY_KEYS
 from torch.utils.data import DataLoader
 
 from ldvae_ext._scvi import adata_minify_type, check_adata_or_dataloader
-from ldvae_ext._validate import cell_positions, listed
+from ldvae_ext._validate import cell_positions, check_positive_int, listed
 from ldvae_ext.backends.loader import CountsLoader, can_gather
 from ldvae_ext.core.cells import EncodedCells
 from ldvae_ext.core.rotation import Rotation
@@ -60,6 +60,8 @@ def stream_cells(
 ) -> Iterator[CellStream]:
     """Posteriors and counts of cells, from an AnnData or from a data loader, read once; on rotated axes where given."""
     check_is_anndata(adata)
+    if batch_size is not None:
+        check_positive_int("batch_size", batch_size)
     check_adata_or_dataloader(model, adata, dataloader)
     model._check_if_trained(warn=True)
     covariates = covariates_of(model.registry)

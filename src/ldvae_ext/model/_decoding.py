@@ -12,7 +12,7 @@ from anndata import AnnData
 from ldvae_ext._validate import listed
 from ldvae_ext.core import LinearDecoder, kl_per_dimension
 from ldvae_ext.core._decode import put_scale
-from ldvae_ext.core._expression import gene_positions
+from ldvae_ext.core._expression import check_library_size, gene_positions
 from ldvae_ext.model._axes import (
     canonical_signs,
     factor_decoder,
@@ -153,6 +153,10 @@ class DecodingMixin(LDVAEBase):
             index, z = z.index, z[self.latent_names].to_numpy()
         decoder = network_decoder(self)
         genes = gene_positions(decoder.genes, gene_list)
+        sizes = np.asarray(library_size)
+        if sizes.dtype.kind not in "iuf" or not (np.isfinite(sizes) & (sizes >= 0)).all():
+            msg = f"`library_size` must hold finite numbers of at least 0; got {library_size!r}."
+            raise ValueError(msg)
         given = decoder._given(z, batch, covariates, library_size)
         expression = np.empty((len(given[0]), len(genes)))
         put_scale(decoder, expression, *given, genes=genes)
@@ -213,6 +217,8 @@ class DecodingMixin(LDVAEBase):
         if weights == "importance" and self.module.gene_likelihood == "normal":
             msg = "`weights='importance'` weighs by the likelihood of counts; `gene_likelihood='normal'` has none."
             raise ValueError(msg)
+        check_library_size(library_size)
+        library_size = library_size if isinstance(library_size, str) else float(library_size)
         if not use_posterior_mean:
             # With `n_samples_overall` scvi-tools would name the draws after cells, of which there are fewer or more.
             out = super().get_normalized_expression(

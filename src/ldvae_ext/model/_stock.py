@@ -15,11 +15,13 @@ import torch
 from anndata import AnnData
 
 from ldvae_ext._scvi import MODULE_KEYS, check_adata_or_dataloader
-from ldvae_ext._validate import cell_positions, check_column, check_one_of, listed, warn
+from ldvae_ext._validate import cell_positions, check_column, check_one_of, check_positive_int, listed, warn
 from ldvae_ext.model._axes import known_batches
 from ldvae_ext.model._base import LDVAEBase
 from ldvae_ext.model._cells import cells_to_read, stream_cells
 
+# Arguments with a number of cells or draws.
+_COUNTS = ("batch_size", "n_samples", "n_samples_overall", "n_mc_samples", "mc_samples")
 # Arguments with names of batches.
 _BATCHES = ("transform_batch", "batchid1", "batchid2")
 
@@ -58,6 +60,9 @@ def reads_cells(
         bound = parameters.bind(self, *args, **kwargs)
         given = bound.arguments
         dataloader, indices = given.get("dataloader"), given.get("indices")
+        for name in _COUNTS:
+            if given.get(name) is not None:
+                check_positive_int(name, given[name])
         for name in _BATCHES:
             if given.get(name) is not None:
                 given[name] = known_batches(self, name, given[name])

@@ -92,6 +92,10 @@ class TrainingMixin(LDVAEBase):
         if datamodule is None and self.adata is None:
             msg = "This model has no AnnData to train on: give `datamodule`."
             raise ValueError(msg)
+        if max_epochs is not None:
+            check_positive_int("max_epochs", max_epochs, least=0)
+        if batch_size is not None:
+            check_positive_int("batch_size", batch_size)
         if datamodule is None:
             self._validate_anndata()
         max_epochs = self._n_epochs(max_epochs, datamodule)
