@@ -7,10 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from scipy import sparse
 
 from ldvae_ext.core.cells import EncodedCells, dense, indicator
 from ldvae_ext.core.decoder import LinearDecoder
-from ldvae_ext.core.heads import parameters_given
+from ldvae_ext.core.heads import heads_at, parameters_given
 from ldvae_ext.core.likelihood import deviance
 from ldvae_ext.core.plan import AblationPlan
 from ldvae_ext.core.posterior import deterministic_latent
@@ -26,10 +27,12 @@ class PooledProfile:
         self._counts_bg = np.zeros((n_batches, n_genes))
         self._library_b = np.zeros(n_batches)
 
-    def add(self, cells: EncodedCells) -> None:
-        """Count some cells in."""
-        self._counts_bg += dense(indicator(cells.batch, len(self._library_b)) @ cells.counts)
-        self._library_b += np.bincount(cells.batch, weights=cells.library, minlength=len(self._library_b))
+    def add(self, cells: EncodedCells, times_n: np.ndarray | None = None) -> None:
+        """Count some cells in, each once or the given number of times."""
+        times_n = np.ones(len(cells.batch)) if times_n is None else times_n
+        batches_bn = indicator(cells.batch, len(self._library_b)) @ sparse.diags_array(times_n)
+        self._counts_bg += dense(batches_bn @ cells.counts)
+        self._library_b += batches_bn @ cells.library
 
     @property
     def share_bg(self) -> np.ndarray:
@@ -47,11 +50,22 @@ def cell_deviances(decoder: LinearDecoder, cells: EncodedCells, share_bg: np.nda
     x_ng = dense(cells.counts)
     z_nk = deterministic_latent(np.asarray(cells.mean, dtype=np.float64), decoder.latent_distribution)
     full_ng, theta, dropout_ng = parameters_given(decoder, z_nk, cells, cells.library)
+    full_n = deviance(decoder.likelihood, x_ng, full_ng, theta, dropout_ng).sum(axis=1)
+    return full_n, null_deviance(decoder, cells, share_bg)
+
+
+def null_deviance(decoder: LinearDecoder, cells: EncodedCells, share_bg: np.ndarray) -> np.ndarray:
+    """Deviance of each cell under the null model, shape (cells,); see :func:`cell_deviances`."""
+    z_nk = deterministic_latent(np.asarray(cells.mean, dtype=np.float64), decoder.latent_distribution)
+    label = None if decoder.labels is None else decoder.labels[cells.label]
+    theta, dropout_ng = heads_at(decoder, z_nk, decoder.batches[cells.batch], cells.covariates, label)
     null_ng = share_bg[cells.batch] * cells.library[:, None]
-    full_n, null_n = (
-        deviance(decoder.likelihood, x_ng, mu_ng, theta, dropout_ng).sum(axis=1) for mu_ng in (full_ng, null_ng)
-    )
-    return full_n, null_n
+    return deviance(decoder.likelihood, dense(cells.counts), null_ng, theta, dropout_ng).sum(axis=1)
+
+
+def is_explained(null_p: np.ndarray, counts_p: np.ndarray) -> np.ndarray:
+    """True for groups with a deviance to explain: a null model may fit exactly, such as that of a single cell."""
+    return null_p > 1e-9 * (1 + counts_p)
 
 
 def explained_sets(plan: AblationPlan) -> AblationPlan:
@@ -94,9 +108,7 @@ class ExplainedSums:
     def columns(self, groups: Sequence[str], factors: Sequence[str]) -> dict[str, Any]:
         """A long table, column by column: each group's latents, in order."""
         order, (present_p,) = self._plan.order, np.nonzero(self._n_p)
-        # A null model that fits exactly, such as that of a single cell, has no deviance to explain.
-        null_p1 = self._null_p[present_p, None].copy()
-        null_p1[null_p1 <= 1e-9 * (1 + self._counts_p[present_p, None])] = np.nan
+        null_p1 = np.where(is_explained(self._null_p, self._counts_p), self._null_p, np.nan)[present_p, None]
         alone_pk, beyond_pj = np.split(self._lost_ps[present_p], [len(order)], axis=1)
         explained_pj = 1 - (self._full_p[present_p, None] + beyond_pj) / null_p1
         if self._plan.mode == "drop":

@@ -16,10 +16,10 @@ from ldvae_ext._stats import FactorStats
 from ldvae_ext._validate import cell_positions, check_positive_int, warn
 from ldvae_ext.core import kl_per_dimension
 from ldvae_ext.core.cells import indicator
-from ldvae_ext.core.explained import ExplainedSums, PooledProfile, explained_sets
+from ldvae_ext.core.explained import PooledProfile, is_explained, null_deviance
 from ldvae_ext.core.ledger import information_ledger
 from ldvae_ext.core.plan import LatentSummary
-from ldvae_ext.model._axes import factor_stream
+from ldvae_ext.model._axes import factor_decoder, factor_stream
 from ldvae_ext.model._base import LDVAEBase
 from ldvae_ext.model._cells import with_positions
 from ldvae_ext.model._requests import ablation_request, groups_of_cells, with_fraction_warning
@@ -118,12 +118,19 @@ def factor_stats(
         )
     groups, code_n = groups_of_cells(model, adata, groupby)
     seed = (0 if scvi.settings.seed is None else scvi.settings.seed) if seed is None else seed
-    seen, n_cells = LatentSummary(model.n_latent, keep=True), 0
+    source = model.adata if adata is None else adata
+    if source is None:
+        msg = "This model was loaded without data: give `adata`."
+        raise ValueError(msg)
+    n_all = source.n_obs
+    positions = cell_positions(indices, n_all)
+    times_n = np.bincount(positions, minlength=n_all).astype(np.float64)
+    seen, profile = LatentSummary(model.n_latent, keep=True), PooledProfile(*factor_decoder(model).intercept_bg.shape)
     with factor_stream(model, adata, None, batch_size) as cells:
-        for chunk in cells.chunks:
+        for chunk, at in with_positions(cells.chunks, cells.positions):
             seen.add(chunk.mean, chunk.variance, axes=chunk.axes)
-            n_cells += len(chunk.mean)
-    positions = cell_positions(indices, n_cells)
+            if has_counts:
+                profile.add(chunk, times_n[at])
     group_n = codes_at(code_n, positions)
     tables, totals = [], []
     mean_nk, axes = seen.latents()
@@ -140,13 +147,16 @@ def factor_stats(
         ("explained_deviance", *(f"ablation_{mode}" for mode in _ABLATIONS)), np.nan
     )
     if has_counts:
-        needing_counts = _measures_of_counts(model, seen, adata, positions, groups, code_n, seed, batch_size, silent)
+        needing_counts = _measures_of_counts(
+            model, seen, profile, adata, positions, groups, code_n, seed, batch_size, silent
+        )
     return FactorStats(factors.assign(**needing_counts), pd.DataFrame(totals))
 
 
 def _measures_of_counts(
     model: LDVAEBase,
     seen: LatentSummary,
+    profile: PooledProfile,
     adata: AnnData | None,
     positions: np.ndarray,
     groups: list[str],
@@ -162,11 +172,8 @@ def _measures_of_counts(
     }
     plans = {mode: request.plan(seen, default_seed=seed) for mode, request in requests.items()}
     decoder = requests["zero"].decoder
-    profile = PooledProfile(*decoder.intercept_bg.shape)
-    with factor_stream(model, adata, positions, batch_size) as cells:
-        for chunk in cells.chunks:
-            profile.add(chunk)
-    sums = ExplainedSums(len(groups), explained_sets(plans["zero"]))
+    share_bg = profile.share_bg
+    null_p, counts_p = np.zeros(len(groups)), np.zeros(len(groups))
     total_mpk = {mode: np.zeros((len(groups), model.n_latent)) for mode in _ABLATIONS}
     n_p = np.zeros(len(groups))
     with factor_stream(model, adata, positions, batch_size) as cells:
@@ -179,17 +186,16 @@ def _measures_of_counts(
             n_p += indicator_pn.sum(axis=1)
             for mode, plan in plans.items():
                 total_mpk[mode] += indicator_pn @ plan.effects(decoder, chunk, at, group_n)
-            sums.add(decoder, chunk, at, group_n, profile.share_bg)
+            null_p += indicator_pn @ null_deviance(decoder, chunk, share_bg)
+            counts_p += indicator_pn @ np.asarray(chunk.counts.sum(axis=1), dtype=np.float64).ravel()
     (present_p,) = np.nonzero(n_p)
-    # Rows of a group are adjacent, in descending order of KL.
-    explained = pd.DataFrame(sums.columns(groups, model.factor_names)).set_index(["group", "factor"])[
-        "explained_deviance"
-    ]
-    rows = pd.MultiIndex.from_product([[groups[p] for p in present_p], model.factor_names])
+    # A deviance is twice a log-likelihood.
+    null_p = np.where(is_explained(null_p, counts_p), null_p, np.nan)
+    explained_pk = 2 * total_mpk["zero"][present_p] / null_p[present_p, None]
     effects = {
         f"ablation_{mode}": (total[present_p] / n_p[present_p, None]).ravel() for mode, total in total_mpk.items()
     }
-    return {"explained_deviance": explained.reindex(rows).to_numpy(), **effects}
+    return {"explained_deviance": explained_pk.ravel(), **effects}
 
 
 def _information(
