@@ -52,6 +52,28 @@ def export_of(adata: AnnData, key: str = DEFAULT_KEY) -> tuple[ExportKeys, Any]:
     return keys, adata.uns[keys.info]
 
 
+def latents_of(adata: AnnData, key: str = DEFAULT_KEY) -> np.ndarray:
+    """Exported latents, cells x factors, or an error if they are of several exports.
+
+    ``anndata.concat`` joins the latents of two models in one array, and keeps the description of one of them.
+    """
+    keys, info = export_of(adata, key)
+    if keys.latent not in adata.obsm:
+        msg = f"The export {key!r} has no latents in `adata.obsm[{keys.latent!r}]`; export again with `LDVAE.export_to_anndata`."
+        raise KeyError(msg)
+    latent_nk, n_cells, n_factors = np.asarray(adata.obsm[keys.latent]), info.get("n_cells"), len(info["names"])
+    if n_cells is not None and adata.n_obs > int(n_cells):
+        msg = (
+            f"`adata` has {adata.n_obs} cells, but the export {key!r} is of {int(n_cells)}: objects with exports of their own were "
+            "merged, and the latents of one mean nothing in another. Export all cells together with `LDVAE.export_to_anndata`."
+        )
+        raise ValueError(msg)
+    if latent_nk.shape[1] != n_factors:
+        msg = f"`adata.obsm[{keys.latent!r}]` has {latent_nk.shape[1]} columns, but the export {key!r} has {n_factors} factors."
+        raise ValueError(msg)
+    return latent_nk
+
+
 def check_no_export(adata: AnnData, key_added: str) -> None:
     """Raise if writing under this key would replace a part of an export, or if it is no key."""
     check_key_added(key_added)

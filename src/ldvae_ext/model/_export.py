@@ -158,6 +158,23 @@ class ExportMixin(LDVAEBase):
         if not overwrite and library is not None and not pd.api.types.is_float_dtype(library):
             msg = f"`adata.obs[{keys.library!r}]` exists and is no library size; choose another `key_added`, or `overwrite=True`."
             raise ValueError(msg)
+        if not overwrite and "decoder" not in target.uns.get(keys.info, {}):
+            foreign = [
+                f"{slot}[{key!r}]"
+                for slot, key in (
+                    ("obsm", keys.latent),
+                    ("obsm", keys.variance),
+                    ("varm", keys.loadings),
+                    ("uns", keys.info),
+                )
+                if key in getattr(target, slot)
+            ]
+            if foreign:
+                msg = (
+                    f"`adata` has {', '.join(foreign)}, which no export describes and which would be replaced; choose another "
+                    "`key_added`, or `overwrite=True`."
+                )
+                raise ValueError(msg)
         if as_pca and not overwrite:
             taken = [
                 k

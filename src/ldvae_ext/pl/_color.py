@@ -8,9 +8,10 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize, to_rgba_array
+from matplotlib.colors import Normalize, is_color_like, to_rgba_array
 from matplotlib.lines import Line2D
 
+from ldvae_ext._validate import listed, warn
 from ldvae_ext.pl._figure import BLUE, MISSING, PALETTE
 
 # The next shape starts where the colours are used up.
@@ -26,6 +27,17 @@ class Look:
     labels: list[str] = field(default_factory=list)
     handles: list[Line2D] = field(default_factory=list)
     mappable: ScalarMappable | None = None
+
+
+def _own_colors(adata: AnnData, color: str) -> list[str]:
+    """Colours in ``uns``; none, with a warning as in scanpy, if one is not valid."""
+    key = f"{color}_colors"
+    given = adata.uns.get(key, ())
+    colors = [given] if isinstance(given, str) else list(map(str, given))
+    wrong = [value for value in colors if not is_color_like(value)]
+    if wrong:
+        warn(f"`adata.uns[{key!r}]` has {listed(wrong)}, which is no colour; the default colours are used.")
+    return [] if wrong else colors
 
 
 def look_of(adata: AnnData, color: str | None) -> Look:
@@ -44,8 +56,8 @@ def look_of(adata: AnnData, color: str | None) -> Look:
         color_n[known_n] = mappable.to_rgba(value_n[known_n])
         return Look(color_n, round_n, mappable=mappable)
     groups = pd.Categorical(column)
-    own_colors = list(adata.uns.get(f"{color}_colors", ()))
     n_groups = len(groups.categories)
+    own_colors = _own_colors(adata, color)
     if len(own_colors) >= n_groups:
         colors, markers = own_colors[:n_groups], [_MARKERS[0]] * n_groups
     else:

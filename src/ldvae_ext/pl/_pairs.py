@@ -12,8 +12,9 @@ from matplotlib.markers import MarkerStyle
 from matplotlib.path import Path
 
 from ldvae_ext import get
-from ldvae_ext._keys import DEFAULT_KEY, export_keys
+from ldvae_ext._keys import DEFAULT_KEY
 from ldvae_ext._validate import check_column, listed
+from ldvae_ext.get._export import latents_of
 from ldvae_ext.pl._color import look_of
 from ldvae_ext.pl._figure import SMALL, Ticks, em, factors_in_order, finish, fit, panels, plain_text
 
@@ -67,7 +68,7 @@ def latent_pairs(
         raise ValueError(msg)
     if color is not None:
         check_column(adata.obs.columns, "color", color)
-    latent_nk = np.asarray(adata.obsm[export_keys(key).latent])[:, chosen]
+    latent_nk = latents_of(adata, key)[:, chosen]
     look = look_of(adata, color)
 
     n = len(chosen) - 1

@@ -15,7 +15,7 @@ from ldvae_ext.core import LinearDecoder
 from ldvae_ext.core._arrays import strings
 from ldvae_ext.core.cells import EncodedCells, PosteriorAxes, has_fractions, row_chunks, values_of
 from ldvae_ext.core.levels import match_levels
-from ldvae_ext.get._export import export_of
+from ldvae_ext.get._export import export_of, latents_of
 
 
 class ExportedCells:
@@ -35,7 +35,8 @@ class ExportedCells:
         self.names = strings(info["names"]).tolist()
         self.order, self.signs = np.asarray(info["order"]), np.asarray(info["signs"])
         self._back = np.argsort(self.order)
-        self._latent_nk = np.asarray(adata.obsm[keys.logits if is_ln else keys.latent])
+        latent_nk = latents_of(adata, key)
+        self._latent_nk = np.asarray(adata.obsm[keys.logits]) if is_ln else latent_nk
         self._variance_nk = np.asarray(adata.obsm[keys.variance])
         self._axes = None
         if "rotation" in info:

@@ -15,7 +15,7 @@ from ldvae_ext._groups import groups_of
 from ldvae_ext._keys import DEFAULT_KEY, GROUPS_INFO
 from ldvae_ext._validate import check_one_of, given_names, listed
 from ldvae_ext.core._arrays import strings
-from ldvae_ext.get._export import check_no_export, export_mark, export_of
+from ldvae_ext.get._export import check_no_export, export_mark, export_of, latents_of
 
 METHODS = ("wilcoxon", "t-test", "t-test_overestim_var", "logreg")
 CORRECTIONS = ("benjamini-hochberg", "bonferroni")
@@ -126,7 +126,7 @@ def rank_factors_groups(
     label_n = label_n[used_n]
     _check_enough_cells(label_n, chosen, reference)
     # In double precision, so that means of many cells are exact.
-    z_nk = np.asarray(adata.obsm[keys.latent], dtype=np.float64)[used_n]
+    z_nk = latents_of(adata, key)[used_n].astype(np.float64)
     if not np.isfinite(z_nk).all():
         msg = f"{np.count_nonzero(~np.isfinite(z_nk))} of {z_nk.size} values of `adata.obsm[{keys.latent!r}]` are not finite."
         raise ValueError(msg)
