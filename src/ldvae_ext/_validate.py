@@ -63,6 +63,9 @@ def check_number(name: str, value: Any, *, least: float = -np.inf, most: float =
 
 def check_column(columns: Iterable[Any], name: str, key: str) -> None:
     """Raise unless ``key``, the value of argument ``name``, is a column of obs."""
+    if not isinstance(key, Hashable):
+        msg = f"`{name}` must be the name of one column of `adata.obs`; got {key!r}."
+        raise TypeError(msg)
     if key not in columns:
         msg = f"`{name}`: {key!r} is not a column of `adata.obs`, which has {listed(columns, 20)}."
         raise KeyError(msg)

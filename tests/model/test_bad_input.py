@@ -163,3 +163,79 @@ def test_latents_batches_and_covariates_with_other_indices_are_not_mixed():
     assert model.decode(z, batch=batch).index.equals(z.index)
     with pytest.raises(ValueError, match="`batch` must have the index of `z`"):
         model.decode(z, batch=batch.iloc[::-1])
+
+
+@pytest.mark.parametrize(
+    "given", [None, "file.h5ad", np.ones((3, 3)), pd.DataFrame(np.ones((3, 3)))], ids=lambda v: type(v).__name__
+)
+def test_what_is_no_anndata_is_named(given):
+    name = type(given).__name__
+    with pytest.raises(TypeError, match=f"`adata` must be an AnnData; got {name}"):
+        LDVAE.setup_anndata(given)
+    if given is not None:
+        for read in (LDVAE, untrained(counts()).get_elbo, untrained(counts()).ablate):
+            with pytest.raises(TypeError, match=f"`adata` must be an AnnData or None.*got ({name}|'file.h5ad')"):
+                read(given)
+
+
+def test_mudata_is_told_to_pass_one_modality():
+    class MuData:
+        """As mudata names its class."""
+
+    with pytest.raises(TypeError, match=r"must be an AnnData; got MuData; pass one modality, such as `mdata\['rna'\]`"):
+        LDVAE.setup_anndata(MuData())
+
+
+def test_counts_in_raw_only_are_pointed_out():
+    adata = counts()
+    adata.raw = adata.copy()
+    adata.X = None
+    with pytest.raises(
+        ValueError, match=r"`adata.X` is empty.*`adata.layers\['counts'\] = adata.raw\[:, adata.var_names\].X`"
+    ):
+        LDVAE.setup_anndata(adata)
+    adata.layers["counts"] = adata.raw[:, adata.var_names].X
+    LDVAE.setup_anndata(adata, layer="counts")
+
+
+def test_masked_counts_are_refused():
+    adata = counts()
+    adata.X = np.ma.masked_greater(adata.X.toarray(), 3)
+    with pytest.raises(TypeError, match=r"`adata.X` is a masked array.*`adata.X.filled\(0\)`"):
+        LDVAE.setup_anndata(adata)
+
+
+@pytest.mark.parametrize(
+    ("values", "what"),
+    [
+        ([1, "a"], "values of several types, such as 1, 'a'"),
+        ([True, "a"], "values of several types"),
+        ([(1, 2), (3, 4)], "values of several types"),
+        (list(pd.date_range("2020", periods=2)), "dates"),
+        (list(pd.period_range("2020", periods=2)), "dates"),
+    ],
+)
+@pytest.mark.parametrize("argument", ["batch_key", "labels_key", "categorical_covariate_keys"])
+def test_levels_are_of_one_type(values, what, argument):
+    adata = counts()
+    adata.obs["c"] = pd.Series(values * 30, index=adata.obs_names)
+    columns, uns = list(adata.obs), list(adata.uns)
+    with pytest.raises(
+        TypeError, match=rf"`{argument}`: `adata.obs\['c'\]` must hold text, numbers or booleans; it has {what}"
+    ):
+        LDVAE.setup_anndata(adata, **{argument: ["c"] if argument.endswith("keys") else "c"})
+    assert (list(adata.obs), list(adata.uns)) == (columns, uns)
+
+
+@pytest.mark.parametrize("dtype", ["Int64", "boolean", "string", "Float64", "category", "bool", "int8"])
+def test_levels_of_nullable_types_are_read(dtype):
+    adata = counts()
+    adata.obs["c"] = pd.Series(np.resize([0, 1], 60), index=adata.obs_names).astype(dtype)
+    model = untrained(adata, setup={"batch_key": "c"})
+    assert len(model.get_decoder().batches) == 2
+    np.testing.assert_array_equal(model.ablate(adata.copy()).X, model.ablate().X)
+
+
+def test_a_list_is_no_column():
+    with pytest.raises(TypeError, match=r"`batch_key` must be the name of one column of `adata.obs`; got \['batch'\]"):
+        LDVAE.setup_anndata(counts(), batch_key=["batch"])

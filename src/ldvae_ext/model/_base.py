@@ -251,6 +251,10 @@ class LDVAEBase(
         for name in SETUP_ARGUMENTS:
             if not setup_method_args[SETUP_ARGS_KEY].get(name):
                 setup_method_args[SETUP_ARGS_KEY].pop(name, None)
+        if not isinstance(adata, AnnData):
+            hint = "; pass one modality, such as `mdata['rna']`" if type(adata).__name__ == "MuData" else ""
+            msg = f"`adata` must be an AnnData; got {type(adata).__name__}{hint}."
+            raise TypeError(msg)
         minify_type = adata_minify_type(adata)
         counts_of(adata, layer)
         if minify_type is None:

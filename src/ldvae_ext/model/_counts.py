@@ -19,7 +19,8 @@ _CHUNK_VALUES = 2**24
 def check_is_anndata(adata: Any) -> None:
     """Raise unless ``adata`` is an AnnData, or None."""
     if adata is not None and not isinstance(adata, AnnData):
-        msg = f"`adata` must be an AnnData or None, for the model's own; got {adata!r}. Other arguments are best given by name."
+        given = repr(adata) if isinstance(adata, (str, int, float)) else type(adata).__name__
+        msg = f"`adata` must be an AnnData or None, for the model's own; got {given}. Other arguments are best given by name."
         raise TypeError(msg)
 
 
@@ -30,6 +31,8 @@ def counts_of(adata: AnnData, layer: str | None) -> Any:
     if layer is None:
         if adata.X is None:
             msg = f"`adata.X` is empty and no `layer` was named; layers: {layers}."
+            if adata.raw is not None:
+                msg += " `adata.layers['counts'] = adata.raw[:, adata.var_names].X` makes a layer of `adata.raw`, if it holds counts."
             raise ValueError(msg)
         return adata.X
     if layer not in adata.layers:
@@ -56,6 +59,9 @@ def check_counts(adata: AnnData, layer: str | None, *, may_be_empty: bool = Fals
     """
     counts = counts_of(adata, layer)
     where = "adata.X" if layer is None else f"adata.layers[{layer!r}]"
+    if isinstance(counts, np.ma.MaskedArray):
+        msg = f"`{where}` is a masked array, and a masked count is not 0 to a likelihood; give an array, such as `{where}.filled(0)`."
+        raise TypeError(msg)
     fraction: float | None = None
     empty: list[int] = []
     for start, chunk in _row_chunks(counts):
