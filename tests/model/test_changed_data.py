@@ -116,6 +116,18 @@ def test_genes_filtered_in_place_are_named(method):
         {**READERS, **OWN}[method](model)
 
 
+@pytest.mark.parametrize("change", ["genes", "counts"])
+def test_a_complete_copy_is_exported_although_the_models_data_changed(change):
+    model = untrained(cells())
+    expected = model.get_latent_representation()
+    if change == "genes":
+        model.adata._inplace_subset_var(np.arange(20) >= 3)
+    else:
+        model.adata.X = model.adata.X * 2
+    model.export_to_anndata(copy := cells(), order_by="network")
+    np.testing.assert_allclose(np.abs(copy.obsm["X_ldvae"]), np.abs(expected), rtol=1e-5, atol=1e-5)
+
+
 def test_genes_filtered_before_the_model_are_named():
     adata = cells()
     LDVAE.setup_anndata(adata)

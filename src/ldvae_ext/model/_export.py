@@ -19,6 +19,7 @@ from ldvae_ext.model._axes import canonical_signs, factor_decoder, factor_stream
 from ldvae_ext.model._base import LDVAEBase
 from ldvae_ext.model._cells import shared_counts_agree, stream_cells
 from ldvae_ext.model._counts import check_is_anndata
+from ldvae_ext.model._fingerprint import check_unchanged
 from ldvae_ext.model._stats import factor_stats
 
 # "network": latents as they are, factors of a rotation as they are numbered.
@@ -283,6 +284,10 @@ def _own_rows(model: LDVAEBase, adata: AnnData) -> np.ndarray | None:
     rows = model.adata.obs_names.get_indexer(adata.obs_names)
     if (rows < 0).any():
         return None
+    try:
+        check_unchanged(model.adata_manager)
+    except ValueError:
+        return None  # cells with counts are encoded; those without raise an error of their own
     layer = model.get_setup_arg("layer")
     has_matrix = adata.X is not None if layer is None else layer in adata.layers
     if model.minified_data_type is not None or not has_matrix:
