@@ -1,4 +1,4 @@
-"""The form of the code that DESIGN promises: layers, private names, mixins, signatures, docstrings, sizes."""
+"""The form of the code that `docs/contributing.md` describes: layers, private names, mixins, signatures, docstrings, sizes."""
 
 from __future__ import annotations
 

@@ -290,6 +290,8 @@ def negative_log_likelihood(
         return _NegativeBinomial.apply(mu_ng, theta, counts)
     if likelihood == "zinb":
         return _ZeroInflatedNegativeBinomial.apply(mu_ng, theta, dropout_ng, counts)
+    if likelihood != "poisson":
+        raise NotImplementedError(likelihood)
     x = counts.values.to(mu_ng)
     of_counts = torch.xlogy(x, at_counts(counts, mu_ng)) - torch.lgamma(x + 1)
     return mu_ng.sum(-1) - per_cell(counts, of_counts)

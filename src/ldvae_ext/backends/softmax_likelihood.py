@@ -189,4 +189,6 @@ def softmax_negative_log_likelihood(
         return _Poisson.apply(logits_ng, log_library_n1, counts)
     if likelihood == "nb":
         return _NegativeBinomial.apply(logits_ng, log_library_n1, theta_g, counts)
+    if likelihood != "zinb":
+        raise NotImplementedError(likelihood)
     return _ZeroInflatedNegativeBinomial.apply(logits_ng, log_library_n1, theta_g, dropout_ng, counts)

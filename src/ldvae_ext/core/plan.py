@@ -21,6 +21,7 @@ from ldvae_ext.core.posterior import kl_per_dimension
 Mode = Literal["zero", "mean", "group_mean", "permute", "prior", "value", "drop"]
 Scheme = Literal["leave_out", "leave_in", "keep_top"]
 MODES, SCHEMES = get_args(Mode), get_args(Scheme)
+RANDOM_MODES = ("permute", "prior")
 POSTERIORS = ("mean", "samples")
 N_SAMPLES = 10
 
@@ -62,7 +63,7 @@ class AblationRequest:
             and self.value is not None,
             "`n_samples` belongs to `use_posterior='samples'`.": not is_sampled and self.n_samples is not None,
             f"`seed` has no effect: `mode={self.mode!r}` with `use_posterior='mean'` draws no random numbers.": not is_sampled
-            and self.mode not in ("permute", "prior")
+            and self.mode not in RANDOM_MODES
             and self.seed is not None,
             "`refit_heads`: neither dropout nor dispersion of this decoder depends on the latent.": self.refit_heads
             and decoder.likelihood != "zinb"
@@ -141,7 +142,7 @@ class AblationRequest:
             info["latents"] = self.decoder.factors[np.concatenate([latents for _, latents in members])]
         if self.use_posterior == "samples":
             info["n_samples"] = plan.n_samples
-        if self.use_posterior == "samples" or self.mode in ("permute", "prior"):
+        if self.use_posterior == "samples" or self.mode in RANDOM_MODES:
             info["seed"] = plan.seed
         if self.mode == "value":
             info["value"] = plan.value_pk[0]

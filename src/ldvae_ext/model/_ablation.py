@@ -15,7 +15,7 @@ from ldvae_ext._groups import codes_at, gene_ablation
 from ldvae_ext._keys import ABLATION_INFO
 from ldvae_ext._validate import check_one_of
 from ldvae_ext.core.explained import ExplainedSums, PooledProfile, explained_sets
-from ldvae_ext.core.plan import MODES, Mode, Scheme
+from ldvae_ext.core.plan import MODES, RANDOM_MODES, Mode, Scheme
 from ldvae_ext.model._axes import factor_stream
 from ldvae_ext.model._base import LDVAEBase
 from ldvae_ext.model._cells import with_positions
@@ -289,7 +289,7 @@ class AblationMixin(LDVAEBase):
             If ``adata`` is no AnnData, or ``dataloader`` an iterator.
         """
         # The deviance would change with each draw of random latents.
-        check_one_of("mode", mode, [known for known in MODES if known not in ("permute", "prior")])
+        check_one_of("mode", mode, [known for known in MODES if known not in RANDOM_MODES])
         if isinstance(dataloader, Iterator):
             raise TypeError(READ_TWICE)
         self._check_has_counts("get_explained_deviance")

@@ -176,4 +176,6 @@ class GenerativeModule:
             return ZeroInflatedNegativeBinomial(mu=rate, theta=theta, zi_logits=dropout, scale=scale)
         if self.gene_likelihood == "nb":
             return NegativeBinomial(mu=rate, theta=theta, scale=scale)
-        return Normal(rate, theta, normal_mu=scale)
+        if self.gene_likelihood == "normal":
+            return Normal(rate, theta, normal_mu=scale)
+        raise NotImplementedError(self.gene_likelihood)
