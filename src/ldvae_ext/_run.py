@@ -88,7 +88,7 @@ def run(job: Job, echo: Callable[[str], None]) -> None:
     groupby = "bulk_labels" if job.source is None and job.groupby is None else job.groupby
     model = _set_up(adata, job, echo)
     if job.source is not None:
-        _rehearse(model, adata, groupby)
+        _rehearse(model, adata, groupby, job.layer)
     # Training writes nothing: it takes long, and an interruption may leave no time to clean up.
     _train(model, job)
     work = temporary_beside(out)
@@ -177,7 +177,7 @@ def _data_errors_as_input_errors() -> Iterator[None]:
     """Raise errors of the package about the data as InputError."""
     try:
         yield
-    except (KeyError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise InputError(str(error.args[0] if error.args else error)) from error
 
 
@@ -217,12 +217,14 @@ def _set_up(adata: AnnData, job: Job, echo: Callable[[str], None]) -> LDVAE:
         return LDVAE(selected, n_latent=job.n_latent)
 
 
-def _rehearse(model: LDVAE, adata: AnnData, groupby: str | None) -> None:
+def _rehearse(model: LDVAE, adata: AnnData, groupby: str | None, layer: str | None) -> None:
     """Write the results of a few cells before the training, so that a problem of the input does not cost the training."""
     with _data_errors_as_input_errors():
         check_anndata_can_be_written(adata)
     codes = np.zeros(adata.n_obs) if groupby is None else pd.factorize(pd.Series(adata.obs[groupby]))[0]
-    few = pd.Series(codes).groupby(codes).head(5).index.to_numpy()
+    has_counts = np.asarray(model.adata.layers[layer].sum(axis=1) if layer else model.adata.X.sum(axis=1)).ravel() > 0
+    candidates = pd.Series(codes, index=np.arange(len(codes)))[has_counts]
+    few = candidates.groupby(candidates.to_numpy()).head(5).index.to_numpy()
     with (
         TemporaryDirectory(prefix="ldvae-ext-") as folder,
         warnings.catch_warnings(),

@@ -150,7 +150,7 @@ def test_other_names_of_all_genes_are_allowed_with_a_warning():
     model = untrained(cells())
     expected = model.get_latent_kl()
     model.adata.var_names = [f"symbol{i}" for i in range(20)]
-    with pytest.warns(UserWarning, match="same genes under other names.*'symbol0' for 'gene0'"):
+    with pytest.warns(UserWarning, match="20 genes have other names .*'symbol0' for 'gene0'"):
         pd.testing.assert_frame_equal(model.get_latent_kl(), expected)
 
 
@@ -344,3 +344,70 @@ class TestGroupsOfAComparison:
         model.adata.obs["one"] = pd.Categorical(["a"] * 60, categories=["a", "gone"])
         with pytest.raises(ValueError, match="has the single group 'a'"):
             model.differential_expression(groupby="one", silent=True)
+
+
+class TestWhatIsNoChange:
+    """Operations that move counts and registered values together."""
+
+    def test_cells_in_another_order(self):
+        model = untrained(cells())
+        expected, order = model.get_latent_representation(), np.random.default_rng(0).permutation(60)
+        model.adata._inplace_subset_obs(order)
+        np.testing.assert_allclose(model.get_latent_representation(), expected[order], atol=1e-5)
+
+    def test_names_of_cells_that_overlap_with_the_old_ones(self):
+        model = untrained(cells())
+        expected = model.get_latent_representation()
+        model.adata.obs_names = [f"cell{i + 1}" for i in range(60)]
+        np.testing.assert_array_equal(model.get_latent_representation(), expected)
+
+    def test_other_names_of_some_genes(self):
+        model = untrained(cells())
+        expected = model.get_latent_representation()
+        model.adata.var_names = ["symbol" if name == "gene4" else name for name in model.adata.var_names]
+        with pytest.warns(UserWarning, match="1 genes have other names .* 'symbol' for 'gene4'"):
+            np.testing.assert_array_equal(model.get_latent_representation(), expected)
+        model.get_latent_representation()  # warns once
+
+    def test_size_factors_of_another_type(self):
+        adata = cells()
+        adata.obs["size"] = np.resize([1, 2], 60)
+        model = untrained(adata, setup={"size_factor_key": "size"})
+        expected = model.get_latent_representation()
+        adata.obs["size"] = adata.obs["size"].astype(np.float32)
+        np.testing.assert_array_equal(model.get_latent_representation(), expected)
+
+
+def test_fields_are_compared_also_if_cells_were_removed():
+    model = untrained(cells())
+    model.adata._inplace_subset_obs(np.arange(50))
+    model.adata.obs["_scvi_batch"] = 0
+    with pytest.raises(ValueError, match="The registered 'batch' of the cells changed"):
+        model.get_latent_kl()
+
+
+def test_latents_of_minified_data_that_changed_are_named():
+    model = untrained(cells(), use_observed_lib_size=True)
+    model.minify_adata()
+    assert model.get_latent_kl().shape == (60, 4)
+    for key in list(model.adata.obsm):
+        model.adata.obsm[key] = model.adata.obsm[key] * 3
+    with pytest.raises(ValueError, match="The registered 'latent_qzm', 'latent_qzv' of the cells changed"):
+        model.get_latent_representation()
+
+
+@pytest.mark.parametrize("method", ["get_elbo", "ablate"])
+def test_columns_of_other_cells_are_read_again_if_they_changed(method):
+    model = untrained(cells(), setup={"continuous_covariate_keys": ["age"]})
+    other = cells(30, seed=3)
+    changed = other.copy()
+    changed.obs["age"] = 5.0
+    results = []
+    for adata in (other, changed):
+        model.get_elbo(adata)
+    other.obs["age"] = 5.0
+    for adata in (other, changed):
+        scvi.settings.seed = 1
+        result = getattr(model, method)(adata)
+        results.append(result.X if method == "ablate" else float(result))
+    np.testing.assert_array_equal(*results)

@@ -13,6 +13,7 @@ from scvi.external import SOLO
 from scvi.model import LinearSCVI
 
 from ldvae_ext.model import LDVAE
+from ldvae_ext.model._fields import matched_column
 from tests.helpers import TRAIN, counts, untrained
 from tests.traps import built, codes
 
@@ -167,3 +168,42 @@ def test_a_model_is_saved_also_if_its_anndata_cannot_be(cls, tmp_path):
         assert "'note'" in str(raised.value)
         assert f"The model was saved to {tmp_path / 'model'} without it." in str(raised.value)
         assert cls.load(tmp_path / "model", cells(), accelerator="cpu").n_latent == 4
+
+
+@pytest.mark.parametrize(
+    ("given", "known", "expected"),
+    [
+        (["3", "1"], [1, 2], [3, 1]),
+        (["07", "7"], [1, 2], None),
+        (["1.0", "1"], [0, 1, 2], None),
+        (["1e1", "10"], [0, 1], None),
+        (["nan", "0"], [0, 1], None),
+        ([3.0, 1.0], ["1", "2"], ["3", "1"]),
+        (["3.5"], [1.5, 2.5], [3.5]),
+    ],
+)
+def test_a_new_level_is_never_merged_with_another(given, known, expected):
+    column = pd.Series(given)
+    if expected is None:
+        with pytest.raises((TypeError, ValueError), match="`b`: "):
+            matched_column(column, known, "b", extend=True)
+    else:
+        assert matched_column(column, known, "b", extend=True).tolist() == expected
+
+
+def test_a_complete_folder_is_not_touched_by_a_save_that_is_refused(tmp_path):
+    model = untrained(cells())
+    model.save(tmp_path / "model", save_anndata=True)
+    before = (tmp_path / "model" / "adata.h5ad").read_bytes()
+    model.adata.obs["note"] = pd.Series([1, "x"] * 60, index=model.adata.obs_names, dtype=object)
+    with pytest.raises(ValueError, match="already exists"):
+        model.save(tmp_path / "model", save_anndata=True)
+    assert (tmp_path / "model" / "adata.h5ad").read_bytes() == before
+
+
+def test_a_model_is_saved_also_if_a_table_of_its_anndata_cannot_be(tmp_path):
+    model = untrained(cells())
+    model.adata.obsm["table"] = pd.DataFrame({"note": [1, "x"] * 60}, index=model.adata.obs_names, dtype=object)
+    with pytest.raises(ValueError, match=r"The model was saved to .* without it"):
+        model.save(tmp_path / "model", save_anndata=True)
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["model.pt"]

@@ -78,7 +78,7 @@ def _to_rate(decoder: LinearDecoder, logits_ng: np.ndarray, library_n1: np.ndarr
         np.multiply(decoder.apply_link(logits_ng), library_n1, out=logits_ng)
 
 
-def _to_log_rate(decoder: LinearDecoder, logits_ng: np.ndarray, library_n1: np.ndarray) -> None:
+def to_log_rate(decoder: LinearDecoder, logits_ng: np.ndarray, library_n1: np.ndarray) -> None:
     """Logits to logarithms of mean counts, in place; finite also where the mean is smaller than any float."""
     if decoder.link == "softmax":
         logits_ng -= logits_ng.max(axis=1, keepdims=True)
@@ -127,12 +127,12 @@ def _poisson_change(
     decoder: LinearDecoder, x: Nonzero, full_ng: np.ndarray, library_n1: np.ndarray
 ) -> Callable[[np.ndarray], np.ndarray]:
     """As :func:`_change`, but of logits: scvi-tools adds no eps to the mean of a Poisson, whose logarithm must be finite."""
-    _to_log_rate(decoder, full_ng, library_n1)
+    to_log_rate(decoder, full_ng, library_n1)
     log_full_at = full_ng.ravel()[x.at]
     np.exp(full_ng, out=full_ng)
 
     def change(logits_ng: np.ndarray) -> np.ndarray:
-        _to_log_rate(decoder, logits_ng, library_n1)
+        to_log_rate(decoder, logits_ng, library_n1)
         flat = logits_ng.ravel()
         first_at = x.value * (log_full_at - flat[x.at])
         np.exp(logits_ng, out=logits_ng)

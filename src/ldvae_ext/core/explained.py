@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 from scipy import sparse
+from scipy.special import xlogy
 
+from ldvae_ext.core._changes import to_log_rate
 from ldvae_ext.core.cells import EncodedCells, dense, indicator
 from ldvae_ext.core.decoder import LinearDecoder
 from ldvae_ext.core.heads import heads_at, parameters_given
@@ -49,6 +51,12 @@ def cell_deviances(decoder: LinearDecoder, cells: EncodedCells, share_bg: np.nda
     """
     x_ng = dense(cells.counts)
     z_nk = deterministic_latent(np.asarray(cells.mean, dtype=np.float64), decoder.latent_distribution)
+    if decoder.likelihood == "poisson":
+        log_ng = decoder.logits(z_nk, decoder.batches[cells.batch], cells.covariates)
+        to_log_rate(decoder, log_ng, np.asarray(cells.library, dtype=np.float64).reshape(-1, 1))
+        change_ng = xlogy(x_ng, x_ng) - x_ng + np.exp(log_ng)
+        change_ng -= np.where(x_ng > 0, x_ng * log_ng, 0.0)
+        return 2 * change_ng.sum(axis=1), null_deviance(decoder, cells, share_bg)
     full_ng, theta, dropout_ng = parameters_given(decoder, z_nk, cells, cells.library)
     full_n = deviance(decoder.likelihood, x_ng, full_ng, theta, dropout_ng).sum(axis=1)
     return full_n, null_deviance(decoder, cells, share_bg)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pandas as pd
@@ -165,6 +166,8 @@ def cells_to_read(model: LDVAEBase, adata: AnnData | None, dataloader: Any = Non
     if model.adata is not None and adata_minify_type(adata) is None and _has_genes_in_order(model, adata):
         _check_cells(model, adata)
         yield adata
+        for manager in _managers_of(model, adata):
+            _columns[manager] = _checksum_of_columns(model, adata)
         return
     with readable_cells(model, adata, keep_random_state=False) as cells:
         yield cells
@@ -174,10 +177,32 @@ def _has_genes_in_order(model: LDVAEBase, adata: AnnData) -> bool:
     return np.array_equal(np.asarray(adata.var_names).astype(str), np.asarray(model.get_var_names()).astype(str))
 
 
+# Checksum of the columns of obs of another AnnData when scvi-tools registered it.
+_columns: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+
+
+def _managers_of(model: LDVAEBase, adata: AnnData) -> list[Any]:
+    return [m for m in model._per_instance_manager_store.get(model.id, {}).values() if m.adata is adata]
+
+
+def _checksum_of_columns(model: LDVAEBase, adata: AnnData) -> int:
+    """Checksum of the columns of obs that a model reads."""
+    keys = [*known_levels(model.registry), *(c.name for c in covariates_of(model.registry) if c.levels is None)]
+    return hash(tuple(int(pd.util.hash_pandas_object(pd.Series(adata.obs[key]), index=False).sum()) for key in keys))
+
+
 def _is_registered(model: LDVAEBase, adata: AnnData) -> bool:
-    """True if these are cells of :func:`readable_cells`, which a method passes on to another one."""
-    managers = model._per_instance_manager_store.get(model.id, {})
-    return any(manager.adata is adata for manager in managers.values())
+    """True if cells are registered with a model: by a method that passes them on to another one, or by an earlier call.
+
+    If their columns of obs changed since an earlier call, that registration is given up.
+    """
+    managers = _managers_of(model, adata)
+    for manager in managers:
+        if manager in _columns and _columns[manager] != _checksum_of_columns(model, adata):
+            for store in (model._per_instance_manager_store[model.id], model._setup_adata_manager_store):
+                store.pop(manager.adata_uuid, None)
+            return False
+    return bool(managers)
 
 
 def missing_genes(model: LDVAEBase, adata: AnnData) -> list[str]:

@@ -113,6 +113,10 @@ def matched_column(column: pd.Series, levels: Any, name: str, *, extend: bool = 
     written = [
         levels[at] if at >= 0 else _like(value, levels, name) for value, at in zip(values, position, strict=True)
     ]
+    if len(set(written)) < len(written):
+        again = next(value for value in written if written.count(value) > 1)
+        msg = f"`{name}`: several of {listed(values)} would be the level {again!r}; give each level one name."
+        raise ValueError(msg)
     names = np.array(written, dtype=object if levels.dtype == object else None)
     return pd.Series(names[code_n], index=column.index, name=column.name)
 
@@ -126,8 +130,13 @@ def _like(value: Any, levels: np.ndarray, name: str) -> Any:
     if all(isinstance(level, bool) for level in known):
         is_alike = isinstance(value, bool)
     else:
-        with suppress(ValueError):
-            value = float(value) if isinstance(value, str) else value
+        if isinstance(value, str):
+            for kind in (int, float):
+                # Only as a number is written: not "07" or "1e1", which may be meant as other levels than 7 or 10.
+                with suppress(ValueError):
+                    value = kind(value) if str(kind(value)) == value and np.isfinite(kind(value)) else value
+                if not isinstance(value, str):
+                    break
         if isinstance(value, float) and value.is_integer() and all(isinstance(level, int) for level in known):
             value = int(value)
         is_alike = isinstance(value, (int, float)) and not isinstance(value, bool)

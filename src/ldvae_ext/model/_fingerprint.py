@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
-from zlib import crc32
+from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 import pandas as pd
@@ -14,10 +14,21 @@ from scvi.data import AnnDataManager
 
 from ldvae_ext._validate import listed, warn
 
-# Counts with more stored values are compared in a sample of the cells, so that the comparison takes less than 0.1 s.
-_MOST_VALUES = 10**8
+# Counts with more stored values are compared in a sample of the cells, so that the comparison takes about 0.1 s.
+_MOST_VALUES = 2 * 10**7
 _SAMPLE_IN_MEMORY, _SAMPLE_ON_DISK = 1024, 32
 _CHUNK_VALUES = 2**15
+# Registered fields other than the counts that a model reads.
+_FIELDS = (
+    REGISTRY_KEYS.BATCH_KEY,
+    REGISTRY_KEYS.LABELS_KEY,
+    REGISTRY_KEYS.CAT_COVS_KEY,
+    REGISTRY_KEYS.CONT_COVS_KEY,
+    REGISTRY_KEYS.SIZE_FACTOR_KEY,
+    REGISTRY_KEYS.LATENT_QZM_KEY,
+    REGISTRY_KEYS.LATENT_QZV_KEY,
+    REGISTRY_KEYS.OBSERVED_LIB_SIZE,
+)
 
 
 class Fingerprint(NamedTuple):
@@ -26,21 +37,23 @@ class Fingerprint(NamedTuple):
     cells: pd.Index
     """Names of the cells, shape (cells,)."""
     rows: np.ndarray | None
-    """Positions of the compared cells; None if the counts cannot be read by row."""
-    weighted_sum: np.ndarray | None
-    """Sum of the counts of each compared cell, with a weight for each gene, float64; NaN if a count is NaN."""
-    fields: dict[str, int]
-    """Checksum of each other registered field, such as the codes of batches."""
+    """Positions of the cells whose counts are compared; None if counts cannot be read by cell, or not fast."""
+    counts: np.ndarray
+    """Sum of the counts of each of these cells, with a weight for each gene, float64; NaN if a count is NaN."""
+    fields: dict[str, np.ndarray]
+    """Sum of the values of each cell in each other field, with a weight for each column, float64."""
 
 
 _at_set_up: WeakKeyDictionary[AnnDataManager, Fingerprint] = WeakKeyDictionary()
+_renamed: WeakSet[AnnDataManager] = WeakSet()
 
 
 def check_unchanged(manager: AnnDataManager) -> None:
     """Raise if registered data are no longer those of the set-up; the first call remembers them.
 
-    Compared are the names of genes, the counts (of all cells, or of a sample if there are very many), and the registered columns
-    of obs. Cells that were removed in place are left out of the comparison.
+    Compared are the names of genes, the counts (of all cells, or of a sample if there are very many), and the registered
+    fields: codes of batches, labels and covariates, size factors, latents of minified data. They are copies, so that a later
+    change of a column of obs has no effect until the AnnData is registered again. Cells may be removed, renamed or reordered.
 
     Parameters
     ----------
@@ -57,17 +70,70 @@ def check_unchanged(manager: AnnDataManager) -> None:
     if before is None:
         _at_set_up[manager] = now
         return
-    pairs = _same_cells(before, now)
-    if pairs is not None:
-        _check_counts_unchanged(manager, before, now, *pairs)
+    problems: list[str | None] = []
+    for pairs in _pairings(before, now):
+        problems.append(_first_change(manager, before, now, *pairs))
+        if problems[-1] is None:
+            if now.fields.keys() - before.fields.keys():  # registered since, such as the latents of minified data
+                _at_set_up[manager] = now
+            return
+    if problems:
+        raise ValueError(problems[0])
+
+
+def note_change(manager: AnnDataManager) -> None:
+    """Remember registered data that the package itself has changed.
+
+    Parameters
+    ----------
+    manager
+        Manager of the AnnData.
+    """
+    _at_set_up[manager] = _fingerprint(manager)
+
+
+def _pairings(before: Fingerprint, now: Fingerprint) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Positions of the same cells: by name, and by position if there are as many cells, which may have other names."""
+    has_same_names = before.cells is now.cells or before.cells.equals(now.cells)
+    if not has_same_names and before.cells.is_unique and now.cells.is_unique:
+        position = before.cells.get_indexer(now.cells)
+        found = np.flatnonzero(position >= 0)
+        if len(found):
+            yield position[found], found
     if len(before.cells) == len(now.cells):
-        changed = [name for name, value in before.fields.items() if now.fields.get(name) != value]
-        if changed:
-            msg = (
-                f"The registered {listed(changed)} of the cells changed since `setup_anndata`, which the model was built on. Undo the "
-                "change of `adata.obs`, or set up a copy of the AnnData and train a new model on it."
+        yield np.arange(len(before.cells)), np.arange(len(now.cells))
+
+
+def _first_change(
+    manager: AnnDataManager, before: Fingerprint, now: Fingerprint, at_before: np.ndarray, at_now: np.ndarray
+) -> str | None:
+    """Description of the first difference between the same cells; None if there is none."""
+    if before.rows is not None and now.rows is not None:
+        old, new = (np.full(len(print_.cells), -1.0) for print_ in (before, now))
+        old[before.rows], new[now.rows] = before.counts, now.counts
+        old, new = old[at_before], new[at_now]
+        both = np.flatnonzero((old != -1) & (new != -1))
+        differ = both[~np.isclose(old[both], new[both], rtol=1e-9, atol=0)]
+        if len(differ):
+            layer = manager.data_registry[REGISTRY_KEYS.X_KEY].attr_key
+            where = "adata.X" if layer in (None, "None") else f"adata.layers[{layer!r}]"
+            return (
+                f"The counts in `{where}` are no longer those of `setup_anndata`: {len(differ)} of {len(both)} compared cells differ, "
+                f"such as {now.cells[at_now[differ[0]]]!r}. If they were normalised in place, put the counts back, or into a layer "
+                "before the normalisation: `adata.layers['counts'] = adata.X.copy()` and `setup_anndata(adata, layer='counts')`."
             )
-            raise ValueError(msg)
+    changed = [
+        name
+        for name, value in before.fields.items()
+        if name not in now.fields
+        or not np.allclose(value[at_before], now.fields[name][at_now], rtol=1e-6, equal_nan=True)
+    ]
+    if changed:
+        return (
+            f"The registered {listed(changed)} of the cells changed since `setup_anndata`, which the model was built on. Undo the "
+            "change of `adata`, or set up a copy of it and train a new model on that."
+        )
+    return None
 
 
 def _check_genes_unchanged(manager: AnnDataManager) -> None:
@@ -81,13 +147,24 @@ def _check_genes_unchanged(manager: AnnDataManager) -> None:
             "instead, or set up the filtered AnnData again and train a new model on it."
         )
         raise ValueError(msg)
-    if set(names) & set(registered):
+    at = (
+        pd.Index(registered).get_indexer_for(pd.Index(names[names != registered]))
+        if len(set(registered)) == len(registered)
+        else []
+    )
+    if (np.asarray(at) >= 0).any():
         msg = (
             "`adata.var_names` are not those of `setup_anndata`, or in another order. `adata.var.sort_index(inplace=True)` moves names but "
             "not counts. Put the names back, or set up the AnnData again and train a new model on it."
         )
         raise ValueError(msg)
-    compare_genes(names, registered)
+    if manager not in _renamed:
+        _renamed.add(manager)
+        first = np.flatnonzero(names != registered)[0]
+        warn(
+            f"{np.count_nonzero(names != registered)} genes have other names than at `setup_anndata`, such as {str(names[first])!r} for "
+            f"{str(registered[first])!r}; they are taken for the same genes under other names."
+        )
 
 
 def compare_genes(names: np.ndarray, known: np.ndarray) -> None:
@@ -116,66 +193,32 @@ def compare_genes(names: np.ndarray, known: np.ndarray) -> None:
     )
 
 
-def _same_cells(before: Fingerprint, now: Fingerprint) -> tuple[np.ndarray, np.ndarray] | None:
-    """Positions of the same cells in two fingerprints: by name, or by position if as many cells have other names."""
-    if before.weighted_sum is None or now.weighted_sum is None or before.rows is None or now.rows is None:
-        return None
-    if before.cells is now.cells or before.cells.equals(now.cells):
-        return np.arange(len(before.rows)), np.arange(len(now.rows))
-    if before.cells.is_unique and now.cells.is_unique:
-        position = before.cells[before.rows].get_indexer(now.cells[now.rows])
-        found = np.flatnonzero(position >= 0)
-        if len(found):
-            return position[found], found
-    if len(before.cells) == len(now.cells):
-        return np.arange(len(before.rows)), np.arange(len(now.rows))
-    return None
-
-
-def _check_counts_unchanged(
-    manager: AnnDataManager, before: Fingerprint, now: Fingerprint, at_before: np.ndarray, at_now: np.ndarray
-) -> None:
-    old, new = before.weighted_sum[at_before], now.weighted_sum[at_now]  # type: ignore[index]
-    if np.array_equal(old, new):
-        return
-    differ = ~np.isclose(old, new, rtol=1e-9, atol=0)
-    if not differ.any():
-        return
-    layer = manager.data_registry[REGISTRY_KEYS.X_KEY].attr_key
-    where = "adata.X" if layer in (None, "None") else f"adata.layers[{layer!r}]"
-    first = now.cells[now.rows[at_now[differ][0]]]  # type: ignore[index]
-    msg = (
-        f"The counts in `{where}` are no longer those of `setup_anndata`: {int(differ.sum())} of {len(old)} compared cells differ, such "
-        f"as {first!r}. If they were normalised in place, put the counts back, or into a layer before the normalisation: "
-        "`adata.layers['counts'] = adata.X.copy()` and `setup_anndata(adata, layer='counts')`."
-    )
-    raise ValueError(msg)
-
-
 def _fingerprint(manager: AnnDataManager) -> Fingerprint:
-    fields = {
-        key: _checksum(manager.get_from_registry(key))
-        for key in manager.data_registry
-        if key in (REGISTRY_KEYS.BATCH_KEY, REGISTRY_KEYS.LABELS_KEY, *_COVARIATES)
-    }
+    fields = {key: _weighted(manager.get_from_registry(key)) for key in manager.data_registry if key in _FIELDS}
     counts = manager.get_from_registry(REGISTRY_KEYS.X_KEY)
     rows = _compared_rows(counts)
-    weighted = None if rows is None else _weighted_sums(counts, rows)
-    return Fingerprint(manager.adata.obs_names, rows, weighted, fields)
+    return Fingerprint(
+        manager.adata.obs_names, rows, np.empty(0) if rows is None else _weighted_sums(counts, rows), fields
+    )
 
 
-def _checksum(values: Any) -> int:
-    array = np.asarray(values)
-    return crc32(np.ascontiguousarray(array.astype(np.float64) if array.dtype == object else array).view(np.uint8))
+def _weights(length: int) -> np.ndarray:
+    """Weights between 1 and 2, which no permutation leaves as they are."""
+    return 1 + np.modf(np.arange(1, length + 1) * np.sqrt(2))[0]
 
 
-_COVARIATES = (REGISTRY_KEYS.CAT_COVS_KEY, REGISTRY_KEYS.CONT_COVS_KEY, REGISTRY_KEYS.SIZE_FACTOR_KEY)
+def _weighted(values: Any) -> np.ndarray:
+    array = np.asarray(values, dtype=np.float64)
+    array = array.reshape(len(array), -1)
+    return array @ _weights(array.shape[1])
 
 
 def _compared_rows(counts: Any) -> np.ndarray | None:
     n_cells, n_genes = counts.shape
     if isinstance(counts, (np.ndarray, pd.DataFrame)) or sparse.issparse(counts):
         n_values = counts.nnz if sparse.issparse(counts) else n_cells * n_genes
+        if n_values > _MOST_VALUES and sparse.issparse(counts) and counts.format != "csr":
+            return None  # to take some rows of such a matrix all of it is read
         most = n_cells if n_values <= _MOST_VALUES else _SAMPLE_IN_MEMORY
     elif getattr(counts, "file", None) is not None or hasattr(counts, "backend"):
         most = _SAMPLE_ON_DISK
@@ -186,8 +229,7 @@ def _compared_rows(counts: Any) -> np.ndarray | None:
 
 
 def _weighted_sums(counts: Any, rows: np.ndarray) -> np.ndarray:
-    # Weights between 1 and 2, which no permutation of genes leaves as they are.
-    weight_g = 1 + np.modf(np.arange(1, counts.shape[1] + 1) * np.sqrt(2))[0]
+    weight_g = _weights(counts.shape[1])
     if isinstance(counts, pd.DataFrame):
         counts = counts.to_numpy()
     if len(rows) < counts.shape[0]:
@@ -196,7 +238,8 @@ def _weighted_sums(counts: Any, rows: np.ndarray) -> np.ndarray:
     by_gene = sparse.issparse(counts) and counts.format == "csc"
     n_lines, length = (counts.shape[1], counts.shape[0]) if by_gene else counts.shape
     stored = counts.nnz / max(1, n_lines) if sparse.issparse(counts) else length
-    step = int(max(1, _CHUNK_VALUES / max(1, stored)))
+    # Each chunk of genes adds a vector of all cells.
+    step = int(max(1, max(_CHUNK_VALUES, length * by_gene) / max(1, stored)))
     for start in range(0, n_lines, step):
         lines = slice(start, start + step)
         if by_gene:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -103,25 +104,26 @@ class LDVAE(
         ValueError
             If ``save_anndata`` is True and a name or column of the AnnData cannot be written. The model is saved.
         """
-        problem = None
-        if save_anndata and self.adata is not None:
-            try:
-                check_anndata_can_be_written(self.adata)
-            except ValueError as error:
-                problem = error
-        super().save(
-            dir_path,
-            prefix=prefix,
-            overwrite=overwrite,
-            save_anndata=save_anndata and problem is None,
-            save_kwargs=save_kwargs,
-            legacy_mudata_format=legacy_mudata_format,
-            datamodule=datamodule,
-            **anndata_write_kwargs,
-        )
-        if problem is not None:
-            msg = f"{problem} The model was saved to {dir_path} without it."
-            raise ValueError(msg) from problem
+        folder = Path(dir_path)
+        arguments: dict[str, Any] = {
+            "prefix": prefix,
+            "save_kwargs": save_kwargs,
+            "legacy_mudata_format": legacy_mudata_format,
+            "datamodule": datamodule,
+        }
+        complete = {"overwrite": overwrite, "save_anndata": save_anndata, **arguments, **anndata_write_kwargs}
+        if not save_anndata or self.adata is None or (folder.exists() and not overwrite):
+            super().save(dir_path, **complete)
+            return
+        try:
+            check_anndata_can_be_written(self.adata)
+            super().save(dir_path, **complete)
+        except Exception as error:
+            # Half of this AnnData, or the one of another model.
+            (folder / f"{prefix or ''}adata.h5ad").unlink(missing_ok=True)
+            super().save(dir_path, overwrite=True, save_anndata=False, **arguments)
+            msg = f"{error} The model was saved to {dir_path} without it."
+            raise ValueError(msg) from error
 
     @classmethod
     def load(

@@ -35,8 +35,8 @@ def reads_cells(
 ) -> Callable[..., Any]:
     """A method of scvi-tools that reads cells, in evaluation mode.
 
-    Cells of another AnnData are read as by the package's own methods: genes and levels by name, without a change of that
-    AnnData. ``indices`` may be positions or a mask.
+    Cells of another AnnData are read as by the package's own methods: genes and levels by name. If its genes are in the model's
+    order, scvi-tools registers it. ``indices`` may be positions or a mask.
 
     Parameters
     ----------

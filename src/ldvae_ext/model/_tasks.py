@@ -23,6 +23,7 @@ from ldvae_ext.model._axes import network_decoder
 from ldvae_ext.model._base import LDVAEBase
 from ldvae_ext.model._cells import stream_cells
 from ldvae_ext.model._counts import has_counts
+from ldvae_ext.model._fingerprint import note_change
 from ldvae_ext.model._stock import minibatches_of, reads_cells, sampled_distribution
 
 
@@ -352,6 +353,7 @@ class TasksMixin(LDVAEBase):
         finally:
             self.module.use_observed_lib_size = False
         self.adata.obs[self._OBSERVED_LIB_SIZE_KEY] = library
+        note_change(self.adata_manager)
 
 
 def reconstruction_error_at_mean(
