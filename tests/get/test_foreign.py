@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from ldvae_ext import get, pl, tl
+from ldvae_ext.pl._color import look_of
 from tests.helpers import counts, untrained
 
 mpl.use("Agg")
@@ -68,12 +69,16 @@ def test_keys_of_something_else_are_not_replaced_unless_asked(slot):
     assert len(get.factors(model.adata)) == 4
 
 
-@pytest.mark.parametrize("colors", [["no colour", "red"], "red", ["#12", "#ff0000"]])
+def test_fewer_colours_than_groups_are_not_used(exported):
+    exported.uns["batch_colors"] = "red"
+    colors = look_of(exported, "batch").color_n
+    del exported.uns["batch_colors"]
+    np.testing.assert_array_equal(colors, look_of(exported, "batch").color_n)
+
+
+@pytest.mark.parametrize("colors", [["no colour", "red"], ["#12", "#ff0000"]])
 def test_colours_that_are_none_are_replaced_with_a_warning(exported, colors):
     exported.uns["batch_colors"] = colors
-    if colors == "red":
-        pl.latent_pairs(exported, color="batch", show=False)  # fewer colours than groups, as in scanpy
-        return
     with pytest.warns(
         UserWarning, match=r"`adata.uns\['batch_colors'\]` has .* which is no colour; the default colours"
     ):

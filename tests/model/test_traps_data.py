@@ -105,6 +105,8 @@ def test_levels_may_be_numbers_here_and_text_there(cls, known, given):
     elif isinstance(known[0], str) is not isinstance(given[0], str):
         with pytest.raises((ValueError, TypeError)):
             model.get_normalized_expression(other)
+    else:
+        assert model.get_normalized_expression(other).shape == expected
 
 
 @BOTH
