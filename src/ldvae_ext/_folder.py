@@ -102,12 +102,12 @@ def _check_can_be_created(out: Path) -> None:
     missing = [path for path in (out, *out.parents) if not path.exists()]
     created = []
     try:
-        for path in reversed(missing):
-            path.mkdir()
-            created.append(path)
-        temporary_beside(out).rmdir()
-    except FileExistsError:
-        pass  # by another program, at the same time; the second check is before results are put in place
+        # Another program may create it at the same time; there is a second check before results are put in place.
+        with suppress(FileExistsError):
+            for path in reversed(missing):
+                path.mkdir()
+                created.append(path)
+            temporary_beside(out).rmdir()
     except OSError as error:
         msg = f"{out} cannot be created ({error.strerror})."
         raise FolderError(msg) from error

@@ -221,9 +221,10 @@ def _rehearse(model: LDVAE, adata: AnnData, groupby: str | None, layer: str | No
     """Write the results of a few cells before the training, so that a problem of the input does not cost the training."""
     with _data_errors_as_input_errors():
         check_anndata_can_be_written(adata)
+    from ldvae_ext.model._counts import counts_of, totals_of
+
     codes = np.zeros(adata.n_obs) if groupby is None else pd.factorize(pd.Series(adata.obs[groupby]))[0]
-    has_counts = np.asarray(model.adata.layers[layer].sum(axis=1) if layer else model.adata.X.sum(axis=1)).ravel() > 0
-    candidates = pd.Series(codes, index=np.arange(len(codes)))[has_counts]
+    candidates = pd.Series(codes, index=np.arange(len(codes)))[totals_of(counts_of(model.adata, layer)) > 0]
     few = candidates.groupby(candidates.to_numpy()).head(5).index.to_numpy()
     with (
         TemporaryDirectory(prefix="ldvae-ext-") as folder,

@@ -52,11 +52,8 @@ def check_number(name: str, value: Any, *, least: float = -np.inf, most: float =
     is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, (bool, np.bool_))
     # Comparisons with NaN are false.
     if not is_number or not least <= value <= most or abs(value) == np.inf:
-        bounds = (
-            f" from {least:g} to {most:g}"
-            if np.isfinite(most)
-            else f" of at least {least:g}" * bool(np.isfinite(least))
-        )
+        bounds = f" of at least {least:g}" if np.isfinite(least) else ""
+        bounds = f" from {least:g} to {most:g}" if np.isfinite(most) else bounds
         msg = f"`{name}` must be a finite number{bounds}; got {value!r}."
         raise ValueError(msg)
 

@@ -291,7 +291,8 @@ def negative_log_likelihood(
     if likelihood == "zinb":
         return _ZeroInflatedNegativeBinomial.apply(mu_ng, theta, dropout_ng, counts)
     if likelihood != "poisson":
-        raise NotImplementedError(likelihood)
+        msg = f"`likelihood` must be 'nb', 'zinb' or 'poisson'; got {likelihood!r}."
+        raise ValueError(msg)
     x = counts.values.to(mu_ng)
     of_counts = torch.xlogy(x, at_counts(counts, mu_ng)) - torch.lgamma(x + 1)
     return mu_ng.sum(-1) - per_cell(counts, of_counts)

@@ -190,5 +190,6 @@ def softmax_negative_log_likelihood(
     if likelihood == "nb":
         return _NegativeBinomial.apply(logits_ng, log_library_n1, theta_g, counts)
     if likelihood != "zinb":
-        raise NotImplementedError(likelihood)
+        msg = f"`likelihood` must be 'nb', 'zinb' or 'poisson'; got {likelihood!r}."
+        raise ValueError(msg)
     return _ZeroInflatedNegativeBinomial.apply(logits_ng, log_library_n1, theta_g, dropout_ng, counts)

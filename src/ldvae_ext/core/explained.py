@@ -13,7 +13,7 @@ from scipy.special import xlogy
 from ldvae_ext.core._changes import to_log_rate
 from ldvae_ext.core.cells import EncodedCells, dense, indicator
 from ldvae_ext.core.decoder import LinearDecoder
-from ldvae_ext.core.heads import heads_at, parameters_given
+from ldvae_ext.core.heads import heads_at
 from ldvae_ext.core.likelihood import deviance
 from ldvae_ext.core.plan import AblationPlan
 from ldvae_ext.core.posterior import deterministic_latent
@@ -51,24 +51,41 @@ def cell_deviances(decoder: LinearDecoder, cells: EncodedCells, share_bg: np.nda
     """
     x_ng = dense(cells.counts)
     z_nk = deterministic_latent(np.asarray(cells.mean, dtype=np.float64), decoder.latent_distribution)
+    theta, dropout_ng = heads = _heads(decoder, z_nk, cells)
+    null_n = _null_deviance(decoder, x_ng, cells, share_bg, *heads)
     if decoder.likelihood == "poisson":
         log_ng = decoder.logits(z_nk, decoder.batches[cells.batch], cells.covariates)
         to_log_rate(decoder, log_ng, np.asarray(cells.library, dtype=np.float64).reshape(-1, 1))
         change_ng = xlogy(x_ng, x_ng) - x_ng + np.exp(log_ng)
         change_ng -= np.where(x_ng > 0, x_ng * log_ng, 0.0)
-        return 2 * change_ng.sum(axis=1), null_deviance(decoder, cells, share_bg)
-    full_ng, theta, dropout_ng = parameters_given(decoder, z_nk, cells, cells.library)
-    full_n = deviance(decoder.likelihood, x_ng, full_ng, theta, dropout_ng).sum(axis=1)
-    return full_n, null_deviance(decoder, cells, share_bg)
+        return 2 * change_ng.sum(axis=1), null_n
+    full_ng = decoder.rate(z_nk, decoder.batches[cells.batch], cells.covariates, library=cells.library)
+    return deviance(decoder.likelihood, x_ng, full_ng, theta, dropout_ng).sum(axis=1), null_n
 
 
 def null_deviance(decoder: LinearDecoder, cells: EncodedCells, share_bg: np.ndarray) -> np.ndarray:
     """Deviance of each cell under the null model, shape (cells,); see :func:`cell_deviances`."""
     z_nk = deterministic_latent(np.asarray(cells.mean, dtype=np.float64), decoder.latent_distribution)
+    return _null_deviance(decoder, dense(cells.counts), cells, share_bg, *_heads(decoder, z_nk, cells))
+
+
+def _heads(
+    decoder: LinearDecoder, z_nk: np.ndarray, cells: EncodedCells
+) -> tuple[np.ndarray | None, np.ndarray | None]:
     label = None if decoder.labels is None else decoder.labels[cells.label]
-    theta, dropout_ng = heads_at(decoder, z_nk, decoder.batches[cells.batch], cells.covariates, label)
+    return heads_at(decoder, z_nk, decoder.batches[cells.batch], cells.covariates, label)
+
+
+def _null_deviance(
+    decoder: LinearDecoder,
+    x_ng: np.ndarray,
+    cells: EncodedCells,
+    share_bg: np.ndarray,
+    theta: np.ndarray | None,
+    dropout_ng: np.ndarray | None,
+) -> np.ndarray:
     null_ng = share_bg[cells.batch] * cells.library[:, None]
-    return deviance(decoder.likelihood, dense(cells.counts), null_ng, theta, dropout_ng).sum(axis=1)
+    return deviance(decoder.likelihood, x_ng, null_ng, theta, dropout_ng).sum(axis=1)
 
 
 def is_explained(null_p: np.ndarray, counts_p: np.ndarray) -> np.ndarray:

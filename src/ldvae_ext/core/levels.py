@@ -35,7 +35,7 @@ def match_levels(name: str, values: Sequence[Any], levels: Sequence[Any]) -> np.
         If two values would be one level.
     """
     position = np.full(len(values), -1)
-    for form in (_typed, str, _whole):
+    for form in (_typed, str, level_text):
         candidates = _positions([form(level) for level in levels])
         for i, value in enumerate(values):
             if position[i] < 0:
@@ -64,7 +64,13 @@ def _typed(value: Any) -> Hashable:
     return (isinstance(value, bool), value)
 
 
-def _whole(value: Any) -> Hashable:
-    """String of a value; of a whole number without decimals."""
+def level_text(value: Any) -> str:
+    """Text of a level; of a whole number without decimals.
+
+    Parameters
+    ----------
+    value
+        The level.
+    """
     value = value.item() if isinstance(value, np.generic) else value
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)

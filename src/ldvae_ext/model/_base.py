@@ -310,6 +310,10 @@ class LDVAEBase(
         ----------
         legacy_mudata_format
             As in scvi-tools.
+
+        Returns
+        -------
+        Shape (genes,).
         """
         names = state_of(self.registry, REGISTRY_KEYS.X_KEY).get("column_names")
         return super().get_var_names(legacy_mudata_format) if names is None else np.asarray(names)

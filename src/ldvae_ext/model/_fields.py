@@ -14,7 +14,7 @@ from scvi.data.fields import CategoricalObsField, LayerField
 
 from ldvae_ext._scvi import StableCategoriesField
 from ldvae_ext._validate import listed
-from ldvae_ext.core.levels import match_levels
+from ldvae_ext.core.levels import level_text, match_levels
 from ldvae_ext.model._fingerprint import compare_genes
 from ldvae_ext.model._registry import known_levels
 
@@ -126,7 +126,7 @@ def _like(value: Any, levels: np.ndarray, name: str) -> Any:
     known: Sequence[Any] = levels.tolist()
     value = value.item() if isinstance(value, np.generic) else value
     if all(isinstance(level, str) for level in known):
-        return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+        return level_text(value)
     if all(isinstance(level, bool) for level in known):
         is_alike = isinstance(value, bool)
     else:

@@ -102,7 +102,8 @@ class LDVAE(
         Raises
         ------
         ValueError
-            If ``save_anndata`` is True and a name or column of the AnnData cannot be written. The model is saved.
+            If ``save_anndata`` is True and a name or column of the AnnData cannot be written. The model is saved, and an
+            AnnData in the folder, incomplete or of another model, is removed.
         """
         folder = Path(dir_path)
         arguments: dict[str, Any] = {

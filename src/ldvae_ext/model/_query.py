@@ -317,7 +317,7 @@ def _check_registry(registry: Mapping[str, Any], reference: _Reference, *, new_b
 
 def _check_no_new_batch(batches: Any, reference: _Reference) -> None:
     known, given = reference.levels()["batch"], list(batches)
-    unseen = [batch for batch, at in zip(given, match_levels("adata", given, known.tolist()), strict=True) if at < 0]
+    unseen = [batch for batch, at in zip(given, match_levels("batch", given, known.tolist()), strict=True) if at < 0]
     if unseen:
         msg = f"`transfer_batch=False`, but the query has the new batches {listed(unseen)}; the reference knows {listed(known)}."
         raise ValueError(msg)

@@ -178,4 +178,5 @@ class GenerativeModule:
             return NegativeBinomial(mu=rate, theta=theta, scale=scale)
         if self.gene_likelihood == "normal":
             return Normal(rate, theta, normal_mu=scale)
-        raise NotImplementedError(self.gene_likelihood)
+        msg = f"`gene_likelihood` must be 'nb', 'zinb', 'poisson' or 'normal'; got {self.gene_likelihood!r}."
+        raise ValueError(msg)
