@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import sparse, stats
 from scipy.special import gammaln
 
 from ldvae_ext.core import log_likelihood
-from ldvae_ext.core.likelihood import mean_dependent_part
+from ldvae_ext.core.likelihood import deviance, mean_dependent_part, sparse_deviance
 
 
 @pytest.fixture
@@ -77,3 +77,14 @@ def test_normal_is_that_of_scipy(values):
     np.testing.assert_allclose(got, stats.norm.logpdf(x, mu, sd), rtol=1e-10, atol=1e-10)
     by_parts = mean_dependent_part("normal", x, mu + 1, sd) - mean_dependent_part("normal", x, mu, sd)
     np.testing.assert_allclose(by_parts, log_likelihood("normal", x, mu + 1, sd) - got, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("container", [np.asarray, sparse.csr_array])
+@pytest.mark.parametrize("theta", ["gene", "cell"])
+@pytest.mark.parametrize("likelihood", ["nb", "poisson"])
+def test_sparse_deviance_is_the_sum_over_genes(likelihood, theta, container, values):
+    theta = values["theta"] if theta == "gene" else np.abs(values["dropout"]) + 0.1
+    theta[0, 0] = 1e7  # nearly a Poisson
+    expected = deviance(likelihood, values["x"], values["mu"], theta).sum(axis=1)
+    got = sparse_deviance(likelihood, container(values["x"]), values["mu"], theta)
+    np.testing.assert_allclose(got, expected, rtol=1e-6)

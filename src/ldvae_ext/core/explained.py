@@ -14,7 +14,7 @@ from ldvae_ext.core._changes import to_log_rate
 from ldvae_ext.core.cells import EncodedCells, dense, indicator
 from ldvae_ext.core.decoder import LinearDecoder
 from ldvae_ext.core.heads import heads_at
-from ldvae_ext.core.likelihood import deviance
+from ldvae_ext.core.likelihood import deviance, sparse_deviance
 from ldvae_ext.core.plan import AblationPlan
 from ldvae_ext.core.posterior import deterministic_latent
 
@@ -52,7 +52,7 @@ def cell_deviances(decoder: LinearDecoder, cells: EncodedCells, share_bg: np.nda
     x_ng = dense(cells.counts)
     z_nk = deterministic_latent(np.asarray(cells.mean, dtype=np.float64), decoder.latent_distribution)
     theta, dropout_ng = heads = _heads(decoder, z_nk, cells)
-    null_n = _null_deviance(decoder, x_ng, cells, share_bg, *heads)
+    null_n = _null_deviance(decoder, cells, share_bg, *heads)
     if decoder.likelihood == "poisson":
         log_ng = decoder.logits(z_nk, decoder.batches[cells.batch], cells.covariates)
         to_log_rate(decoder, log_ng, np.asarray(cells.library, dtype=np.float64).reshape(-1, 1))
@@ -66,7 +66,7 @@ def cell_deviances(decoder: LinearDecoder, cells: EncodedCells, share_bg: np.nda
 def null_deviance(decoder: LinearDecoder, cells: EncodedCells, share_bg: np.ndarray) -> np.ndarray:
     """Deviance of each cell under the null model, shape (cells,); see :func:`cell_deviances`."""
     z_nk = deterministic_latent(np.asarray(cells.mean, dtype=np.float64), decoder.latent_distribution)
-    return _null_deviance(decoder, dense(cells.counts), cells, share_bg, *_heads(decoder, z_nk, cells))
+    return _null_deviance(decoder, cells, share_bg, *_heads(decoder, z_nk, cells))
 
 
 def _heads(
@@ -78,14 +78,16 @@ def _heads(
 
 def _null_deviance(
     decoder: LinearDecoder,
-    x_ng: np.ndarray,
     cells: EncodedCells,
     share_bg: np.ndarray,
     theta: np.ndarray | None,
     dropout_ng: np.ndarray | None,
 ) -> np.ndarray:
-    null_ng = share_bg[cells.batch] * cells.library[:, None]
-    return deviance(decoder.likelihood, x_ng, null_ng, theta, dropout_ng).sum(axis=1)
+    null_ng = share_bg[cells.batch]
+    null_ng *= cells.library[:, None]
+    if decoder.likelihood in ("nb", "poisson"):
+        return sparse_deviance(decoder.likelihood, cells.counts, null_ng, theta)
+    return deviance(decoder.likelihood, dense(cells.counts), null_ng, theta, dropout_ng).sum(axis=1)
 
 
 def is_explained(null_p: np.ndarray, counts_p: np.ndarray) -> np.ndarray:

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from scipy.special import gammaln, xlogy
 
+from ldvae_ext.core.cells import nonzero
+
 EPS = 1e-8
 
 
@@ -97,3 +99,38 @@ def deviance(
     """
     saturated = mean_dependent_part(likelihood, x_ng, x_ng, theta, dropout_ng)
     return 2 * (saturated - mean_dependent_part(likelihood, x_ng, mu_ng, theta, dropout_ng))
+
+
+def sparse_deviance(likelihood: str, x_ng: Any, mu_ng: np.ndarray, theta: Any = None) -> np.ndarray:
+    """Sum over genes of :func:`deviance`, from the non-zero counts and the deviance of a cell without any.
+
+    A count of zero needs one logarithm under ``"nb"`` and none under ``"poisson"``, where the sum over all genes of its terms
+    is ``2 sum_g theta log(1 + mu / (theta + eps))`` and ``2 sum_g mu``.
+
+    Parameters
+    ----------
+    likelihood
+        ``"nb"`` or ``"poisson"``.
+    x_ng
+        Counts, dense or sparse, shape (cells, genes).
+    mu_ng, theta
+        See :func:`log_likelihood`.
+
+    Returns
+    -------
+    Shape (cells,), in nats (of 2 log-likelihoods).
+    """
+    at, x = nonzero(x_ng)
+    at_n, at_g = np.divmod(at, mu_ng.shape[1])
+    mu = mu_ng[at_n, at_g]
+    if likelihood == "poisson":
+        zeros_n, change = mu_ng.sum(axis=1), xlogy(x, x) - x - xlogy(x, mu)
+    else:
+        theta_ng = np.broadcast_to(theta, mu_ng.shape)
+        of_zero_ng = mu_ng / (theta_ng + EPS)
+        of_zero_ng += 1.0
+        zeros_n = np.einsum("ng,ng->n", np.log(of_zero_ng, out=of_zero_ng), theta_ng)
+        r = theta_ng[at_n, at_g]
+        change = x * np.log((x + EPS) / (mu + EPS)) - r * np.log((r + x + EPS) / (r + EPS))
+        change -= x * np.log((r + x + EPS) / (r + mu + EPS))
+    return 2 * (zeros_n + np.bincount(at_n, weights=change, minlength=len(zeros_n)))
