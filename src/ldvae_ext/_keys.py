@@ -82,5 +82,39 @@ def consensus_keys(key_added: str = CONSENSUS_KEY) -> ConsensusKeys:
     return ConsensusKeys(loadings=key_added, spread=f"{key_added}_spread", info=key_added)
 
 
+PROGRAMS_KEY = "ldvae_programs"
+
+
+@dataclass(frozen=True)
+class ProgramKeys:
+    """Keys of additive programs in an AnnData."""
+
+    usages: str
+    """``obsm``: usages, cells x programs."""
+    profiles: str
+    """``varm``: profiles, genes x programs."""
+    scores: str
+    """``varm``: gene scores, genes x programs."""
+    errors: str
+    """``varm``: standard errors of the scores."""
+    residual: str
+    """``obs``: residual of each cell."""
+    info: str
+    """``uns``: names, stability, relations to factors, curve."""
+
+
+def program_keys(key_added: str = PROGRAMS_KEY) -> ProgramKeys:
+    """Keys of one set of programs."""
+    check_key_added(key_added)
+    return ProgramKeys(
+        usages=f"X_{key_added}",
+        profiles=key_added,
+        scores=f"{key_added}_scores",
+        errors=f"{key_added}_errors",
+        residual=f"{key_added}_residual",
+        info=key_added,
+    )
+
+
 SIMULATED_LATENT = "z_true"
 ABUNDANCE = "da_log_probs"

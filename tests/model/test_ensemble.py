@@ -121,7 +121,7 @@ def test_a_resampled_run_is_not_trained_on_the_other_cells(cells):
 
 
 def fail_for(monkeypatch: pytest.MonkeyPatch, *which: int) -> None:
-    train, n_calls = ensemble._train_on, iter(range(100))
+    train, n_calls = ensemble.train_on, iter(range(100))
 
     def fragile(*args: Any) -> None:
         if next(n_calls) in which:
@@ -129,7 +129,7 @@ def fail_for(monkeypatch: pytest.MonkeyPatch, *which: int) -> None:
             raise MemoryError(msg)
         train(*args)
 
-    monkeypatch.setattr(ensemble, "_train_on", fragile)
+    monkeypatch.setattr(ensemble, "train_on", fragile)
 
 
 def test_one_failed_run_does_not_lose_the_others(cells, runs, monkeypatch):

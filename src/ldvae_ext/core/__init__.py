@@ -12,17 +12,23 @@ from ldvae_ext.core.likelihood import log_likelihood
 from ldvae_ext.core.matching import consensus_loadings, match_columns, procrustes
 from ldvae_ext.core.populations import path_attribution, within_directions
 from ldvae_ext.core.posterior import kl_per_dimension
+from ldvae_ext.core.programs import AdditivePrograms, fit_programs, program_direction
 from ldvae_ext.core.rotation import Rotation, varimax
+from ldvae_ext.core.scores import GeneScores, SlopeSums
 
 __all__ = [
+    "AdditivePrograms",
     "BatchNorm",
     "Covariate",
+    "GeneScores",
     "InformationLedger",
     "LinearDecoder",
     "RawLinear",
     "Rotation",
+    "SlopeSums",
     "ablation_effects",
     "consensus_loadings",
+    "fit_programs",
     "information_ledger",
     "kl_per_dimension",
     "log_likelihood",
@@ -30,6 +36,7 @@ __all__ = [
     "path_attribution",
     "population_expression",
     "procrustes",
+    "program_direction",
     "varimax",
     "within_directions",
 ]

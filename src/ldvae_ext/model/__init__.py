@@ -7,12 +7,14 @@ from ldvae_ext.model._ldvae import LDVAE
 from ldvae_ext.model.ensemble import Ensemble, fit_ensemble
 from ldvae_ext.model.n_latent import NLatentSuggestion, suggest_n_latent
 from ldvae_ext.model.order import order_latents
+from ldvae_ext.model.programs import Programs
 
 __all__ = [
     "LDVAE",
     "Ensemble",
     "FactorStats",
     "NLatentSuggestion",
+    "Programs",
     "fit_ensemble",
     "order_latents",
     "suggest_n_latent",

@@ -18,6 +18,7 @@ from ldvae_ext.model._decoding import DecodingMixin
 from ldvae_ext.model._export import ExportMixin
 from ldvae_ext.model._linear_scvi import as_linear_scvi_meant
 from ldvae_ext.model._populations import PopulationsMixin
+from ldvae_ext.model._programs import ProgramsMixin
 from ldvae_ext.model._query import QueryMixin, freeze_reference
 from ldvae_ext.model._stats import StatsMixin
 from ldvae_ext.model._tasks import TasksMixin
@@ -30,6 +31,7 @@ class LDVAE(
     AblationMixin,
     StatsMixin,
     PopulationsMixin,
+    ProgramsMixin,
     ExportMixin,
     TasksMixin,
     ComparisonMixin,
@@ -40,7 +42,7 @@ class LDVAE(
     A drop-in replacement for :class:`scvi.model.LinearSCVI`: same arguments, order and defaults, same network, same
     random draws. Additional methods: :meth:`get_decoder`, :meth:`decode`, :meth:`get_latent_kl`, :meth:`export_to_anndata`,
     :meth:`ablate`, :meth:`ablate_genes`, :meth:`get_explained_deviance`, :meth:`get_ablated_expression`,
-    :meth:`get_population_loadings`, ``differential_expression(factors=...)``, ``get_normalized_expression(use_posterior_mean=True)`` and
+    :meth:`get_population_loadings`, :meth:`get_programs`, ``differential_expression(factors=...)``, ``get_normalized_expression(use_posterior_mean=True)`` and
     ``train(kl_warmup="auto")``. (``scvi.module.LDVAE`` is the network that scvi-tools ships; this LDVAE is the model.)
 
     Parameters

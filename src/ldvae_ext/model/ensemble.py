@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from copy import copy, deepcopy
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,18 +10,18 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 import scvi
-import torch
 from anndata import AnnData
 from scvi.utils import track
 
 from ldvae_ext._keys import CONSENSUS_KEY, consensus_keys
 from ldvae_ext._validate import check_one_of, check_positive_int, listed, warn
-from ldvae_ext.backends.loader import CountsSplitter
 from ldvae_ext.core import kl_per_dimension
 from ldvae_ext.core.matching import STABLE, UNSTABLE, Consensus, consensus_of, cosines, flags, match_columns, procrustes
 from ldvae_ext.core.rotation import CONSENSUS, Rotation
 from ldvae_ext.model._axes import factor_stream
 from ldvae_ext.model._ldvae import LDVAE
+from ldvae_ext.model._runs import cells_of_run, seeded, train_on
+from ldvae_ext.model.programs import Programs, additive_programs
 
 RESAMPLES = ("halves", "bootstrap")
 CELLS = {None: "same", "halves": "disjoint halves", "bootstrap": "bootstrap"}
@@ -121,6 +119,39 @@ class Ensemble:
         matrix_kk, _ = procrustes(self.consensus.loading_gk, loading_gk)
         nearest.rotation_ = {"matrix": Rotation(matrix_kk=matrix_kk, method=CONSENSUS).matrix_kk, "method": CONSENSUS}
         return nearest
+
+    def programs(
+        self,
+        n_programs: int | Sequence[int] | None = None,
+        groupby: str | None = None,
+        adata: AnnData | None = None,
+        indices: Any = None,
+        *,
+        max_cells: int = 5000,
+        seed: int | None = None,
+        batch_size: int | None = None,
+    ) -> Programs:
+        """Additive gene programs of the mean expression that the runs decode.
+
+        The mean over five or more runs has programs that replicate between disjoint cells as well as those of cNMF; a single
+        run has not. See :meth:`LDVAE.get_programs` for definitions and arguments.
+
+        Returns
+        -------
+        The programs. Their ``stability`` compares them with the programs of single runs, which with
+        ``resample="halves"`` have seen other cells. Factors in ``relations`` are the consensus factors of :meth:`representative`.
+        """
+        return additive_programs(
+            self.models,
+            n_programs,
+            groupby,
+            adata,
+            indices,
+            max_cells=max_cells,
+            seed=seed,
+            batch_size=batch_size,
+            representative=self.representative(),
+        )
 
     def export_to_anndata(self, adata: AnnData, key_added: str | None = None, *, overwrite: bool = False) -> None:
         """Write the consensus to an AnnData.
@@ -277,12 +308,12 @@ def fit_ensemble(
     models: list[LDVAE] = []
     seeds, kinds, failures = [], [], {}
     for m in track(range(n_runs), description="Training runs", disable=silent):
-        cells, kind = _cells_of_run(adata.n_obs, m, resample, train_size, seed)
-        with _seeded(seed + m):
+        cells, kind = cells_of_run(adata.n_obs, m, resample, train_size, seed)
+        with seeded(seed + m):
             # Raised at once: an option that the model does not have fails in all runs.
             model = LDVAE(adata, n_latent=n_latent, **model_kwargs)
             try:
-                _train_on(model, cells, max_epochs, options)
+                train_on(model, cells, max_epochs, options)
                 model.rotate()
             except TypeError:
                 # An argument that training does not have would fail all runs alike.
@@ -326,63 +357,3 @@ def _ensemble(
         agreement=pd.DataFrame(single_mm, index=seeds, columns=seeds),
         cells_of_run=kinds,
     )
-
-
-def _cells_of_run(
-    n_cells: int, m: int, resample: str | None, train_size: float, seed: int
-) -> tuple[list[np.ndarray], int]:
-    """Cells to train on (some perhaps repeatedly), to validate on and others; and a number that runs on the same cells share."""
-    if resample == "bootstrap":
-        drawn = np.sort(np.random.default_rng([seed, m]).choice(n_cells, n_cells))
-        return [drawn, np.empty(0, dtype=np.int64), np.setdiff1d(np.arange(n_cells), drawn)], m
-    shuffled = np.random.default_rng(seed).permutation(n_cells)
-    if resample == "halves":
-        halves = np.array_split(shuffled, 2)
-        return [halves[m % 2], np.empty(0, dtype=np.int64), halves[1 - m % 2]], m % 2
-    n_train = int(np.ceil(train_size * n_cells))
-    return [shuffled[:n_train], shuffled[n_train:], np.empty(0, dtype=np.int64)], m
-
-
-class _DrawnCells(CountsSplitter):
-    """scvi-tools' split by given cells, of which some may be trained on repeatedly."""
-
-    def __init__(self, *args: Any, drawn: np.ndarray, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._drawn = drawn
-
-    def setup(self, stage: str | None = None) -> None:
-        """Split the cells; scvi-tools refuses duplicate indices."""
-        super().setup(stage)
-        self.train_idx = self._drawn
-
-
-def _train_on(model: LDVAE, cells: list[np.ndarray], max_epochs: int | None, options: dict[str, Any]) -> None:
-    """Train on given cells."""
-    model._data_splitter_cls = _DrawnCells
-    split = {"external_indexing": [np.unique(cells[0]), *cells[1:]], "drawn": cells[0]}
-    try:
-        model.train(max_epochs, datasplitter_kwargs=split, **options)
-    finally:
-        del model._data_splitter_cls
-    if not np.isfinite(model.module.get_loadings()).all():
-        msg = "Training ended with loadings that are no numbers."
-        raise FloatingPointError(msg)
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Random draws of torch and numpy from a seed, with a quiet Lightning, and the caller's own afterwards."""
-    devices = list(range(torch.cuda.device_count()))
-    state = np.random.get_state()  # noqa: NPY002 - what scvi-tools draws from
-    # Lightning logs a line on accelerators at each training, which would interrupt the progress bar.
-    lightning = logging.getLogger("lightning.pytorch")
-    level = lightning.level
-    lightning.setLevel(max(logging.WARNING, lightning.getEffectiveLevel()))
-    try:
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
-            np.random.seed(seed % 2**32)  # noqa: NPY002
-            yield
-    finally:
-        lightning.setLevel(level)
-        np.random.set_state(state)  # noqa: NPY002

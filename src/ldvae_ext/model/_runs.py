@@ -1,0 +1,74 @@
+"""Runs of an ensemble: their cells, their seeds and their training."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from ldvae_ext.backends.loader import CountsSplitter
+from ldvae_ext.model._ldvae import LDVAE
+
+
+def cells_of_run(
+    n_cells: int, m: int, resample: str | None, train_size: float, seed: int
+) -> tuple[list[np.ndarray], int]:
+    """Cells to train on (some perhaps repeatedly), to validate on and others; and a number that runs on the same cells share."""
+    if resample == "bootstrap":
+        drawn = np.sort(np.random.default_rng([seed, m]).choice(n_cells, n_cells))
+        return [drawn, np.empty(0, dtype=np.int64), np.setdiff1d(np.arange(n_cells), drawn)], m
+    shuffled = np.random.default_rng(seed).permutation(n_cells)
+    if resample == "halves":
+        halves = np.array_split(shuffled, 2)
+        return [halves[m % 2], np.empty(0, dtype=np.int64), halves[1 - m % 2]], m % 2
+    n_train = int(np.ceil(train_size * n_cells))
+    return [shuffled[:n_train], shuffled[n_train:], np.empty(0, dtype=np.int64)], m
+
+
+class DrawnCells(CountsSplitter):
+    """scvi-tools' split by given cells, of which some may be trained on repeatedly."""
+
+    def __init__(self, *args: Any, drawn: np.ndarray, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._drawn = drawn
+
+    def setup(self, stage: str | None = None) -> None:
+        """Split the cells; scvi-tools refuses duplicate indices."""
+        super().setup(stage)
+        self.train_idx = self._drawn
+
+
+def train_on(model: LDVAE, cells: list[np.ndarray], max_epochs: int | None, options: dict[str, Any]) -> None:
+    """Train on given cells."""
+    model._data_splitter_cls = DrawnCells
+    split = {"external_indexing": [np.unique(cells[0]), *cells[1:]], "drawn": cells[0]}
+    try:
+        model.train(max_epochs, datasplitter_kwargs=split, **options)
+    finally:
+        del model._data_splitter_cls
+    if not np.isfinite(model.module.get_loadings()).all():
+        msg = "Training ended with loadings that are no numbers."
+        raise FloatingPointError(msg)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Random draws of torch and numpy from a seed, with a quiet Lightning, and the caller's own afterwards."""
+    devices = list(range(torch.cuda.device_count()))
+    state = np.random.get_state()  # noqa: NPY002 - what scvi-tools draws from
+    # Lightning logs a line on accelerators at each training, which would interrupt the progress bar.
+    lightning = logging.getLogger("lightning.pytorch")
+    level = lightning.level
+    lightning.setLevel(max(logging.WARNING, lightning.getEffectiveLevel()))
+    try:
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            np.random.seed(seed % 2**32)  # noqa: NPY002
+            yield
+    finally:
+        lightning.setLevel(level)
+        np.random.set_state(state)  # noqa: NPY002
