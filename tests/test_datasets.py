@@ -175,3 +175,38 @@ def test_bad_sizes_are_named():
 def test_simulation_says_which_number_is_none(name, value):
     with pytest.raises(ValueError, match=f"`{name}` must be (above 0|a finite number)"):
         datasets.simulate(likelihood="zinb", **{name: value})
+
+
+@pytest.mark.parametrize("kind", ["additive", "identity-activity"])
+def test_additive_counts_are_those_of_usages_and_profiles(kind):
+    adata, decoder = datasets.simulate(3000, 60, 5, kind=kind, likelihood="poisson", seed=2)
+    usage, profile = adata.obsm["usage_true"], adata.varm["program_true"]
+    assert decoder is None
+    np.testing.assert_allclose(usage.sum(axis=1), 1)
+    np.testing.assert_allclose(profile.sum(axis=0), 1)
+    library = np.asarray(adata.X.sum(axis=1)).ravel()
+    expected = (usage * library[:, None]) @ profile.T
+    deviation = (adata.X.toarray() - expected).sum(axis=0) / np.sqrt(expected.sum(axis=0))
+    assert np.abs(deviation).max() < 5
+    again = datasets.simulate(3000, 60, 5, kind=kind, likelihood="poisson", seed=2)[0]
+    assert (again.X != adata.X).nnz == 0
+
+
+def test_an_activity_is_used_by_some_cells_of_some_types():
+    usage = datasets.simulate(2000, 40, 6, kind="identity-activity")[0].obsm["usage_true"]
+    active = usage[:, -1] > 0
+    assert 0.15 < active.mean() < 0.35
+    assert usage[active, -1].min() >= 0.1
+    assert usage[active, -1].max() <= 0.7
+    assert set(np.argmax(usage[active][:, :-1], axis=1)) == {0, 1, 2}
+    assert ((usage[:, :-1] > 0).sum(axis=1) == 1).all()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"kind": "other"}, {"kind": "additive", "n_batches": 2}, {"kind": "identity-activity", "n_latent": 1}],
+    ids=str,
+)
+def test_kinds_that_do_not_fit_are_errors(arguments):
+    with pytest.raises(ValueError, match=r"kind"):
+        datasets.simulate(**arguments)

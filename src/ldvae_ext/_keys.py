@@ -117,4 +117,5 @@ def program_keys(key_added: str = PROGRAMS_KEY) -> ProgramKeys:
 
 
 SIMULATED_LATENT = "z_true"
+SIMULATED_USAGE, SIMULATED_PROGRAM = "usage_true", "program_true"
 ABUNDANCE = "da_log_probs"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from typing import Literal, overload
 
 import numpy as np
 import pandas as pd
 from anndata import AnnData
 from scipy import sparse
 
-from ldvae_ext._keys import SIMULATED_LATENT
+from ldvae_ext._keys import SIMULATED_LATENT, SIMULATED_PROGRAM, SIMULATED_USAGE
 from ldvae_ext._validate import check_number, check_one_of, check_positive_int
 from ldvae_ext.core import LinearDecoder
 
@@ -19,6 +20,7 @@ __all__ = ["pbmc68k", "simulate"]
 _ROUNDING = 0.5e-3
 # Standard deviation of a simulated latent within a population; the means of populations have standard deviation 1.
 _SPREAD = 0.5
+_ADDITIVE = ("additive", "identity-activity")
 
 
 def pbmc68k() -> AnnData:
@@ -58,11 +60,45 @@ def pbmc68k() -> AnnData:
     return AnnData(X=recovered, obs=raw.obs.copy(), var=pd.DataFrame(index=raw.var_names.copy()))
 
 
+@overload
+def simulate(
+    n_cells: int = ...,
+    n_genes: int = ...,
+    n_latent: int = ...,
+    *,
+    kind: Literal["log-linear"] = ...,
+    n_batches: int = ...,
+    n_populations: int = ...,
+    specific_program: bool = ...,
+    likelihood: str = ...,
+    median_library: float = ...,
+    theta: float = ...,
+    dropout: float = ...,
+    seed: int = ...,
+) -> tuple[AnnData, LinearDecoder]: ...
+
+
+@overload
+def simulate(
+    n_cells: int = ...,
+    n_genes: int = ...,
+    n_latent: int = ...,
+    *,
+    kind: Literal["additive", "identity-activity"],
+    likelihood: str = ...,
+    median_library: float = ...,
+    theta: float = ...,
+    dropout: float = ...,
+    seed: int = ...,
+) -> tuple[AnnData, None]: ...
+
+
 def simulate(
     n_cells: int = 1000,
     n_genes: int = 300,
     n_latent: int = 5,
     *,
+    kind: Literal["log-linear", "additive", "identity-activity"] = "log-linear",
     n_batches: int = 1,
     n_populations: int = 1,
     specific_program: bool = False,
@@ -71,8 +107,14 @@ def simulate(
     theta: float = 5.0,
     dropout: float = 0.2,
     seed: int = 0,
-) -> tuple[AnnData, LinearDecoder]:
-    """Counts from a known linear decoder.
+) -> tuple[AnnData, LinearDecoder | None]:
+    """Counts from a known linear decoder, or from additive gene programs.
+
+    With ``kind="additive"`` a cell's expression is a mixture of ``n_latent`` profiles, whose shares are drawn from a
+    Dirichlet distribution with parameter 0.3. With ``"identity-activity"``, as in the simulation of Kotliar et al. (2019,
+    10.7554/eLife.43803), each cell has one of ``n_latent - 1`` identity profiles, and two fifths of the cells of the first half of
+    these types spend a share of 0.1 to 0.7 on the last profile, an activity; in each profile 5 % of the genes are raised about 4.5-fold.
+    The other arguments of populations and batches are for ``"log-linear"``, which is described below.
 
     Each factor is a sparse program: a tenth of the genes have loadings, most of them positive. Latents are standard
     normal and library sizes log-normal. Genes differ in abundance, and batches in small offsets of all genes.
@@ -86,6 +128,8 @@ def simulate(
     ----------
     n_cells, n_genes, n_latent, n_batches
         Sizes.
+    kind
+        ``"log-linear"``, ``"additive"`` or ``"identity-activity"``.
     n_populations
         Number of populations. With 1, the latents of all cells are standard normal.
     specific_program
@@ -106,7 +150,8 @@ def simulate(
     -------
     The AnnData (``X``: CSR float32 counts; ``obs["batch"]``; ``obs["population"]`` if there are several, categorical:
     ``"population_0"``, ...; ``obsm["z_true"]``) and the decoder that generated it. Its expected expression is
-    ``decoder.scale(adata.obsm["z_true"], adata.obs["batch"])``.
+    ``decoder.scale(adata.obsm["z_true"], adata.obs["batch"])``. For the additive kinds ``obsm["usage_true"]`` holds the shares of the
+    programs and ``varm["program_true"]`` their profiles, which sum to one, and None takes the place of the decoder.
 
     Raises
     ------
@@ -136,7 +181,21 @@ def simulate(
             msg = f"`{name}` must be above 0{' and below 1' if most == 1 else ' and finite'}; got {number!r}."
             raise ValueError(msg)
     check_positive_int("seed", seed, least=0)
+    check_one_of("kind", kind, ("log-linear", *_ADDITIVE))
     rng = np.random.default_rng(seed)
+    if kind in _ADDITIVE:
+        if n_batches > 1 or n_populations > 1 or specific_program:
+            msg = f"`kind={kind!r}` has no `n_batches`, `n_populations` and `specific_program`; they belong to 'log-linear'."
+            raise ValueError(msg)
+        if n_latent < 2:
+            msg = f"`n_latent` must be at least 2 for `kind={kind!r}`; got {n_latent!r}."
+            raise ValueError(msg)
+        usage_nk, profile_gk = _additive(rng, kind, n_cells, n_genes, n_latent)
+        rate_ng = usage_nk @ profile_gk.T
+        rate_ng *= (median_library * np.exp(rng.normal(0, 0.3, n_cells)))[:, None]
+        adata = _counted(rng, rate_ng, likelihood, theta, dropout)
+        adata.obsm[SIMULATED_USAGE], adata.varm[SIMULATED_PROGRAM] = usage_nk, profile_gk
+        return adata, None
     weight_gk = _programs(rng, n_genes, n_latent, last_is_disjoint=specific_program)
     intercept_bg = rng.normal(0, 1.5, n_genes) + rng.normal(0, 0.2 * (n_batches > 1), (n_batches, n_genes))
     names = [f"batch_{b}" for b in range(n_batches)]
@@ -162,25 +221,48 @@ def simulate(
         z_nk[population_n > 0, shared.stop :] = 0
     batch_n = np.arange(n_cells) % n_batches
     rate_ng = decoder.rate(z_nk, batch_n, library=median_library * np.exp(rng.normal(0, 0.3, n_cells)))
-    if likelihood != "poisson":
-        rate_ng = rng.gamma(theta, rate_ng / theta)
-    counts = rng.poisson(rate_ng).astype(np.float32)
-    if likelihood == "zinb":
-        counts[rng.random(counts.shape) < dropout] = 0
-    adata = AnnData(
-        X=sparse.csr_matrix(counts),
-        obs=pd.DataFrame(
-            {"batch": pd.Categorical.from_codes(batch_n.tolist(), categories=pd.Index(names))},
-            index=[f"cell_{n}" for n in range(n_cells)],
-        ),
-        var=pd.DataFrame(index=decoder.genes.astype(object)),
-    )
+    adata = _counted(rng, rate_ng, likelihood, theta, dropout)
+    adata.obs["batch"] = pd.Categorical.from_codes(batch_n.tolist(), categories=pd.Index(names))
     if n_populations > 1:
         adata.obs["population"] = pd.Categorical.from_codes(
             population_n, categories=pd.Index([f"population_{p}" for p in range(n_populations)])
         )
     adata.obsm[SIMULATED_LATENT] = z_nk
     return adata, decoder
+
+
+def _counted(rng: np.random.Generator, rate_ng: np.ndarray, likelihood: str, theta: float, dropout: float) -> AnnData:
+    """Counts with given means."""
+    if likelihood != "poisson":
+        rate_ng = rng.gamma(theta, rate_ng / theta)
+    counts = rng.poisson(rate_ng).astype(np.float32)
+    if likelihood == "zinb":
+        counts[rng.random(counts.shape) < dropout] = 0
+    return AnnData(
+        X=sparse.csr_matrix(counts),
+        obs=pd.DataFrame(index=[f"cell_{n}" for n in range(len(counts))]),
+        var=pd.DataFrame(index=[f"gene_{g}" for g in range(counts.shape[1])]),
+    )
+
+
+def _additive(
+    rng: np.random.Generator, kind: str, n_cells: int, n_genes: int, n_programs: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Shares of programs in cells, (cells, programs), and profiles, (genes, programs), whose columns sum to one."""
+    abundance_g1 = np.exp(rng.normal(0, 1.3, (n_genes, 1)))
+    if kind == "additive":
+        profile_gk = abundance_g1 * rng.gamma(0.3, 1.0, (n_genes, n_programs))
+        usage_nk = rng.dirichlet(np.full(n_programs, 0.3), n_cells)
+        return usage_nk, profile_gk / profile_gk.sum(axis=0)
+    is_raised_gk = rng.random((n_genes, n_programs)) < 0.05
+    profile_gk = abundance_g1 * np.where(is_raised_gk, np.exp(np.abs(rng.normal(1.5, 0.5, is_raised_gk.shape))), 1.0)
+    type_n = rng.integers(0, n_programs - 1, n_cells)
+    is_active_n = (rng.random(n_cells) < 0.4) & (type_n < n_programs // 2)
+    usage_nk = np.eye(n_programs)[type_n]
+    share_n1 = (rng.uniform(0.1, 0.7, n_cells) * is_active_n)[:, None]
+    usage_nk = usage_nk * (1 - share_n1)
+    usage_nk[:, -1:] = share_n1
+    return usage_nk, profile_gk / profile_gk.sum(axis=0)
 
 
 def _programs(rng: np.random.Generator, n_genes: int, n_latent: int, *, last_is_disjoint: bool) -> np.ndarray:
