@@ -62,6 +62,8 @@ class Programs:
     expression that is not reproduced."""
     explained: float
     """Share of the variance of scaled decoded expression that the programs reproduce."""
+    additive: AdditivePrograms
+    """The programs as arrays, with the scales of genes: ``additive.usages(expression)`` gives the usages of other cells."""
     compared: str
     """What the stability compares: ``"runs"`` or ``"halves of the cells"``."""
 
@@ -201,7 +203,7 @@ def additive_programs(
     for m, model in enumerate(models):
         start = 0
         own_ng = np.empty_like(mean_ng)
-        for cells, at, expression_ng in _decoded([model], adata, some, batch_size):
+        for cells, at, expression_ng in decoded_expression([model], adata, some, batch_size):
             own_ng[start : start + len(at)] = expression_ng
             start += len(at)
             if m == 0:
@@ -268,7 +270,7 @@ def _described(
     usage_nk, residual_n = np.zeros((len(positions), n_programs)), np.zeros(len(positions))
     slopes, mean_pg, n_p = SlopeSums(n_genes, n_programs), np.zeros((len(groups), n_genes)), np.zeros(len(groups))
     start = 0
-    for cells, at, expression_ng in _decoded(models, adata, positions, batch_size):
+    for cells, at, expression_ng in decoded_expression(models, adata, positions, batch_size):
         stop = start + len(at)
         usage_nk[start:stop], residual_n[start:stop] = additive.usages(expression_ng)
         slopes.add(cells.counts, usage_nk[start:stop])
@@ -308,11 +310,12 @@ def _described(
         relations=pd.DataFrame(relations),
         curve=curve,
         explained=additive.explained,
+        additive=additive,
         compared="runs" if len(models) > 1 else "halves of the cells",
     )
 
 
-def _decoded(
+def decoded_expression(
     models: Sequence[LDVAEBase], adata: AnnData | None, positions: np.ndarray, batch_size: int | None
 ) -> Iterator[tuple[EncodedCells, np.ndarray, np.ndarray]]:
     """Cells of the first model, their positions, and the mean over models of the expression that they decode."""
