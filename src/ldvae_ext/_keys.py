@@ -18,6 +18,10 @@ class ExportKeys:
     """``obsm``: posterior variances, cells x factors."""
     loadings: str
     """``varm``: canonical loadings, genes x factors."""
+    scores: str
+    """``varm``: gene scores by regression, genes x factors."""
+    errors: str
+    """``varm``: their standard errors."""
     genes: str
     """``var``: True for the genes of the model."""
     library: str
@@ -45,6 +49,8 @@ def export_keys(key_added: str | None = None) -> ExportKeys:
         latent=f"X_{key}",
         variance=f"X_{key}_var",
         loadings=f"{key}_loadings",
+        scores=f"{key}_scores",
+        errors=f"{key}_scores_error",
         genes=key,
         library=f"{key}_library",
         logits=f"X_{key}_u",
@@ -110,7 +116,7 @@ def program_keys(key_added: str = PROGRAMS_KEY) -> ProgramKeys:
         usages=f"X_{key_added}",
         profiles=key_added,
         scores=f"{key_added}_scores",
-        errors=f"{key_added}_errors",
+        errors=f"{key_added}_scores_error",
         residual=f"{key_added}_residual",
         info=key_added,
     )

@@ -28,17 +28,19 @@ def test_each_panel_has_the_largest_and_smallest_loadings_in_descending_order(ex
         assert all(drawn[gene] == table.loc[gene, ax.get_title()] for gene in drawn)
 
 
-def test_genes_can_be_chosen_by_information_and_bars_stay_loadings(exported):
+@pytest.mark.parametrize("rank_by", ["information", "regression"])
+def test_genes_can_be_chosen_by_a_score_and_bars_stay_loadings(exported, rank_by):
     adata = exported()
     adata.var_names = get.decoder(adata).genes
-    figure = pl.loadings(adata, n_genes=4, rank_by="information", show=False)
+    adata.varm["ldvae_scores"] = np.random.default_rng(0).uniform(-1, 1, adata.varm["ldvae_loadings"].shape)
+    figure = pl.loadings(adata, n_genes=4, rank_by=rank_by, show=False)
     for ax in figure.axes:
         factor = ax.get_title()
-        ranked = get.gene_scores(adata)[factor].sort_values(ascending=False).index
+        ranked = get.gene_scores(adata, kind=rank_by)[factor].sort_values(ascending=False).index
         drawn = bars_of(ax)
         assert list(drawn) == [*ranked[:4], *ranked[-4:]]
         np.testing.assert_array_equal(list(drawn.values()), get.loadings(adata).loc[list(drawn), factor])
-    assert "genes by information" in figure.get_supxlabel()
+    assert f"genes by {rank_by}" in figure.get_supxlabel()
 
 
 def test_genes_that_the_model_does_not_know_are_not_drawn(exported):

@@ -56,11 +56,11 @@ def test_each_latent_stands_once_and_points_as_the_factor_beside_it(rotated):
             assert cosine[i, i] + cosine[j, j] >= swapped - 1e-9
 
 
-@pytest.mark.parametrize("rank_by", ["loading", "information"])
+@pytest.mark.parametrize("rank_by", ["loading", "information", "regression"])
 def test_genes_are_the_largest_of_each_factor_each_once(model, rank_by):
     adata = model.adata
     figure = pl.rotation(adata, n_genes=3, rank_by=rank_by, return_fig=True)
-    score = get.gene_scores(adata, rank_by=rank_by).abs()
+    score = get.gene_scores(adata, kind=rank_by).abs()
     top = {gene for factor in score for gene in score[factor].nlargest(3).index}
     assert set(rows(figure)) == top
     assert len(rows(figure)) == len(top)
@@ -158,6 +158,6 @@ def test_the_number_of_genes_must_be_a_count(rotated, wrong):
 
 
 def test_the_ranking_must_be_known(rotated):
-    with pytest.raises(ValueError, match="`rank_by` must be one of 'information', 'loading'"):
+    with pytest.raises(ValueError, match="`rank_by` must be one of 'regression', 'information', 'loading'"):
         pl.rotation(rotated(), rank_by="size")
     assert not plt.get_fignums()

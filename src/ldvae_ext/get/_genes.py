@@ -11,25 +11,33 @@ from anndata import AnnData
 from ldvae_ext._keys import DEFAULT_KEY, POPULATION_LOADINGS
 from ldvae_ext._validate import check_one_of, check_positive_int, factor_indices, listed
 from ldvae_ext.core._arrays import strings
-from ldvae_ext.get._export import decoder, loadings
+from ldvae_ext.get._export import decoder, export_of, loadings
 from ldvae_ext.get._populations import group_positions, populations_of
 
 # Name of the sum over the factors of a path.
 TOTAL = "total"
-RANKS = ("information", "loading")
+RANKS = ("regression", "information", "loading")
+Rank = Literal["regression", "information", "loading"]
 
 
-def gene_scores(adata: AnnData, *, rank_by: str = "information", key: str = DEFAULT_KEY) -> pd.DataFrame:
+def gene_scores(
+    adata: AnnData, *, kind: Rank | None = None, statistic: Literal["score", "error"] = "score", key: str = DEFAULT_KEY
+) -> pd.DataFrame:
     """Scores that rank the genes of each factor: positive if expression increases with the factor, else negative.
 
     Parameters
     ----------
     adata
         AnnData that :meth:`ldvae_ext.model.LDVAE.export_to_anndata` wrote to.
-    rank_by
-        ``"loading"``: the canonical loading, in log-rate per unit of latent; its largest values often belong to genes
-        with very few counts. ``"information"``: the gene's signed share in the Fisher information of the counts about
-        the factor (:meth:`ldvae_ext.core.LinearDecoder.gene_information`), which weighs loadings by expression.
+    kind
+        ``"regression"``: the slope of the gene's standardised log-normalised counts on the standardised factor, in [-1, 1], a
+        property of the cells of the export. It replicates best between disjoint cells. ``"information"``: the gene's
+        signed share in the Fisher information of the counts about the factor
+        (:meth:`ldvae_ext.core.LinearDecoder.gene_information`), which weighs loadings by expression. ``"loading"``: the canonical
+        loading, in log-rate per unit of latent, which decodes; its largest values often belong to genes with very few counts.
+        None: ``"regression"`` if the export has it, else ``"information"``.
+    statistic
+        ``"error"``: standard errors instead, of the slopes.
     key
         ``key_added`` of the export.
 
@@ -39,19 +47,39 @@ def gene_scores(adata: AnnData, *, rank_by: str = "information", key: str = DEFA
 
     Raises
     ------
+    KeyError
+        If the export has no slopes, for ``"regression"``: data minified without counts have none.
     ValueError
-        If genes of ``adata`` were renamed since the export, for ``"information"``.
+        If genes of ``adata`` were renamed since the export, for ``"information"``; if there are no standard errors of this kind.
     """
-    check_one_of("rank_by", rank_by, RANKS)
+    kind = default_rank(adata, key) if kind is None else kind
+    check_one_of("kind", kind, RANKS)
+    check_one_of("statistic", statistic, ("score", "error"))
+    if statistic == "error" and kind != "regression":
+        msg = f"`statistic='error'`: standard errors are exported for kind 'regression'; got {kind!r}."
+        raise ValueError(msg)
     table = loadings(adata, key=key)
-    if rank_by == "loading":
+    if kind == "loading":
         return table
+    if kind == "regression":
+        keys, _ = export_of(adata, key)
+        name = keys.scores if statistic == "score" else keys.errors
+        if name not in adata.varm:
+            msg = f"No {name!r} in `adata.varm`: the export {key!r} is of cells without counts or of an earlier version; use another `kind`."
+            raise KeyError(msg)
+        known = np.asarray(adata.var[keys.genes], dtype=bool)
+        return pd.DataFrame(np.asarray(adata.varm[name])[known], index=table.index, columns=table.columns)
     exported = decoder(adata, key=key)
     position = pd.Index(exported.genes).get_indexer(table.index.astype(str))
     if (position < 0).any():
-        msg = f"Genes were renamed since the export: {listed(table.index[position < 0])} not among its genes. Export again, or use `rank_by='loading'`."
+        msg = f"Genes were renamed since the export: {listed(table.index[position < 0])} not among its genes. Export again, or use `kind='loading'`."
         raise ValueError(msg)
     return pd.DataFrame(exported.gene_information()[position], index=table.index, columns=table.columns)
+
+
+def default_rank(adata: AnnData, key: str) -> Rank:
+    """The kind of scores that genes are ranked by if none is given."""
+    return "regression" if export_of(adata, key)[0].scores in adata.varm else "information"
 
 
 def top_genes(
@@ -60,7 +88,7 @@ def top_genes(
     group: Any = None,
     *,
     n: int = 10,
-    rank_by: Literal["information", "loading"] | None = None,
+    rank_by: Rank | None = None,
     key: str | None = None,
 ) -> pd.DataFrame:
     """The genes that rise and that fall most with a factor, at large or in one population.
@@ -79,14 +107,14 @@ def top_genes(
     n
         Genes in each direction; fewer are returned where fewer rise or fall.
     rank_by
-        Without ``group``: see :func:`gene_scores`; ``"information"`` if None.
+        Without ``group``: kind of :func:`gene_scores`, with its default.
     key
         ``key_added`` of the export or, with ``group``, of the population loadings.
 
     Returns
     -------
     One row for each factor, direction and gene: ``factor``, ``direction`` (``"up"`` or ``"down"``), ``rank`` (from 1), ``gene``,
-    ``loading`` (log-rate per unit of latent) and, with ``rank_by="information"``, ``information`` (signed share). With
+    ``loading`` (log-rate per unit of latent) and ``regression`` (slope) or ``information`` (signed share) if ranked by it. With
     ``group``, that column is first, and ``value`` replaces the last two.
 
     Raises
@@ -100,8 +128,10 @@ def top_genes(
             msg = "`rank_by` ranks by the decoder; with `group`, genes are ranked by the population loadings of `key`."
             raise ValueError(msg)
         return _top_in_groups(adata, factor, group, n, POPULATION_LOADINGS if key is None else key)
-    rank_by, key = rank_by or "information", DEFAULT_KEY if key is None else key
-    score, loading = gene_scores(adata, rank_by=rank_by, key=key).to_numpy(), loadings(adata, key=key)
+    key = DEFAULT_KEY if key is None else key
+    rank_by = default_rank(adata, key) if rank_by is None else rank_by
+    check_one_of("rank_by", rank_by, RANKS)
+    score, loading = gene_scores(adata, kind=rank_by, key=key).to_numpy(), loadings(adata, key=key)
     tables = []
     for k in factor_indices(factor, loading.columns.tolist(), argument="factor"):
         for direction, rows in _ends(score[:, k], n):

@@ -11,10 +11,12 @@ from anndata import AnnData
 
 import ldvae_ext
 from ldvae_ext._keys import PCA_INFO, PCA_LATENT, PCA_LOADINGS, export_keys
+from ldvae_ext._scvi import ADATA_MINIFY_TYPE
 from ldvae_ext._stats import MEASURES
 from ldvae_ext._validate import check_one_of, listed, warn
 from ldvae_ext.core import kl_per_dimension
 from ldvae_ext.core.posterior import deterministic_latent
+from ldvae_ext.core.scores import GeneScores, SlopeSums
 from ldvae_ext.model._axes import canonical_signs, factor_decoder, factor_stream
 from ldvae_ext.model._base import LDVAEBase
 from ldvae_ext.model._cells import shared_counts_agree, stream_cells
@@ -38,6 +40,8 @@ class _ExportedCells(NamedTuple):
     """Whose cells they are; None: the model's own."""
     rows: np.ndarray | None
     """Their positions there; None: all."""
+    scores: GeneScores | None
+    """Gene scores of the factors as they are numbered; None without counts."""
 
 
 class ExportMixin(LDVAEBase):
@@ -130,6 +134,8 @@ class ExportMixin(LDVAEBase):
         * ``obsm["X_ldvae_u"]``: posterior means of u, same order, float32; only under ``"ln"``;
         * ``obs["ldvae_library"]``: library size of each cell in counts, or its size factor, float64;
         * ``varm["ldvae_loadings"]``: genes x factors, float32, in log-rate;
+        * ``varm["ldvae_scores"]``, ``varm["ldvae_scores_error"]``: slope of each gene's standardised log-normalised counts on the
+          standardised latent, in [-1, 1], and its standard error, genes x factors, float32; not from data without counts;
         * ``var["ldvae"]``: True for genes of the model;
         * ``uns["ldvae"]``: ``names``, ``order`` and ``signs`` of the factors, ``statistics`` (``kl`` in nats, ``kl_share``,
           ``active_unit``: the variance of the posterior mean; with ``stats`` the other measures), ``order_by``, under a rotation
@@ -166,6 +172,8 @@ class ExportMixin(LDVAEBase):
                     ("obsm", keys.latent),
                     ("obsm", keys.variance),
                     ("varm", keys.loadings),
+                    ("varm", keys.scores),
+                    ("varm", keys.errors),
                     ("uns", keys.info),
                 )
                 if key in getattr(target, slot)
@@ -203,8 +211,7 @@ class ExportMixin(LDVAEBase):
         signs = canonical_signs(self, decoder)[order]
         canonical = decoder.reordered(order, signs).centered()
         position = pd.Index(target.var_names.astype(str)).get_indexer(decoder.genes)
-        loadings = np.full((target.n_vars, self.n_latent), np.nan, dtype=np.float32)
-        loadings[position[position >= 0]] = canonical.weight_gk[position >= 0]
+        loadings = _by_gene(canonical.weight_gk, position, target.n_vars)
         statistics = {name: value_k[order] for name, value_k in statistics.items()}
         latent_nk = deterministic_latent(mean_nk, decoder.latent_distribution)
 
@@ -220,6 +227,12 @@ class ExportMixin(LDVAEBase):
             del target.obsm[keys.network_variance]
         target.obs[keys.library] = cells.library
         target.varm[keys.loadings] = loadings
+        if cells.scores is not None:
+            target.varm[keys.scores] = _by_gene(cells.scores.score_gk[:, order] * signs, position, target.n_vars)
+            target.varm[keys.errors] = _by_gene(cells.scores.error_gk[:, order], position, target.n_vars)
+        else:
+            for key in (keys.scores, keys.errors):
+                target.varm.pop(key, None)
         target.var[keys.genes] = np.isin(np.arange(target.n_vars), position)
         target.uns[keys.info] = {
             "names": canonical.factors.copy(),
@@ -255,6 +268,13 @@ class ExportMixin(LDVAEBase):
             }
 
 
+def _by_gene(value_gk: np.ndarray, position_g: np.ndarray, n_genes: int) -> np.ndarray:
+    """Values of the model's genes at their positions among others, which get NaN; float32."""
+    out_gk = np.full((n_genes, value_gk.shape[1]), np.nan, dtype=np.float32)
+    out_gk[position_g[position_g >= 0]] = value_gk[position_g >= 0]
+    return out_gk
+
+
 def _setup_keys(model: LDVAEBase) -> dict[str, str]:
     """Columns of an AnnData with batch, labels, covariates and size factors; only registered ones."""
     given = model.registry.get("setup_args", {})
@@ -265,15 +285,26 @@ def _cells_for_export(model: LDVAEBase, adata: AnnData | None, batch_size: int |
     """Cells of ``adata`` on the axes in force, encoded or, for the model's cells, found by name."""
     rows = None if adata is None or adata is model.adata else _own_rows(model, adata)
     source = adata if rows is None else None
+    has_counts = model.minified_data_type != ADATA_MINIFY_TYPE.LATENT_POSTERIOR
+    encoded, slopes = [], SlopeSums(len(model.get_var_names()), model.n_latent)
     with factor_stream(model, source, rows, batch_size) as cells:
-        encoded = [(chunk.mean, chunk.variance, chunk.library.ravel(), chunk.axes) for chunk in cells.chunks]
+        for chunk in cells.chunks:
+            encoded.append((chunk.mean, chunk.variance, chunk.library.ravel(), chunk.axes))
+            if has_counts:
+                slopes.add(chunk.counts, deterministic_latent(chunk.mean, model.module.latent_distribution))
     if not encoded:
         msg = "There are no cells to export."
         raise ValueError(msg)
     means, variances, libraries, axes = zip(*encoded, strict=True)
     network_variance = None if axes[0] is None else np.concatenate([part.variance_nk for part in axes])
     return _ExportedCells(
-        np.concatenate(means), np.concatenate(variances), np.concatenate(libraries), network_variance, source, rows
+        np.concatenate(means),
+        np.concatenate(variances),
+        np.concatenate(libraries),
+        network_variance,
+        source,
+        rows,
+        slopes.scores() if has_counts else None,
     )
 
 

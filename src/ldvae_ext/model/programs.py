@@ -113,7 +113,7 @@ class Programs:
 
         * ``obsm["X_ldvae_programs"]``: usages, cells x programs, float32;
         * ``varm["ldvae_programs"]``: profiles, genes x programs, float32;
-        * ``varm["ldvae_programs_scores"]`` and ``varm["ldvae_programs_errors"]``: gene scores and their standard errors, float32;
+        * ``varm["ldvae_programs_scores"]`` and ``varm["ldvae_programs_scores_error"]``: gene scores and their standard errors, float32;
         * ``obs["ldvae_programs_residual"]``: residual of each cell;
         * ``uns["ldvae_programs"]``: ``names``, ``usage``, ``stability``, ``lowest``, ``explained``, ``compared``, ``relations``
           and ``curve``, column by column.

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 
 from ldvae_ext import get
 from ldvae_ext._keys import DEFAULT_KEY
-from ldvae_ext._validate import check_positive_int
+from ldvae_ext._validate import check_one_of, check_positive_int
+from ldvae_ext.get._genes import RANKS
 from ldvae_ext.pl._figure import BLUE, ORANGE, SMALL, Ticks, em, factors_in_order, finish, fit, panels, plain_text
 
 
@@ -22,7 +23,7 @@ def loadings(
     factors: Any = None,
     n_genes: int = 8,
     ncols: int = 5,
-    rank_by: Literal["information", "loading"] = "loading",
+    rank_by: Literal["regression", "information", "loading"] = "loading",
     key: str = DEFAULT_KEY,
     show: bool | None = None,
     return_fig: bool = False,
@@ -66,11 +67,12 @@ def loadings(
     table = get.loadings(adata, key=key)
     chosen = factors_in_order(factors, table.columns.tolist())
     check_positive_int("n_genes", n_genes)
+    check_one_of("rank_by", rank_by, RANKS)
     check_positive_int("ncols", ncols)
     if 2 * n_genes > len(table):
         msg = f"`n_genes` must be at most {len(table) // 2}, half of the genes of the model; got {n_genes}."
         raise ValueError(msg)
-    score_gk = get.gene_scores(adata, rank_by=rank_by, key=key).to_numpy()
+    score_gk = get.gene_scores(adata, kind=rank_by, key=key).to_numpy()
     order_gk = np.argsort(score_gk, axis=0, kind="stable")[::-1]
     rows_gk = np.concatenate([order_gk[:n_genes], order_gk[-n_genes:]])[:, chosen]
     genes_gk = table.index.to_numpy().astype(str)[rows_gk]
@@ -85,7 +87,7 @@ def loadings(
         ax.remove()
     for i, k in enumerate(chosen):
         _panel(axes.flat[i], table.columns[k], genes_gk[:, i], values_gk[:, i])
-    chosen_by = "; genes by information" if rank_by == "information" else ""
+    chosen_by = "" if rank_by == "loading" else f"; genes by {rank_by}"
     figure.supxlabel(f"Loading (log-rate per unit of latent{chosen_by})", fontsize="medium")
     fit(axes[0, 0], width, height, n_rows=n_rows, n_cols=n_cols)
     return finish(figure, show=show, return_fig=return_fig)

@@ -11,9 +11,10 @@ from matplotlib.figure import Figure
 
 from ldvae_ext import get
 from ldvae_ext._keys import DEFAULT_KEY
-from ldvae_ext._validate import check_positive_int
+from ldvae_ext._validate import check_one_of, check_positive_int
 from ldvae_ext.core.matching import cosines, match_columns
 from ldvae_ext.get._export import export_of
+from ldvae_ext.get._genes import RANKS
 from ldvae_ext.pl._figure import CHARACTER, SMALL, em, finish, fit, panels, plain_text
 from ldvae_ext.pl._heatmap import annotate, color_bar, largest_of, longest_number, matrix, top_rows
 
@@ -28,7 +29,7 @@ def rotation(
     adata: AnnData,
     *,
     n_genes: int = 3,
-    rank_by: Literal["information", "loading"] = "loading",
+    rank_by: Literal["regression", "information", "loading"] = "loading",
     key: str = DEFAULT_KEY,
     show: bool | None = None,
     return_fig: bool = False,
@@ -73,10 +74,11 @@ def rotation(
         If ``n_genes`` is no count.
     """
     check_positive_int("n_genes", n_genes)
+    check_one_of("rank_by", rank_by, RANKS)
     turn = get.rotation(adata, key=key)
     after = get.loadings(adata, key=key)
     is_known_g = after.notna().all(axis=1).to_numpy()
-    score_gk = np.abs(get.gene_scores(adata, rank_by=rank_by, key=key).to_numpy()[is_known_g])
+    score_gk = np.abs(get.gene_scores(adata, kind=rank_by, key=key).to_numpy()[is_known_g])
     after = after[is_known_g].astype(np.float64)
     before = _before(after, turn)
     share = [concentration(table.to_numpy()) for table in (before, after)]
