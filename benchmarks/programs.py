@@ -313,6 +313,20 @@ def measure(args: argparse.Namespace, name: str, n_programs: int) -> list[dict]:
     return rows
 
 
+def page(rows: list[dict]) -> str:
+    """The tables of the documentation, in Markdown."""
+    table = pd.DataFrame(rows)
+    parts = []
+    for (name, n), part in table.groupby(["data", "n"], sort=False):
+        shown = part.drop(columns=["data", "n"]).dropna(axis=1, how="all").set_index("method")
+        lines = [f"**`{name}`, {n} programs**", "", "| | " + " | ".join(shown.columns) + " |", "|---" * (shown.shape[1] + 1) + "|"]
+        for method, row in shown.iterrows():
+            cells = ["" if np.isnan(value) else f"{value:.1f}" if key == "markers" else f"{value:.3f}" for key, value in row.items()]
+            lines.append(f"| {method} | " + " | ".join(cells) + " |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=None, help="folder with pbmc3k.h5ad and kang_muscat.h5ad")
@@ -321,8 +335,16 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5, help="LDVAE runs on each half")
     parser.add_argument("--iterations", type=int, default=20, help="factorisations of cNMF")
     parser.add_argument("--epochs", type=int, default=None)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="write all rows to this file")
+    parser.add_argument("--from-json", type=Path, nargs="+", help="measure nothing; take the rows of these files")
+    parser.add_argument("--page", type=Path, help="write the tables for the documentation to this file")
     args = parser.parse_args()
+    if args.from_json:
+        rows = [row for path in args.from_json for row in json.loads(path.read_text())]
+        print(page(rows))
+        if args.page is not None:
+            args.page.write_text(page(rows))
+        return
     if args.folder is None and set(args.data) & set(REAL):
         parser.error("--folder is needed for real counts")
     quiet()
@@ -334,6 +356,8 @@ def main() -> None:
             rows += measure(args, name, n_programs)
             if args.json is not None:
                 args.json.write_text(json.dumps(rows, default=float, indent=1))
+    if args.page is not None:
+        args.page.write_text(page(rows))
 
 
 if __name__ == "__main__":
