@@ -34,6 +34,11 @@ from ldvae_ext.model import LDVAE, fit_ensemble
 from ldvae_ext.model.programs import additive_programs, decoded_expression
 
 REAL, SIMULATED = ("pbmc3k", "kang_muscat"), ("identity-activity", "additive", "log-linear")
+# Options of LDVAE: those of LinearSCVI, and those that the page *How to choose* recommends.
+DECODERS = {
+    "default": {},
+    "recommended": {"use_batch_norm": "encoder", "bias": "auto", "use_observed_lib_size": True},
+}
 N_GENES, N_TOP, KEPT = 1000, 50, 0.8
 # Markers of blood cells that are found in textbooks; a list is covered if half of its genes are among the top genes of a program.
 MARKERS = {
@@ -275,7 +280,12 @@ def measure(args: argparse.Namespace, name: str, n_programs: int) -> list[dict]:
     thinned(adata, np.random.default_rng(0))
     LDVAE.setup_anndata(adata)
     started = time.perf_counter()
-    options = {"accelerator": "cpu", "check_val_every_n_epoch": None}
+    options = {
+        "accelerator": "cpu",
+        "check_val_every_n_epoch": None,
+        "kl_warmup": "auto",
+        "plan_kwargs": {"lr": args.lr},
+    }
     runs = fit_ensemble(
         adata,
         2 * args.runs,
@@ -284,6 +294,7 @@ def measure(args: argparse.Namespace, name: str, n_programs: int) -> list[dict]:
         max_epochs=args.epochs,
         silent=True,
         train_kwargs=options,
+        model_kwargs=DECODERS[args.decoder],
     )
     training = time.perf_counter() - started
     halves = [np.sort(runs.models[h].train_indices) for h in (0, 1)]
@@ -319,9 +330,17 @@ def page(rows: list[dict]) -> str:
     parts = []
     for (name, n), part in table.groupby(["data", "n"], sort=False):
         shown = part.drop(columns=["data", "n"]).dropna(axis=1, how="all").set_index("method")
-        lines = [f"**`{name}`, {n} programs**", "", "| | " + " | ".join(shown.columns) + " |", "|---" * (shown.shape[1] + 1) + "|"]
+        lines = [
+            f"**`{name}`, {n} programs**",
+            "",
+            "| | " + " | ".join(shown.columns) + " |",
+            "|---" * (shown.shape[1] + 1) + "|",
+        ]
         for method, row in shown.iterrows():
-            cells = ["" if np.isnan(value) else f"{value:.1f}" if key == "markers" else f"{value:.3f}" for key, value in row.items()]
+            cells = [
+                "" if np.isnan(value) else f"{value:.1f}" if key == "markers" else f"{value:.3f}"
+                for key, value in row.items()
+            ]
             lines.append(f"| {method} | " + " | ".join(cells) + " |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
@@ -334,7 +353,9 @@ def main() -> None:
     parser.add_argument("--programs", nargs="+", type=int, default=[8, 6, 10, 14])
     parser.add_argument("--runs", type=int, default=5, help="LDVAE runs on each half")
     parser.add_argument("--iterations", type=int, default=20, help="factorisations of cNMF")
-    parser.add_argument("--epochs", type=int, default=None)
+    parser.add_argument("--epochs", type=int, default=100)
+    parser.add_argument("--lr", type=float, default=5e-3)
+    parser.add_argument("--decoder", choices=list(DECODERS), default="recommended")
     parser.add_argument("--json", type=Path, help="write all rows to this file")
     parser.add_argument("--from-json", type=Path, nargs="+", help="measure nothing; take the rows of these files")
     parser.add_argument("--page", type=Path, help="write the tables for the documentation to this file")
