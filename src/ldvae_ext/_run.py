@@ -300,7 +300,7 @@ def _write_results(
         "loadings": pl.loadings(
             adata,
             n_genes=min(N_FIGURE_GENES, len(get.loadings(adata)) // 2),
-            rank_by="regression",
+            rank_by="information",
             return_fig=True,
             show=False,
         ),

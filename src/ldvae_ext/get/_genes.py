@@ -21,7 +21,11 @@ Rank = Literal["regression", "information", "loading"]
 
 
 def gene_scores(
-    adata: AnnData, *, kind: Rank | None = None, statistic: Literal["score", "error"] = "score", key: str = DEFAULT_KEY
+    adata: AnnData,
+    *,
+    kind: Rank = "information",
+    statistic: Literal["score", "error"] = "score",
+    key: str = DEFAULT_KEY,
 ) -> pd.DataFrame:
     """Scores that rank the genes of each factor: positive if expression increases with the factor, else negative.
 
@@ -31,11 +35,11 @@ def gene_scores(
         AnnData that :meth:`ldvae_ext.model.LDVAE.export_to_anndata` wrote to.
     kind
         ``"regression"``: the slope of the gene's standardised log-normalised counts on the standardised factor, in [-1, 1], a
-        property of the cells of the export. It replicates best between disjoint cells. ``"information"``: the gene's
+        property of the cells of the export. It replicates better between disjoint cells than loadings, but factors that are
+        correlated over cells share genes. ``"information"``: the gene's
         signed share in the Fisher information of the counts about the factor
         (:meth:`ldvae_ext.core.LinearDecoder.gene_information`), which weighs loadings by expression. ``"loading"``: the canonical
         loading, in log-rate per unit of latent, which decodes; its largest values often belong to genes with very few counts.
-        None: ``"regression"`` if the export has it, else ``"information"``.
     statistic
         ``"error"``: standard errors instead, of the slopes.
     key
@@ -52,7 +56,6 @@ def gene_scores(
     ValueError
         If genes of ``adata`` were renamed since the export, for ``"information"``; if there are no standard errors of this kind.
     """
-    kind = default_rank(adata, key) if kind is None else kind
     check_one_of("kind", kind, RANKS)
     check_one_of("statistic", statistic, ("score", "error"))
     if statistic == "error" and kind != "regression":
@@ -75,11 +78,6 @@ def gene_scores(
         msg = f"Genes were renamed since the export: {listed(table.index[position < 0])} not among its genes. Export again, or use `kind='loading'`."
         raise ValueError(msg)
     return pd.DataFrame(exported.gene_information()[position], index=table.index, columns=table.columns)
-
-
-def default_rank(adata: AnnData, key: str) -> Rank:
-    """The kind of scores that genes are ranked by if none is given."""
-    return "regression" if export_of(adata, key)[0].scores in adata.varm else "information"
 
 
 def top_genes(
@@ -129,7 +127,7 @@ def top_genes(
             raise ValueError(msg)
         return _top_in_groups(adata, factor, group, n, POPULATION_LOADINGS if key is None else key)
     key = DEFAULT_KEY if key is None else key
-    rank_by = default_rank(adata, key) if rank_by is None else rank_by
+    rank_by = "information" if rank_by is None else rank_by
     check_one_of("rank_by", rank_by, RANKS)
     score, loading = gene_scores(adata, kind=rank_by, key=key).to_numpy(), loadings(adata, key=key)
     tables = []
