@@ -96,7 +96,7 @@ def unit_variance(counts) -> np.ndarray:
 
 
 class Result:
-    """Of one method on one half: scores of genes, usages of all cells, and expression predicted from other counts."""
+    """Result of one method on one half: scores of genes, usages of all cells, and expression predicted from other counts."""
 
     def __init__(self, score_gk, usage_nk, predict=None) -> None:
         self.score_gk, self.usage_nk, self.predict = score_gk, usage_nk, predict

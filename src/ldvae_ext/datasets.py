@@ -151,7 +151,8 @@ def simulate(
     The AnnData (``X``: CSR float32 counts; ``obs["batch"]``; ``obs["population"]`` if there are several, categorical:
     ``"population_0"``, ...; ``obsm["z_true"]``) and the decoder that generated it. Its expected expression is
     ``decoder.scale(adata.obsm["z_true"], adata.obs["batch"])``. For the additive kinds ``obsm["usage_true"]`` holds the shares of the
-    programs and ``varm["program_true"]`` their profiles, which sum to one, and None takes the place of the decoder.
+    programs and ``varm["program_true"]`` their profiles, which sum to one, ``obs`` has no columns, and None takes
+    the place of the decoder.
 
     Raises
     ------

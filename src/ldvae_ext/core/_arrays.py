@@ -7,6 +7,13 @@ from typing import Any
 import numpy as np
 
 
+def at_positions(value: np.ndarray, position: np.ndarray, n: int) -> np.ndarray:
+    """Rows of an array at their positions among n, float32: NaN for the other rows; a position of -1 is none."""
+    out = np.full((n, *value.shape[1:]), np.nan, dtype=np.float32)
+    out[position[position >= 0]] = value[position >= 0]
+    return out
+
+
 def read_only(value: Any, shape: tuple[int | None, ...], name: str) -> np.ndarray:
     """A private float64 copy that nobody can write to, of the given shape (None: any length)."""
     array = np.array(value, dtype=np.float64)

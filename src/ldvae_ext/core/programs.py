@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import sparse
 from scipy.optimize import nnls
 
+from ldvae_ext._validate import check_positive_int
 from ldvae_ext.core.decoder import LinearDecoder
 from ldvae_ext.core.matching import Match, cosines, match_columns
+from ldvae_ext.core.scores import shares
 
 # Quantile at which scaled expression is capped: a few cells with extreme expression would have programs of their own.
 _CAP = 0.999
@@ -59,9 +60,9 @@ class AdditivePrograms:
         return AdditivePrograms(self.profile_gk[:, order], self.scale_g, self.cap, self.explained)
 
     def usages(self, expression_ng: np.ndarray) -> Usages:
-        """Usages by non-negative least squares: ``min_u |x - S u|^2, u >= 0``, with scaled profiles S and expression x.
+        """Usages by non-negative least squares (Lawson & Hanson 1974).
 
-        A program's profile sums to one, so that u is its share of the expression; it is divided by its sum.
+        ``min_u |x - S u|^2, u >= 0``, with scaled profiles S and scaled expression x of a cell. A program's profile sums to one, so that u is its share of the expression; it is divided by its sum.
 
         Parameters
         ----------
@@ -72,11 +73,12 @@ class AdditivePrograms:
         # With S = Q R the problem of each cell has as many rows as there are programs.
         q_gk, r_kk = np.linalg.qr(self.scaled_gk)
         part_nk = scaled_ng @ q_gk
-        beyond_n = np.square(scaled_ng).sum(axis=1) - np.square(part_nk).sum(axis=1)
+        norm_n = np.square(scaled_ng).sum(axis=1)
+        beyond_n = norm_n - np.square(part_nk).sum(axis=1)
         usage_nk, left_n = np.zeros_like(part_nk), np.zeros(len(part_nk))
         for n, part_k in enumerate(part_nk):
             usage_nk[n], left_n[n] = nnls(r_kk, part_k)
-        total_n, norm_n = usage_nk.sum(axis=1, keepdims=True), np.square(scaled_ng).sum(axis=1)
+        total_n = usage_nk.sum(axis=1, keepdims=True)
         residual_n = np.maximum(beyond_n, 0) + left_n**2
         return Usages(
             np.divide(usage_nk, total_n, out=np.full_like(usage_nk, 1 / usage_nk.shape[1]), where=total_n > 0),
@@ -119,10 +121,16 @@ def fit_programs(
     Returns
     -------
     Programs by descending mean usage.
+
+    Raises
+    ------
+    ValueError
+        If ``n_programs`` is no positive integer, or expression is negative or not finite.
     """
     from sklearn.decomposition import NMF
     from sklearn.exceptions import ConvergenceWarning
 
+    check_positive_int("n_programs", n_programs)
     if cap is None:
         cap = float(np.quantile(capped(expression_ng, scale_g, np.inf), _CAP))
     scaled_ng = capped(expression_ng, scale_g, cap)
@@ -154,10 +162,8 @@ class Expression:
 
     def add(self, x_ng: Any) -> None:
         """Count some cells in; counts are dense or sparse, shape (cells, genes)."""
-        x_ng = sparse.csr_array(x_ng, dtype=np.float64)
-        total_n = x_ng.sum(axis=1)
-        share_ng = sparse.diags_array(1 / np.where(total_n > 0, total_n, 1.0)) @ x_ng
-        self._n += x_ng.shape[0]
+        share_ng = shares(x_ng)
+        self._n += share_ng.shape[0]
         self._sum_g += share_ng.sum(axis=0)
         self._square_g += (share_ng * share_ng).sum(axis=0)
 
@@ -193,6 +199,10 @@ def program_direction(decoder: LinearDecoder, profile_g: np.ndarray, mean_g: np.
         Profile p of the program, shape (genes,), sums to one.
     mean_g
         Mean expression mu of the population, shape (genes,), positive, sums to one.
+
+    Returns
+    -------
+    The direction, with its angle in degrees and the cosine of each factor.
     """
     root_g = np.sqrt(mean_g)
     loading_gk = (decoder.weight_gk - mean_g @ decoder.weight_gk) * root_g[:, None]

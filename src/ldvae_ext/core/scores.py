@@ -67,6 +67,11 @@ class SlopeSums:
 
 def log_normalised(x_ng: Any) -> sparse.csr_array:
     """``log(1 + 10,000 x / sum_g x)``, shape (cells, genes); zeros for a cell without counts."""
+    return (TARGET_SUM * shares(x_ng)).log1p()
+
+
+def shares(x_ng: Any) -> sparse.csr_array:
+    """``x / sum_g x``, shape (cells, genes); zeros for a cell without counts."""
     x_ng = sparse.csr_array(x_ng, dtype=np.float64)
     total_n = x_ng.sum(axis=1)
-    return (sparse.diags_array(TARGET_SUM / np.where(total_n > 0, total_n, 1.0)) @ x_ng).log1p().tocsr()
+    return (sparse.diags_array(1 / np.where(total_n > 0, total_n, 1.0)) @ x_ng).tocsr()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -16,8 +16,8 @@ from ldvae_ext.get._populations import group_positions, populations_of
 
 # Name of the sum over the factors of a path.
 TOTAL = "total"
-RANKS = ("regression", "information", "loading")
 Rank = Literal["regression", "information", "loading"]
+RANKS = get_args(Rank)
 
 
 def gene_scores(
@@ -117,6 +117,8 @@ def top_genes(
 
     Raises
     ------
+    KeyError
+        If the export has no slopes, for ``rank_by="regression"``.
     ValueError
         If a factor or population does not exist, or ``rank_by`` is combined with ``group``.
     """

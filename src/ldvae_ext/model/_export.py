@@ -15,6 +15,7 @@ from ldvae_ext._scvi import ADATA_MINIFY_TYPE
 from ldvae_ext._stats import MEASURES
 from ldvae_ext._validate import check_one_of, listed, warn
 from ldvae_ext.core import kl_per_dimension
+from ldvae_ext.core._arrays import at_positions
 from ldvae_ext.core.posterior import deterministic_latent
 from ldvae_ext.core.scores import GeneScores, SlopeSums
 from ldvae_ext.model._axes import canonical_signs, factor_decoder, factor_stream
@@ -211,7 +212,7 @@ class ExportMixin(LDVAEBase):
         signs = canonical_signs(self, decoder)[order]
         canonical = decoder.reordered(order, signs).centered()
         position = pd.Index(target.var_names.astype(str)).get_indexer(decoder.genes)
-        loadings = _by_gene(canonical.weight_gk, position, target.n_vars)
+        loadings = at_positions(canonical.weight_gk, position, target.n_vars)
         statistics = {name: value_k[order] for name, value_k in statistics.items()}
         latent_nk = deterministic_latent(mean_nk, decoder.latent_distribution)
 
@@ -228,8 +229,8 @@ class ExportMixin(LDVAEBase):
         target.obs[keys.library] = cells.library
         target.varm[keys.loadings] = loadings
         if cells.scores is not None:
-            target.varm[keys.scores] = _by_gene(cells.scores.score_gk[:, order] * signs, position, target.n_vars)
-            target.varm[keys.errors] = _by_gene(cells.scores.error_gk[:, order], position, target.n_vars)
+            target.varm[keys.scores] = at_positions(cells.scores.score_gk[:, order] * signs, position, target.n_vars)
+            target.varm[keys.errors] = at_positions(cells.scores.error_gk[:, order], position, target.n_vars)
         else:
             for key in (keys.scores, keys.errors):
                 target.varm.pop(key, None)
@@ -266,13 +267,6 @@ class ExportMixin(LDVAEBase):
                     "variance_ratio": "share of KL",
                 },
             }
-
-
-def _by_gene(value_gk: np.ndarray, position_g: np.ndarray, n_genes: int) -> np.ndarray:
-    """Values of the model's genes at their positions among others, which get NaN; float32."""
-    out_gk = np.full((n_genes, value_gk.shape[1]), np.nan, dtype=np.float32)
-    out_gk[position_g[position_g >= 0]] = value_gk[position_g >= 0]
-    return out_gk
 
 
 def _setup_keys(model: LDVAEBase) -> dict[str, str]:

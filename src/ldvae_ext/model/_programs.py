@@ -8,14 +8,12 @@ from typing import Any
 from anndata import AnnData
 
 from ldvae_ext.model._base import LDVAEBase
-from ldvae_ext.model._threads import with_torch_threads
 from ldvae_ext.model.programs import Programs, additive_programs
 
 
 class ProgramsMixin(LDVAEBase):
     """Programs: non-negative profiles that add up to the decoded expression."""
 
-    @with_torch_threads
     def get_programs(
         self,
         n_programs: int | Sequence[int] | None = None,

@@ -16,6 +16,7 @@ from scvi.utils import track
 from ldvae_ext._keys import CONSENSUS_KEY, consensus_keys
 from ldvae_ext._validate import check_one_of, check_positive_int, listed, warn
 from ldvae_ext.core import kl_per_dimension
+from ldvae_ext.core._arrays import at_positions
 from ldvae_ext.core.matching import STABLE, UNSTABLE, Consensus, consensus_of, cosines, flags, match_columns, procrustes
 from ldvae_ext.core.rotation import CONSENSUS, Rotation
 from ldvae_ext.model._axes import factor_stream
@@ -133,8 +134,8 @@ class Ensemble:
     ) -> Programs:
         """Additive gene programs of the mean expression that the runs decode.
 
-        The mean over five or more runs has programs that replicate between disjoint cells as well as those of cNMF; a single
-        run has not. See :meth:`LDVAE.get_programs` for definitions and arguments.
+        The mean over several runs varies less from training to training than a single run. See :meth:`LDVAE.get_programs`
+        for definitions, arguments and errors.
 
         Returns
         -------
@@ -191,14 +192,11 @@ class Ensemble:
             msg = f"{listed(taken)} of `adata` would be replaced and is no consensus; choose another `key_added`, or `overwrite=True`."
             raise ValueError(msg)
         position = pd.Index(adata.var_names.astype(str)).get_indexer(self.genes)
-        known = position >= 0
-        if not known.any():
+        if not (position >= 0).any():
             msg = f"`adata` has none of the {len(self.genes)} genes of the models, such as {listed(self.genes[:3])}."
             raise ValueError(msg)
         for key, value_gk in ((keys.loadings, self.consensus.loading_gk), (keys.spread, self.consensus.spread_gk)):
-            array = np.full((adata.n_vars, len(self.names)), np.nan, dtype=np.float32)
-            array[position[known]] = value_gk[known]
-            adata.varm[key] = array
+            adata.varm[key] = at_positions(value_gk, position, adata.n_vars)
         stats = self.stats
         adata.uns[keys.info] = {
             "names": np.array(self.names),

@@ -16,6 +16,7 @@ from scipy.special import softmax
 from ldvae_ext._groups import codes_at
 from ldvae_ext._keys import PROGRAMS_KEY, program_keys
 from ldvae_ext._validate import cell_positions, check_positive_int, listed, warn
+from ldvae_ext.core._arrays import at_positions
 from ldvae_ext.core.cells import EncodedCells, indicator
 from ldvae_ext.core.decoder import LinearDecoder
 from ldvae_ext.core.matching import STABLE
@@ -26,6 +27,7 @@ from ldvae_ext.model._axes import factor_decoder, network_decoder
 from ldvae_ext.model._base import LDVAEBase
 from ldvae_ext.model._cells import stream_cells, with_positions
 from ldvae_ext.model._requests import groups_of_cells
+from ldvae_ext.model._threads import with_torch_threads
 
 # Cells from which the stability of programs is computed, at most, and numbers of programs that are compared.
 _STABILITY_CELLS, _N_CANDIDATES = 2000, 8
@@ -105,7 +107,7 @@ class Programs:
         Raises
         ------
         ValueError
-            If ``adata`` has none of the genes or cells, or something else would be replaced. Nothing is written.
+            If ``adata`` has none of the genes or cells, or one name twice, or something else would be replaced. Nothing is written.
 
         Notes
         -----
@@ -131,9 +133,9 @@ class Programs:
         gene_g = _positions(self.profiles.index, adata.var_names, "genes")
         cell_n = _positions(self.usages.index, adata.obs_names, "cells")
         for key, table in ((keys.profiles, self.profiles), (keys.scores, self.scores), (keys.errors, self.errors)):
-            adata.varm[key] = _at(table.to_numpy(), gene_g)
-        adata.obsm[keys.usages] = _at(self.usages.to_numpy(), cell_n)
-        adata.obs[keys.residual] = _at(self.residual.to_numpy(), cell_n)
+            adata.varm[key] = at_positions(table.to_numpy(), gene_g, adata.n_vars)
+        adata.obsm[keys.usages] = at_positions(self.usages.to_numpy(), cell_n, adata.n_obs)
+        adata.obs[keys.residual] = at_positions(self.residual.to_numpy(), cell_n, adata.n_obs)
         adata.uns[keys.info] = {
             "names": np.array(self.names),
             **{name: self.stats[name].to_numpy() for name in ("usage", "stability", "lowest")},
@@ -144,19 +146,16 @@ class Programs:
         }
 
 
-def _positions(known: pd.Index, names: pd.Index, what: str) -> np.ndarray:
-    """Position of each of ``names`` in ``known``, -1 if it is not there."""
-    position = pd.Index(known.astype(str)).get_indexer(names.astype(str))
+def _positions(wanted: pd.Index, names: pd.Index, what: str) -> np.ndarray:
+    """Position of each wanted name in the names of an AnnData, -1 if it is not there."""
+    if not names.is_unique:
+        msg = f"Names of {what} of `adata` must be unique; {names[names.duplicated()][0]!r} occurs more than once."
+        raise ValueError(msg)
+    position = pd.Index(names.astype(str)).get_indexer(wanted.astype(str))
     if not (position >= 0).any():
-        msg = f"`adata` has none of the {len(known)} {what}, such as {listed(known[:3])}."
+        msg = f"`adata` has none of the {len(wanted)} {what}, such as {listed(wanted[:3])}."
         raise ValueError(msg)
     return position
-
-
-def _at(value: np.ndarray, position: np.ndarray) -> np.ndarray:
-    out = np.full((len(position), *value.shape[1:]), np.nan, dtype=np.float32)
-    out[position >= 0] = value[position[position >= 0]]
-    return out
 
 
 def _columns(table: pd.DataFrame) -> dict[str, np.ndarray]:
@@ -166,6 +165,7 @@ def _columns(table: pd.DataFrame) -> dict[str, np.ndarray]:
     }
 
 
+@with_torch_threads
 def additive_programs(
     models: Sequence[LDVAEBase],
     n_programs: int | Sequence[int] | None = None,
@@ -197,7 +197,7 @@ def additive_programs(
     rng, some = np.random.default_rng(seed), positions
     if len(some) > max_cells:
         some = np.sort(rng.choice(some, max_cells, replace=False))
-    kept = np.sort(rng.permutation(len(some))[:_STABILITY_CELLS])
+    kept = rng.permutation(len(some))[:_STABILITY_CELLS]
     n_genes = len(first.get_var_names())
     mean_ng, parts, deviation = np.zeros((len(some), n_genes)), [], Expression(n_genes)
     for m, model in enumerate(models):

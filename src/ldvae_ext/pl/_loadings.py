@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from anndata import AnnData
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from ldvae_ext import get
 from ldvae_ext._keys import DEFAULT_KEY
 from ldvae_ext._validate import check_one_of, check_positive_int
-from ldvae_ext.get._genes import RANKS
+from ldvae_ext.get._genes import RANKS, Rank
 from ldvae_ext.pl._figure import BLUE, ORANGE, SMALL, Ticks, em, factors_in_order, finish, fit, panels, plain_text
 
 
@@ -23,7 +23,7 @@ def loadings(
     factors: Any = None,
     n_genes: int = 8,
     ncols: int = 5,
-    rank_by: Literal["regression", "information", "loading"] = "loading",
+    rank_by: Rank = "loading",
     key: str = DEFAULT_KEY,
     show: bool | None = None,
     return_fig: bool = False,
@@ -44,8 +44,8 @@ def loadings(
     ncols
         Panels in a row.
     rank_by
-        Criterion of top genes: ``"loading"``, the largest and smallest loadings, or ``"information"``, which weighs them by
-        expression and so prefers expressed genes; see :func:`ldvae_ext.get.gene_scores`.
+        Criterion of top genes: ``"loading"``, the largest and smallest loadings, ``"information"``, which weighs them by
+        expression and so prefers expressed genes, or ``"regression"``, slopes of expression; see :func:`ldvae_ext.get.gene_scores`.
     key
         ``key_added`` of the export.
     show

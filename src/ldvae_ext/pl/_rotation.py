@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 import pandas as pd
 from anndata import AnnData
@@ -14,7 +12,7 @@ from ldvae_ext._keys import DEFAULT_KEY
 from ldvae_ext._validate import check_one_of, check_positive_int
 from ldvae_ext.core.matching import cosines, match_columns
 from ldvae_ext.get._export import export_of
-from ldvae_ext.get._genes import RANKS
+from ldvae_ext.get._genes import RANKS, Rank
 from ldvae_ext.pl._figure import CHARACTER, SMALL, em, finish, fit, panels, plain_text
 from ldvae_ext.pl._heatmap import annotate, color_bar, largest_of, longest_number, matrix, top_rows
 
@@ -29,7 +27,7 @@ def rotation(
     adata: AnnData,
     *,
     n_genes: int = 3,
-    rank_by: Literal["regression", "information", "loading"] = "loading",
+    rank_by: Rank = "loading",
     key: str = DEFAULT_KEY,
     show: bool | None = None,
     return_fig: bool = False,
@@ -53,7 +51,7 @@ def rotation(
         Genes of each factor: those with the largest absolute values after the rotation; a gene of several factors has one row.
         Genes that increase are first, then those that decrease, in the order of the factors.
     rank_by
-        Criterion: ``"loading"``, or ``"information"``, which weighs loadings by expression; see
+        Criterion: ``"loading"``, ``"information"``, which weighs loadings by expression, or ``"regression"``, slopes of expression; see
         :func:`ldvae_ext.get.gene_scores`.
     key
         ``key_added`` of the export.
