@@ -52,9 +52,26 @@ def fresh(model):
     )
 
 
+def oblique(n, seed=0):
+    """Axes of unit length with angles of some 60 to 120 degrees between them."""
+    rng = np.random.default_rng(seed)
+    matrix = ortho_group.rvs(n, random_state=seed) + 0.25 * rng.normal(size=(n, n))
+    return matrix / np.linalg.norm(matrix, axis=0)
+
+
+def orthogonal(n, seed=0):
+    """Orthogonal axes."""
+    return ortho_group.rvs(n, random_state=seed)
+
+
+# What `turn_at_random` draws from; tests replace it by `oblique`.
+random_axes = orthogonal
+
+
 def turn_at_random(model, seed=3):
     """Axes that no rule would choose, in force; some point to their shorter tail."""
-    matrix = ortho_group.rvs(model.n_latent, random_state=seed) * np.resize([-1, 1], model.n_latent)
+    axes = random_axes(model.n_latent, seed)
+    matrix = axes * np.resize([-1, 1], model.n_latent)
     model.rotation_ = {"matrix": matrix, "method": "varimax"}
     return matrix
 
@@ -73,13 +90,14 @@ def as_stock(model):
 
 
 def full_kl(mean_nk, variance_nk, rotation_kk):
-    """Mean divergence of N(R'm, R'diag(v)R) from the prior, from the full covariance matrix."""
-    total = 0.0
+    """Mean divergence of N(R'm, R'diag(v)R) from the prior N(0, R'R), from the full covariance matrix."""
+    prior = rotation_kk.T @ rotation_kk
+    precision, total = np.linalg.inv(prior), 0.0
     for mean_k, variance_k in zip(mean_nk.astype(float), variance_nk.astype(float)):
         covariance = rotation_kk.T @ np.diag(variance_k) @ rotation_kk
         center = rotation_kk.T @ mean_k
-        _, log_det = np.linalg.slogdet(covariance)
-        total += 0.5 * (center @ center + np.trace(covariance) - len(mean_k) - log_det)
+        log_det = np.linalg.slogdet(covariance)[1] - np.linalg.slogdet(prior)[1]
+        total += 0.5 * (center @ precision @ center + np.trace(precision @ covariance) - len(mean_k) - log_det)
     return total / len(mean_nk)
 
 

@@ -18,6 +18,8 @@ class ExportKeys:
     """``obsm``: posterior variances, cells x factors."""
     loadings: str
     """``varm``: canonical loadings, genes x factors."""
+    loadings_error: str
+    """``varm``: standard errors of the loadings, genes x factors."""
     scores: str
     """``varm``: gene scores by regression, genes x factors."""
     errors: str
@@ -49,6 +51,7 @@ def export_keys(key_added: str | None = None) -> ExportKeys:
         latent=f"X_{key}",
         variance=f"X_{key}_var",
         loadings=f"{key}_loadings",
+        loadings_error=f"{key}_loadings_error",
         scores=f"{key}_scores",
         errors=f"{key}_scores_error",
         genes=key,

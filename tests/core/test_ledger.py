@@ -13,6 +13,7 @@ from scipy.stats import multivariate_normal, norm, ortho_group
 from ldvae_ext.core import kl_per_dimension
 from ldvae_ext.core.ledger import InformationLedger, _JointMixture, _Mixture, information_ledger
 from tests.pairwise import examples
+from tests.rotated import oblique
 
 PER_FACTOR = ("kl_k", "mutual_information_k", "dimension_wise_kl_k", "total_correlation_k")
 JOINT = ("kl", "mutual_information", "total_correlation", "dimension_wise_kl")
@@ -31,6 +32,10 @@ def posteriors(n_cells, n_latent, seed=0, n_collapsed=0):
     return mean, variance
 
 
+# Axes with an angle of 53 degrees between them.
+OBLIQUE = np.array([[1.0, 0.6], [0.0, 0.8]])
+
+
 def turn(degrees):
     angle = np.deg2rad(degrees)
     return np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
@@ -45,16 +50,16 @@ def assert_same(got: InformationLedger, expected: InformationLedger, atol: float
 
 
 @pytest.mark.grid(0)
-@pytest.mark.parametrize("degrees", [None, 0, 33, 90])
+@pytest.mark.parametrize("degrees", [None, 0, 33, 90, "oblique"])
 def test_two_factors_have_the_ledger_of_a_grid(degrees):
     mean, variance = posteriors(5, 2, seed=3)
-    rotation = None if degrees is None else turn(degrees)
+    rotation = OBLIQUE if degrees == "oblique" else None if degrees is None else turn(degrees)
     axes = np.eye(2) if rotation is None else rotation
     x = np.linspace(-9, 9, 721)
     step = x[1] - x[0]
     grid = np.stack(np.meshgrid(x, x, indexing="ij"), axis=-1)
     q_n = [multivariate_normal(m @ axes, axes.T @ np.diag(v) @ axes).pdf(grid) for m, v in zip(mean, variance)]
-    prior, prior_1d = multivariate_normal(np.zeros(2), np.eye(2)).pdf(grid), norm.pdf(x)
+    prior, prior_1d = multivariate_normal(np.zeros(2), axes.T @ axes).pdf(grid), norm.pdf(x)
 
     def kl(q, p):
         held = q > 1e-200
@@ -85,16 +90,22 @@ def test_two_factors_have_the_ledger_of_a_grid(degrees):
         np.testing.assert_allclose(getattr(got, name), getattr(expected, name), atol=6e-3, err_msg=name)
 
 
-@pytest.mark.parametrize("rotated", [False, True])
-def test_log_densities_are_those_of_a_sum_over_full_gaussians(rotated):
+@pytest.mark.parametrize("kind", ["network", "orthogonal", "oblique"])
+def test_log_densities_are_those_of_a_sum_over_full_gaussians(kind):
     mean, variance = posteriors(30, 4)
     variance[:5] = 1e-6
-    axes = ortho_group.rvs(4, random_state=0) if rotated else np.eye(4)
+    axes = {
+        "network": np.eye(4),
+        "orthogonal": ortho_group.rvs(4, random_state=0),
+        "oblique": oblique(4),
+    }[kind]
     # The last is so far from all that each density underflows.
     z = np.concatenate(
         [mean + 0.1, mean[:5] + 1e-4, np.random.default_rng(1).normal(size=(20, 4)), np.full((1, 4), 60.0)]
     )
-    joint, others = _JointMixture(mean + 5, variance, axes).log_density(z + 5)
+    directions = np.linalg.inv(axes).T
+    joint, others = _JointMixture(mean + 5, variance, directions).log_density(z + 5)
+    log_volume = np.log(np.abs(np.linalg.det(axes)))
 
     def direct(kept):
         logs = [
@@ -105,9 +116,9 @@ def test_log_densities_are_those_of_a_sum_over_full_gaussians(rotated):
         ]
         return logsumexp(logs, axis=0) - np.log(len(mean))
 
-    np.testing.assert_allclose(joint, direct([0, 1, 2, 3]), rtol=1e-7)
+    np.testing.assert_allclose(joint - log_volume, direct([0, 1, 2, 3]), rtol=1e-7)
     for k in range(4):
-        np.testing.assert_allclose(others[:, k], direct([i for i in range(4) if i != k]), rtol=1e-7)
+        np.testing.assert_allclose(others[:, k] - log_volume, direct([i for i in range(4) if i != k]), rtol=1e-7)
 
 
 @pytest.mark.parametrize("narrowest", [0.3, 0.01, 1e-4])
@@ -292,7 +303,8 @@ def test_a_factor_tells_no_more_than_its_kl_and_no_more_than_there_are_cells(see
         ),
         ({"variance_nk": np.full((3, 2), np.nan)}, "must be finite"),
         ({"rotation_kk": np.eye(3)}, r"`rotation_kk` must have shape \(2, 2\)"),
-        ({"rotation_kk": np.eye(2) * 1.001}, "`rotation_kk` must be orthogonal; .* off by 0.002"),
+        ({"rotation_kk": np.eye(2) * 1.001}, "`rotation_kk` must have independent columns .* off by 0.002"),
+        ({"rotation_kk": np.array([[1.0, 1.0], [0.0, 0.0]])}, "`rotation_kk` must have independent columns"),
         ({"n_samples": 0}, "`n_samples`"),
         ({"chunk_size": 0}, "`chunk_size`"),
         ({"seed": -1}, "`seed` must be a non-negative integer below 2\\*\\*64; got -1"),

@@ -13,11 +13,19 @@ from scipy.stats import ortho_group
 from statsmodels.multivariate.factor_rotation import rotate_factors
 
 from ldvae_ext.core import kl_per_dimension
-from ldvae_ext.core._views import orthogonal
+from ldvae_ext.core._views import axes_of_factors
 from ldvae_ext.core.cells import EncodedCells, PosteriorAxes
-from ldvae_ext.core.rotation import Rotation, loading_varimax, score_varimax, varimax
+from ldvae_ext.core.rotation import (
+    Rotation,
+    independent_components,
+    loading_varimax,
+    promax,
+    score_varimax,
+    varimax,
+)
 from tests.core.decoders import COVARIATES, cells, full_decoder
 from tests.pairwise import examples
+from tests.rotated import oblique
 
 SEEDS = st.integers(0, 10_000)
 
@@ -217,17 +225,26 @@ class TestRotation:
         np.testing.assert_allclose(z @ turned.matrix_kk, (z @ rotation.matrix_kk)[:, [2, 0, 1]] * [1, -1, 1])
         assert turned.method == "score-varimax"
 
+    def test_oblique_factors_have_the_prior_of_their_axes(self):
+        rotation = Rotation(matrix_kk=oblique(3), method="promax")
+        z = np.random.default_rng(0).normal(size=(200_000, 3))
+        f = z @ rotation.matrix_kk
+        np.testing.assert_allclose(rotation.correlation_kk, np.cov(f.T), atol=0.02)
+        np.testing.assert_allclose(f @ rotation.inverse_kk, z, atol=1e-12)
+        assert not rotation.is_orthogonal
+        assert Rotation(matrix_kk=random_rotation(3, 0), method="varimax").is_orthogonal
+
     @pytest.mark.parametrize(
         ("matrix", "message"),
         [
-            (np.eye(3) * 1.001, "must be orthogonal; R'R differs from the identity by 0.002"),
-            (np.array([[1.0, 1.0], [0.0, 1.0]]), "must be orthogonal"),
-            (np.full((2, 2), np.nan), "must be orthogonal"),
+            (np.eye(3) * 1.001, "must have unit length; their squared lengths differ from 1 by 0.002"),
+            (np.array([[1.0, 1.0], [0.0, 1e-5]]), "must be independent"),
+            (np.full((2, 2), np.nan), "must have unit length"),
             (np.eye(3)[:, :2], r"must have shape \(3, 3\); got \(3, 2\)"),
             (np.ones(3), r"must have shape \(3, 3\); got \(3,\)"),
         ],
     )
-    def test_what_is_not_orthogonal_is_refused(self, matrix, message):
+    def test_what_are_no_axes_is_refused(self, matrix, message):
         with pytest.raises(ValueError, match=message):
             Rotation(matrix_kk=matrix, method="varimax")
         decoder = full_decoder(n_factors=len(matrix))
@@ -237,7 +254,7 @@ class TestRotation:
     def test_a_matrix_of_another_size_is_refused(self):
         with pytest.raises(ValueError, match=r"must have shape \(3, 3\); got \(2, 2\)"):
             full_decoder().rotated(np.eye(2))
-        assert orthogonal(np.eye(2, dtype=np.float32), 2).dtype == np.float64
+        assert axes_of_factors(np.eye(2, dtype=np.float32), 2).dtype == np.float64
 
     def test_a_logistic_normal_latent_is_refused_with_the_reason(self):
         decoder = full_decoder(latent_distribution="ln")
@@ -293,6 +310,65 @@ def prepared(kind, seed):
     return decoder, c, decoded(decoder, c["z"], c)
 
 
+class TestPromax:
+    def test_equals_the_pattern_and_correlations_of_factor_analysis(self):
+        value = sparse_loadings(seed=2) @ random_rotation(4, 2)
+        rotation = varimax(value)
+        axes = promax(value, rotation, 4)
+        # As textbooks have it: pattern V U D and correlations D^-1 (U'U)^-1 D^-1, with a unit diagonal.
+        v = value @ rotation
+        u = np.linalg.inv(v.T @ v) @ v.T @ (np.sign(v) * v**4)
+        correlation = np.linalg.inv(u.T @ u)
+        d = np.sqrt(np.diag(correlation))
+        np.testing.assert_allclose(value @ np.linalg.inv(axes).T, v @ u * d, rtol=1e-8, atol=1e-10)
+        np.testing.assert_allclose(axes.T @ axes, correlation / np.outer(d, d), rtol=1e-8, atol=1e-10)
+
+    @pytest.mark.parametrize("seed", [0, 1, 2])
+    def test_finds_correlated_factors_better_than_varimax(self, seed):
+        true = oblique(4, seed)
+        value = sparse_loadings(seed=seed, noise=0.02) @ true.T
+        orthogonal = varimax(value)
+        found = promax(value, orthogonal)
+
+        def worst(axes):
+            return np.abs(true.T @ axes).max(axis=1).min()
+
+        assert worst(found) > 0.97
+        assert worst(found) > worst(orthogonal)
+
+    def test_depends_on_no_axes_and_no_scale(self):
+        value, turn = sparse_loadings(seed=3), random_rotation(4, 5)
+        found = promax(value, varimax(value))
+        again = promax(7 * value @ turn, varimax(value @ turn))
+        np.testing.assert_allclose(np.abs((turn @ again).T @ found).max(axis=0), 1, atol=1e-6)
+
+    def test_a_power_of_one_leaves_the_rotation_and_an_unused_factor_stays(self):
+        value = sparse_loadings(seed=4)
+        value[:, 2] = 0
+        rotation = np.eye(4)
+        np.testing.assert_allclose(promax(value, rotation, 1), rotation, atol=1e-12)
+        axes = promax(value, rotation)
+        np.testing.assert_allclose(axes[:, 2], rotation[:, 2], atol=1e-12)
+        np.testing.assert_array_equal(promax(np.zeros((5, 3)), np.eye(3)), np.eye(3))
+
+
+class TestIndependentComponents:
+    def test_recovers_independent_sources_and_leaves_unused_latents(self):
+        rng = np.random.default_rng(0)
+        source = rng.laplace(size=(4000, 3)) * [1.0, 0.5, 0.2]
+        mixing = oblique(3, 1)
+        mean = np.column_stack([source @ np.linalg.inv(mixing), 1e-4 * rng.normal(size=4000)])
+        axes = independent_components(mean)
+        np.testing.assert_allclose(np.linalg.norm(axes, axis=0), 1)
+        correlation = np.abs(np.corrcoef((mean @ axes).T, source.T)[:4, 4:])
+        assert correlation.max(axis=0).min() > 0.99
+        np.testing.assert_allclose(np.abs(axes[3]).max(), 1, atol=1e-3)
+
+    def test_cells_that_are_all_alike_have_orthogonal_axes(self):
+        axes = independent_components(np.ones((20, 3)))
+        np.testing.assert_allclose(axes.T @ axes, np.eye(3), atol=1e-12)
+
+
 class TestInvariances:
     @every_kind
     @FEW
@@ -305,6 +381,15 @@ class TestInvariances:
         assert rotated.factors.tolist() == ["F_0", "F_1", "F_2", "F_3"]
         assert decoder.rotated(rotation, ["a", "b", "c", "d"]).factors.tolist() == ["a", "b", "c", "d"]
         assert_decodes_alike(decoded(rotated.rotated(rotation.T), c["z"], c), expected)
+
+    @every_kind
+    @FEW
+    @given(seed=SEEDS)
+    def test_oblique_axes(self, kind, seed):
+        decoder, c, expected = prepared(kind, seed)
+        axes = oblique(4, seed)
+        rotated = decoder.rotated(axes)
+        assert_decodes_alike(decoded(rotated, c["z"] @ axes, c), expected)
 
     @every_kind
     @FEW

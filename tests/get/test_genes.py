@@ -56,8 +56,6 @@ def test_bad_input_is_named(exported):
     renamed.var_names = [f"ENSG{i}" for i in range(20)]
     with pytest.raises(ValueError, match="renamed since the export: 'ENSG0'"):
         get.top_genes(renamed, rank_by="information")
-    with pytest.raises(ValueError, match="`statistic='error'`: standard errors are exported for kind 'regression'"):
-        get.gene_scores(exported, kind="loading", statistic="error")
     with pytest.raises(ValueError, match="`kind` must be one of"):
         get.gene_scores(exported, kind="size")
     assert len(get.top_genes(renamed, n=1, rank_by="loading")) == 8

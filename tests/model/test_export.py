@@ -99,7 +99,7 @@ def test_network_order_and_key_added(model):
     adata = fresh(model)
     model.export_to_anndata(adata, key_added="mine", order_by="network")
     assert set(adata.obsm) == {"X_mine", "X_mine_var"}
-    assert set(adata.varm) == {"mine_loadings", "mine_scores", "mine_scores_error"}
+    assert set(adata.varm) == {"mine_loadings", "mine_loadings_error", "mine_scores", "mine_scores_error"}
     assert set(adata.uns) == {"mine"}
     assert "mine" in adata.var
     assert get.factors(adata, key="mine").index.tolist() == ["Z_0", "Z_1", "Z_2", "Z_3"]

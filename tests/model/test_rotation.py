@@ -13,7 +13,7 @@ from scvi.model import LinearSCVI
 
 from ldvae_ext import get
 from ldvae_ext.core import kl_per_dimension
-from ldvae_ext.core.rotation import varimax
+from ldvae_ext.core.rotation import promax, varimax
 from ldvae_ext.model import LDVAE
 from tests.helpers import TRAIN, counts, untrained
 from tests.query import FAST, map_query
@@ -22,7 +22,8 @@ from tests.query import trained as trained_reference
 from tests.reference import covariate_counts, setup_arguments
 from tests.rotated import as_stock, fresh, full_kl, grouped, grouped_model, seeded, warnings_of
 
-METHODS = ("varimax", "score-varimax", "deviance")
+METHODS = ("varimax", "promax", "fisher-varimax", "score-varimax", "ica", "deviance")
+OBLIQUE = ("promax", "ica")
 
 
 @pytest.fixture
@@ -106,7 +107,8 @@ class TestView:
     def test_decoded_expression_and_total_divergence_stay(self, model, method):
         model.rotate(method)
         rotation = model.rotation.matrix_kk
-        np.testing.assert_allclose(rotation.T @ rotation, np.eye(4), atol=1e-10)
+        assert model.rotation.is_orthogonal == (method not in OBLIQUE)
+        np.testing.assert_allclose(np.linalg.norm(rotation, axis=0), 1, atol=1e-10)
         mean, variance = model.get_latent_representation(return_dist=True)
         expected = model.get_normalized_expression(use_posterior_mean=True).to_numpy()
         decoder = model.get_decoder(rotated=True)
@@ -117,6 +119,7 @@ class TestView:
         np.testing.assert_allclose(model.get_latent_kl().sum(axis=1).mean(), total, rtol=1e-4)
         assert np.abs(rotation - np.eye(4)).max() > 0.05, "there is something to see"
 
+    @pytest.mark.filterwarnings("ignore:FastICA did not converge")
     @pytest.mark.grid(1)
     @pytest.mark.parametrize("method", METHODS)
     @pytest.mark.parametrize(
@@ -168,7 +171,7 @@ class TestView:
         model.rotate()
         assert model.rotation.method == "varimax"
         with pytest.raises(
-            ValueError, match="`method` must be one of 'varimax', 'score-varimax', 'deviance', 'none'; got 'oblimin'"
+            ValueError, match=r"`method` must be one of 'varimax', 'promax', 'fisher-varimax', .*'none'; got 'oblimin'"
         ):
             model.rotate("oblimin")
         assert model.rotation.method == "varimax"
@@ -191,6 +194,28 @@ class TestAxes:
         best = np.abs(np.corrcoef(got.T, expected.T)[:4, 4:])
         np.testing.assert_allclose(np.sort(best, axis=1)[:, -1], 1, atol=1e-6)
         assert sorted(best.argmax(axis=1)) == [0, 1, 2, 3]
+
+    def test_fisher_varimax_weighs_genes_by_the_information_of_their_counts(self, model):
+        model.rotate("fisher-varimax")
+        decoder, mean = model.get_decoder(), model.get_latent_representation().astype(float)
+        batch = model.adata.obs["batch"].astype(str)
+        rate = decoder.rate(mean, batch, library=np.asarray(model.adata.X.sum(axis=1)).ravel())
+        library = model.get_latent_library_size(give_mean=False).ravel()
+        rate *= (library / np.asarray(model.adata.X.sum(axis=1)).ravel())[:, None]
+        weight = (rate / (1 + rate / decoder.theta(batch, len(rate)))).sum(axis=0)
+        loading = decoder.weight_gk - weight @ decoder.weight_gk / weight.sum()
+        expected = varimax(np.sqrt(weight)[:, None] * loading)
+        overlap = np.abs(expected.T @ model.rotation.matrix_kk)
+        np.testing.assert_allclose(np.sort(overlap, axis=0)[-1], 1, atol=1e-4)
+
+    def test_promax_and_ica_are_those_of_centred_loadings_and_means(self, model):
+        model.rotate("promax")
+        loading = model.get_decoder().centered().weight_gk
+        overlap = np.abs(promax(loading, varimax(loading)).T @ model.rotation.matrix_kk)
+        assert (np.isclose(overlap, 1, atol=1e-6).sum(axis=0) == 1).all()
+        model.rotate("ica")
+        f = model.get_latent_representation().astype(float) @ model.rotation.matrix_kk
+        np.testing.assert_allclose(np.corrcoef(f.T), np.eye(4), atol=1e-4)
 
     def test_score_varimax_is_that_of_the_centred_means(self, model):
         model.rotate("score-varimax")
@@ -275,7 +300,8 @@ class TestLoadings:
     def test_rotated_ones_are_the_folded_ones_times_the_rotation(self, model, method):
         plain = model.get_loadings().to_numpy().astype(float)
         model.rotate(method)
-        rotation = model.rotation.matrix_kk
+        # Columns of the transposed inverse are the directions along which one factor changes.
+        rotation = np.linalg.inv(model.rotation.matrix_kk).T
         got = model.get_loadings(rotated=True)
         assert got.columns.tolist() == ["F_0", "F_1", "F_2", "F_3"]
         np.testing.assert_allclose(got, plain @ rotation, atol=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,11 +25,20 @@ class GatheringPlan(FastHookNames, TrainingPlan):
         As in ``scvi.train.TrainingPlan``.
     backend
         Backend of the loss; the network's forward pass if None.
+    decoder_penalty
+        Weights of the penalties on the loadings, ``l1`` and ``l2``; no penalty if None. It is added to the loss that is
+        minimised, and is not part of the metrics.
     """
 
-    def __init__(self, *args: Any, backend: Backend | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        backend: Backend | None = None,
+        decoder_penalty: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self._backend = backend
+        self._backend, self._decoder_penalty = backend, decoder_penalty
         self._gathered: dict[str, _Sums] = {"train": _Sums(), "validation": _Sums()}
 
     @property
@@ -50,6 +60,10 @@ class GatheringPlan(FastHookNames, TrainingPlan):
         batch, batch_idx
             A minibatch and its number.
         """
+        loss = self._training_loss(batch, batch_idx)
+        return loss if self._decoder_penalty is None else loss + self.module.decoder_penalty(**self._decoder_penalty)
+
+    def _training_loss(self, batch: Any, batch_idx: int) -> torch.Tensor:
         if self.on_step or not self.on_epoch:
             return super().training_step(batch, batch_idx)
         if "kl_weight" in self.loss_kwargs:

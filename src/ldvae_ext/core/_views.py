@@ -10,6 +10,8 @@ import numpy as np
 
 # Affine maps that a decoder can have: log-rate, logits of zero inflation, log of the dispersion.
 HEADS = ("", "dropout_", "dispersion_")
+# Condition number of oblique axes at which rounding to float32 would show in decoded expression.
+_MAX_CONDITION = 1e4
 
 
 class DecoderViews:
@@ -90,30 +92,31 @@ class DecoderViews:
         return self._with(**signed, factors=self.factors[order])
 
     def rotated(self, rotation_kk: np.ndarray, factors: Sequence[str] | None = None) -> Self:
-        """The same decoder with the axes of its latent space rotated.
+        """The same decoder with other axes of its latent space.
 
-        ``decoder.rotated(R).scale(z @ R)`` equals ``decoder.scale(z)``: with ``f = R'z`` and ``L' = L R`` the product ``L z``
-        stays, and for an orthogonal R the prior N(0, I) stays, too. Every head that depends on the latent is rotated. The raw
-        parts stay on the network's axes.
+        ``decoder.rotated(R).scale(z @ R)`` equals ``decoder.scale(z)``: with ``f = R'z`` and ``L' = L R^-T`` the product ``L z``
+        stays. For an orthogonal R, ``L' = L R`` and the prior N(0, I) stays, too; else it is N(0, R'R). Every head that depends
+        on the latent has the new axes. The raw parts stay on the network's axes.
 
         Parameters
         ----------
         rotation_kk
-            Orthogonal, shape (latents, factors): column j is factor j in the present axes.
+            Shape (latents, factors), columns of unit length: column j is factor j in the present axes.
         factors
             Names of the new factors; ``F_0``, ``F_1``, ... if None.
 
         Raises
         ------
         ValueError
-            If the matrix is not orthogonal, or the latent is logistic-normal, whose simplex has no other axes.
+            If columns are not of unit length or not independent, or the latent is logistic-normal, whose simplex has no other
+            axes.
         """
         n_factors = len(self.factors)
         check_rotatable(self.latent_distribution)
-        rotation_kk = orthogonal(rotation_kk, n_factors)
+        direction_kk = inverse_axes(axes_of_factors(rotation_kk, n_factors)).T
         names = [f"F_{k}" for k in range(n_factors)] if factors is None else factors
         return self._with(
-            **{name: weight @ rotation_kk for name, weight in self._weights().items()}, factors=np.array(names)
+            **{name: weight @ direction_kk for name, weight in self._weights().items()}, factors=np.array(names)
         )
 
     def with_genes_in_order(self, order: np.ndarray) -> Self:
@@ -152,8 +155,8 @@ def check_rotatable(latent_distribution: str) -> None:
         raise ValueError(msg)
 
 
-def orthogonal(rotation_kk: Any, n_factors: int) -> np.ndarray:
-    """A matrix as float64, a copy, after a check that it is orthogonal.
+def axes_of_factors(rotation_kk: Any, n_factors: int) -> np.ndarray:
+    """A matrix of axes as float64, a copy, after a check that its columns are independent and of unit length.
 
     Parameters
     ----------
@@ -166,8 +169,22 @@ def orthogonal(rotation_kk: Any, n_factors: int) -> np.ndarray:
     if rotation_kk.shape != (n_factors, n_factors):
         msg = f"A rotation must have shape ({n_factors}, {n_factors}); got {rotation_kk.shape}."
         raise ValueError(msg)
-    off = np.abs(rotation_kk.T @ rotation_kk - np.eye(n_factors)).max()
+    off = np.abs(np.square(rotation_kk).sum(axis=0) - 1).max(initial=0)
     if not off <= 1e-8:
-        msg = f"A rotation must be orthogonal; R'R differs from the identity by {off:.1g}."
+        msg = f"Axes of factors must have unit length; their squared lengths differ from 1 by {off:.1g}."
+        raise ValueError(msg)
+    condition = np.linalg.cond(rotation_kk) if n_factors else 1.0
+    if not condition <= _MAX_CONDITION:
+        msg = f"Axes of factors must be independent; their matrix has a condition number of {condition:.1g}."
         raise ValueError(msg)
     return rotation_kk
+
+
+def is_orthogonal(rotation_kk: np.ndarray, tolerance: float = 1e-8) -> bool:
+    """True if the columns of a matrix of axes are orthogonal."""
+    return bool(np.abs(rotation_kk.T @ rotation_kk - np.eye(len(rotation_kk))).max(initial=0) <= tolerance)
+
+
+def inverse_axes(rotation_kk: np.ndarray, tolerance: float = 1e-8) -> np.ndarray:
+    """The inverse of a matrix of axes, which takes factors back to latents: its transpose if it is orthogonal."""
+    return rotation_kk.T if is_orthogonal(rotation_kk, tolerance) else np.linalg.inv(rotation_kk)

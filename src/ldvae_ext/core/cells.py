@@ -15,7 +15,7 @@ class PosteriorAxes(NamedTuple):
     variance_nk: np.ndarray
     """Posterior variances along these axes, cells x latents."""
     rotation_kk: np.ndarray
-    """Orthogonal, latents x factors."""
+    """Axes of the factors: columns of unit length, latents x factors."""
 
     @classmethod
     def of(cls, variance_nk: np.ndarray, axes: PosteriorAxes | None) -> PosteriorAxes:

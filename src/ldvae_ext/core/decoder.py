@@ -342,6 +342,38 @@ class LinearDecoder(DecoderViews, FromArrays):
         Shape (genes, factors), float64. Absolute values of each column sum to 1. The sign is positive if the gene's share
         of expression increases with the factor.
         """
+        rho_g, gradient_gk = self._gradient_at_the_prior_mean()
+        information_gk = rho_g[:, None] * gradient_gk * np.abs(gradient_gk)
+        total_k = np.abs(information_gk).sum(axis=0)
+        return np.divide(information_gk, total_k, out=np.zeros_like(information_gk), where=total_k > 0)
+
+    def gene_information_error(self, error_gk: np.ndarray) -> np.ndarray:
+        """Standard errors of :meth:`gene_information` from those of the loadings, to first order in each gene's own loading.
+
+        The derivative of a share I by its loading L is ``2 I (1 - I - rho_g) / (L - E_rho[L])`` under softmax, ``2 I (1 - I) / L``
+        under softplus.
+
+        Parameters
+        ----------
+        error_gk
+            Standard errors of the loadings, shape (genes, factors).
+
+        Returns
+        -------
+        Shape (genes, factors), float64.
+        """
+        rho_g, gradient_gk = self._gradient_at_the_prior_mean()
+        share_gk = np.abs(self.gene_information())
+        remaining_gk, relative_gk = 1 - share_gk, self.weight_gk
+        if self.link == "softmax":
+            remaining_gk, relative_gk = remaining_gk - rho_g[:, None], gradient_gk
+        derivative_gk = np.divide(
+            2 * share_gk * remaining_gk, np.abs(relative_gk), out=np.zeros_like(share_gk), where=share_gk > 0
+        )
+        return np.abs(derivative_gk) * error_gk
+
+    def _gradient_at_the_prior_mean(self) -> tuple[np.ndarray, np.ndarray]:
+        """Expression at the prior mean and the gradient of its log, which is the loading less its mean under softmax."""
         origin_k = deterministic_latent(np.zeros((1, len(self.factors))), self.latent_distribution)[0]
         logits_bg = self.intercept_bg + self.weight_gk @ origin_k
         if self.covariate_cg is not None:
@@ -355,6 +387,4 @@ class LinearDecoder(DecoderViews, FromArrays):
             gradient_gk = weight_gk - rho_g @ weight_gk
         else:
             gradient_gk = weight_gk * (expit(logits_bg).mean(axis=0) / rho_g)[:, None]
-        information_gk = rho_g[:, None] * gradient_gk * np.abs(gradient_gk)
-        total_k = np.abs(information_gk).sum(axis=0)
-        return np.divide(information_gk, total_k, out=np.zeros_like(information_gk), where=total_k > 0)
+        return rho_g, gradient_gk

@@ -1,4 +1,4 @@
-"""Fisher information of the counts about directions of the latent space: the start of the ordering rotation."""
+"""Fisher information of the counts about logits and latents, and rotations that weigh genes by it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ldvae_ext.core.cells import EncodedCells
 from ldvae_ext.core.decoder import LinearDecoder
 from ldvae_ext.core.heads import parameters_given
 from ldvae_ext.core.posterior import deterministic_latent
-from ldvae_ext.core.rotation import with_signs
+from ldvae_ext.core.rotation import varimax, with_signs
 
 
 def log_mean_information(likelihood: str, mu_ng: np.ndarray, theta: Any = None, dropout_ng: Any = None) -> np.ndarray:
@@ -45,7 +45,7 @@ def log_mean_information(likelihood: str, mu_ng: np.ndarray, theta: Any = None, 
 
 
 def logit_information(decoder: LinearDecoder, cells: EncodedCells) -> np.ndarray:
-    """Information of the counts of each gene about its logit, at the posterior mean, summed over cells.
+    """Information of each count about its logit, at the posterior mean.
 
     :func:`log_mean_information` times ``(d log mu / d logit)^2``, which is 1 under softmax up to the constant that
     all genes of a cell share, and ``(sigmoid / softplus)^2`` of the logit under softplus.
@@ -59,7 +59,7 @@ def logit_information(decoder: LinearDecoder, cells: EncodedCells) -> np.ndarray
 
     Returns
     -------
-    Shape (genes,), float64.
+    Shape (cells, genes), float64.
     """
     z_nk = deterministic_latent(np.asarray(cells.mean, dtype=np.float64), decoder.latent_distribution)
     mu_ng, theta, dropout_ng = parameters_given(decoder, z_nk, cells, cells.library)
@@ -69,7 +69,42 @@ def logit_information(decoder: LinearDecoder, cells: EncodedCells) -> np.ndarray
         # sigmoid(m) = 1 - exp(-softplus(m)); the ratio tends to 1 for small scales.
         derivative_ng = np.divide(-np.expm1(-scale_ng), scale_ng, out=np.ones_like(scale_ng), where=scale_ng > 0)
         information_ng = information_ng * np.square(derivative_ng)
-    return information_ng.sum(axis=0)
+    return information_ng
+
+
+def fisher_varimax(decoder: LinearDecoder, weight_g: np.ndarray) -> np.ndarray:
+    """Varimax of the loadings weighed by the root of their genes' information, :func:`information_loadings`.
+
+    Parameters
+    ----------
+    decoder
+        The decoder.
+    weight_g
+        As in :func:`information_loadings`.
+
+    Returns
+    -------
+    Orthogonal, shape (latents, factors), float64.
+    """
+    return varimax(information_loadings(decoder, weight_g))
+
+
+def information_loadings(decoder: LinearDecoder, weight_g: np.ndarray) -> np.ndarray:
+    """Loadings in standard errors, up to a constant: ``W^1/2 L``, shape (genes, factors).
+
+    Under softmax L is less its mean over genes with weights W, which is the constant that the softmax takes out.
+
+    Parameters
+    ----------
+    decoder
+        The decoder; its ``weight_gk`` are the loadings.
+    weight_g
+        Information of each gene about its logit, shape (genes,), not negative; its scale does not matter.
+    """
+    weight_g, weight_gk = np.asarray(weight_g, dtype=np.float64), decoder.weight_gk
+    if decoder.link == "softmax" and weight_g.any():
+        weight_gk = weight_gk - np.average(weight_gk, axis=0, weights=weight_g)
+    return np.sqrt(weight_g)[:, None] * weight_gk
 
 
 def fisher_rotation(decoder: LinearDecoder, mean_nk: np.ndarray, weight_g: np.ndarray) -> np.ndarray:
@@ -95,11 +130,8 @@ def fisher_rotation(decoder: LinearDecoder, mean_nk: np.ndarray, weight_g: np.nd
     Orthogonal, shape (latents, factors), float64, columns in order: ``z @ R`` are the factors. Each column points to its
     longer tail of genes, as :meth:`ldvae_ext.core.LinearDecoder.signs` has it.
     """
-    mean_nk, weight_g = np.asarray(mean_nk, dtype=np.float64), np.asarray(weight_g, dtype=np.float64)
-    weight_gk = decoder.weight_gk
-    if decoder.link == "softmax" and weight_g.any():
-        weight_gk = weight_gk - np.average(weight_gk, axis=0, weights=weight_g)
+    mean_nk = np.asarray(mean_nk, dtype=np.float64)
     value_k, vector_kk = np.linalg.eigh(mean_nk.T @ mean_nk / len(mean_nk))
     root_kk = (vector_kk * np.sqrt(np.maximum(value_k, 0.0))) @ vector_kk.T
-    right_kk = np.linalg.svd(np.sqrt(weight_g)[:, None] * (weight_gk @ root_kk), full_matrices=True)[2].T
+    right_kk = np.linalg.svd(information_loadings(decoder, weight_g) @ root_kk, full_matrices=True)[2].T
     return with_signs(decoder, np.linalg.qr(root_kk @ right_kk)[0])

@@ -9,6 +9,7 @@ from scipy.special import xlogy
 
 from ldvae_ext._validate import check_positive_int
 from ldvae_ext.core._arrays import read_only
+from ldvae_ext.core._views import inverse_axes
 from ldvae_ext.core.draws import POSTERIOR, normal_draws
 from ldvae_ext.core.posterior import kl_per_dimension
 
@@ -17,6 +18,8 @@ _LOG_2PI = np.log(2 * np.pi)
 # deviations. The error of cubic interpolation is at most 3e-5 of the peak of a component; the cut mass is 1e-15.
 _INTERVALS_PER_SD, _REACH = 4, 8
 _BLOCK = 1024  # components in one computation
+# Axes in float32 are off by less than that.
+_ROUNDING = 1e-5
 
 
 class InformationLedger(NamedTuple):
@@ -62,7 +65,9 @@ def information_ledger(
     ``mean_n KL(q(z|n) || p) = I(z; n) + KL(q(z) || prod_k q(f_k)) + sum_k KL(q(f_k) || p(f_k))``
 
     (Hoffman & Johnson 2016, "ELBO surgery"; Chen et al. 2018, arXiv:1802.04942, eq. 2), where ``f = R' z`` are the
-    factors. The KL and the mutual information of all factors together do not depend on R; the other terms do. No mutual
+    factors and R is orthogonal. With oblique axes the prior of the factors is correlated, and the three terms leave
+    ``E log prod_k p(f_k) / p(f)``. The KL and the mutual information of all factors together do not depend on R; the other
+    terms do. No mutual
     information with cells exceeds log(cells). Close to this bound every cell is distinct from every other, and more cells
     would increase the value.
 
@@ -76,7 +81,7 @@ def information_ledger(
         Posterior means and variances in the network's axes, shape (cells, latents); of u for a logistic-normal latent,
         where z = softmax(u).
     rotation_kk
-        Orthogonal matrix R whose columns are the factors' axes, shape (latents, factors); None for the network's own.
+        Matrix R whose columns, of unit length, are the factors' axes, shape (latents, factors); None for the network's own.
     n_samples
         Draws from the posterior of each cell; the error falls with the square root of all draws.
     seed
@@ -92,7 +97,7 @@ def information_ledger(
     ------
     ValueError
         If shapes differ, there are no cells or latents, values are not finite, variances are not positive (or lost in
-        the rounding of the means), the rotation is not orthogonal or another argument is out of its range.
+        the rounding of the means), the axes are not independent or not of unit length, or another argument is out of its range.
     """
     mean_nk, variance_nk, rotation_kk = _checked(mean_nk, variance_nk, rotation_kk)
     check_positive_int("n_samples", n_samples)
@@ -108,7 +113,10 @@ def information_ledger(
     dimension_wise_k += [margin.negative_entropy() for margin in margins]
     kl_k = kl_per_dimension(factor_mean_nk, factor_variance_nk).mean(axis=0)
 
-    joint = _JointMixture(mean_nk, variance_nk, rotation_kk)
+    # Along a column of this matrix one factor changes and the others stay. Densities of f are those of z over the volume.
+    direction_kk = inverse_axes(rotation_kk, _ROUNDING).T
+    log_volume = np.linalg.slogdet(rotation_kk)[1]
+    joint = _JointMixture(mean_nk, variance_nk, direction_kk)
     noise_sk = normal_draws(seed, POSTERIOR, np.arange(n_cells), n_latent, n_samples).reshape(-1, n_latent)
     own_n = -0.5 * (n_latent * _LOG_2PI + np.log(variance_nk).sum(axis=1))
     information, correlation, correlation_k = 0.0, 0.0, np.zeros(n_latent)
@@ -120,7 +128,7 @@ def information_ledger(
         margin_ck = np.stack([np.log(m.density(f_c)) for m, f_c in zip(margins, (z_ck @ rotation_kk).T)], axis=1)
         # Ratios of densities at the same draw vary less than either side with the other's expectation put in.
         information += (own_n[cell_c] - 0.5 * (noise_ck**2).sum(axis=1) - joint_c).sum()
-        correlation += (joint_c - margin_ck.sum(axis=1)).sum()
+        correlation += (joint_c - log_volume - margin_ck.sum(axis=1)).sum()
         correlation_k += (joint_c[:, None] - margin_ck - others_ck).sum(axis=0)
     return InformationLedger(
         kl_k=kl_k,
@@ -153,9 +161,9 @@ def _checked(mean_nk: np.ndarray, variance_nk: np.ndarray, rotation_kk: np.ndarr
     if rotation_kk is None:
         return [mean_nk, variance_nk, np.eye(n_latent)]
     rotation_kk = read_only(rotation_kk, (n_latent, n_latent), "rotation_kk")
-    off = np.abs(rotation_kk.T @ rotation_kk - np.eye(n_latent)).max()
-    if off > 1e-5:  # float32 is closer than that
-        msg = f"`rotation_kk` must be orthogonal; its columns' inner products are off by {off:.2g}."
+    off = np.abs(np.square(rotation_kk).sum(axis=0) - 1).max()
+    if off > _ROUNDING or np.linalg.cond(rotation_kk) > 1 / _ROUNDING:
+        msg = f"`rotation_kk` must have independent columns of unit length; their squared lengths are off by {off:.2g}."
         raise ValueError(msg)
     return [mean_nk, variance_nk, rotation_kk]
 
@@ -254,23 +262,24 @@ class _Mixture:
 class _JointMixture:
     """Log densities of the aggregated posterior: of all factors together, and of all but one.
 
-    With precisions ``a_n = 1 / variance_n``, factor k given the others is Gaussian under ``q(f|n)``, with precision
-    ``P_nk = sum_i R_ik^2 a_ni`` and, off its mean, ``sum_i R_ik a_ni (z_i - mean_ni) / P_nk``; the density of the others
-    is the joint one over its. All of that is a matrix product with z and its squares.
+    With precisions ``a_n = 1 / variance_n``, and the direction d_k along which only factor k changes, factor k given the
+    others is Gaussian under ``q(f|n)``, with precision ``P_nk = sum_i d_ik^2 a_ni`` and, off its mean,
+    ``sum_i d_ik a_ni (z_i - mean_ni) / P_nk``. The density of the others is the joint one of z over that of the
+    conditional. All of that is a matrix product with z and its squares.
     """
 
-    def __init__(self, mean_nk: np.ndarray, variance_nk: np.ndarray, rotation_kk: np.ndarray) -> None:
+    def __init__(self, mean_nk: np.ndarray, variance_nk: np.ndarray, direction_kk: np.ndarray) -> None:
         # The expanded squares cancel less near the origin.
         self._origin_k = mean_nk.mean(axis=0)
         mean_nk = mean_nk - self._origin_k
         precision_nk = 1 / variance_nk
         constant_n = -0.5 * (mean_nk**2 * precision_nk + np.log(variance_nk) + _LOG_2PI).sum(axis=1)
         self._joint_nj = np.column_stack([-0.5 * precision_nk, mean_nk * precision_nk, constant_n])
-        self._mean_nk, self._precision_nk, self._rotation_kk = mean_nk, precision_nk, rotation_kk
-        self._conditional_nk = precision_nk @ rotation_kk**2
+        self._mean_nk, self._precision_nk, self._direction_kk = mean_nk, precision_nk, direction_kk
+        self._conditional_nk = precision_nk @ direction_kk**2
 
     def log_density(self, z_ck: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Log of q(f) at some points, shape (points,), and of q(all factors but k), shape (points, factors)."""
+        """Log of q(z) at some points, shape (points,), and of q(all factors but k) times the volume, (points, factors)."""
         z_ck = z_ck - self._origin_k
         z_cj = np.column_stack([z_ck**2, z_ck, np.ones(len(z_ck))])
         n_cells, n_factors = self._mean_nk.shape
@@ -281,7 +290,7 @@ class _JointMixture:
             log_sum_ck[:, 0] = np.logaddexp(log_sum_ck[:, 0], _log_sum_exp(joint_cn.copy()))
             for k in range(n_factors):
                 # Squared, the deviation in standard deviations over sqrt(2) is minus the exponent of the conditional.
-                gradient_ni = self._precision_nk[at] * self._rotation_kk[:, k]
+                gradient_ni = self._precision_nk[at] * self._direction_kk[:, k]
                 gradient_ni /= np.sqrt(2 * self._conditional_nk[at, k, None])
                 others_cn = z_ck @ gradient_ni.T
                 others_cn -= (gradient_ni * self._mean_nk[at]).sum(axis=1)

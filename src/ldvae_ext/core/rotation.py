@@ -1,4 +1,4 @@
-"""Other axes of the latent space: varimax, and the effect of a rotation on posteriors."""
+"""Other axes of the latent space: varimax, promax, independent components, and the effect of axes on posteriors."""
 
 from __future__ import annotations
 
@@ -7,30 +7,35 @@ from typing import Any
 
 import numpy as np
 
-from ldvae_ext.core._views import orthogonal
+from ldvae_ext.core._views import axes_of_factors, inverse_axes, is_orthogonal
 from ldvae_ext.core.cells import EncodedCells, PosteriorAxes
 from ldvae_ext.core.decoder import LinearDecoder
 
-METHODS = ("varimax", "score-varimax", "deviance")
+METHODS = ("varimax", "promax", "fisher-varimax", "score-varimax", "ica", "deviance")
 # Axes of the consensus of several models, which brings order and signs.
 CONSENSUS = "consensus"
 # Random starts of varimax in addition to the principal axes: its criterion has local maxima.
 N_STARTS = 8
+# Power of promax. The usual values are 2 to 4.
+POWER = 3
+# Share of the largest variance below which a direction of the posterior means is not used by ICA, nor a column by promax.
+_UNUSED = 1e-4
 # With more rows, a part of them selects the start that is improved on all rows.
 _MANY_ROWS = 4096
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Rotation:
-    """Rotated axes of a normal latent space: ``f = R'z``.
+    """Other axes of a normal latent space: factors ``f = R'z``.
 
-    The prior N(0, I) and the decoded expression stay the same. A cell's posterior N(m, diag(v)) becomes N(R'm, R'diag(v)R),
-    which is correlated: its marginal variances are ``sum_i R_ik^2 v_i``, and its divergence from the prior is unchanged.
+    The decoded expression stays the same. A cell's posterior N(m, diag(v)) becomes N(R'm, R'diag(v)R), which is correlated: its
+    marginal variances are ``sum_i R_ik^2 v_i``. With orthogonal axes the prior N(0, I) and the divergence of a posterior from it stay
+    the same, too. With oblique axes the prior of each factor is N(0, 1), and :attr:`correlation_kk` are their correlations.
 
     Parameters
     ----------
     matrix_kk
-        Orthogonal, shape (latents, factors): column j is factor j in the network's latents.
+        Columns of unit length, shape (latents, factors): column j is factor j in the network's latents.
     method
         How it was found.
     """
@@ -39,7 +44,7 @@ class Rotation:
     method: str
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "matrix_kk", orthogonal(self.matrix_kk, len(self.matrix_kk)))
+        object.__setattr__(self, "matrix_kk", axes_of_factors(self.matrix_kk, len(self.matrix_kk)))
 
     def __repr__(self) -> str:
         return f"Rotation({self.method!r}, {len(self.matrix_kk)} factors)"
@@ -49,12 +54,27 @@ class Rotation:
         """``F_0``, ``F_1``, ..."""
         return [f"F_{k}" for k in range(len(self.matrix_kk))]
 
+    @property
+    def inverse_kk(self) -> np.ndarray:
+        """Takes factors back to latents, ``z = f @ inverse_kk``, shape (factors, latents): the transpose if axes are orthogonal."""
+        return inverse_axes(self.matrix_kk)
+
+    @property
+    def is_orthogonal(self) -> bool:
+        """False for oblique axes."""
+        return is_orthogonal(self.matrix_kk)
+
+    @property
+    def correlation_kk(self) -> np.ndarray:
+        """Correlations of the factors under the prior, ``R'R``, shape (factors, factors)."""
+        return self.matrix_kk.T @ self.matrix_kk
+
     def variance(self, variance_nk: np.ndarray) -> np.ndarray:
         """Marginal variances of the factors from the variances of the latents, shape (cells, factors)."""
         return np.asarray(variance_nk, dtype=np.float64) @ np.square(self.matrix_kk)
 
     def cells(self, cells: EncodedCells) -> EncodedCells:
-        """Encoded cells on the rotated axes, with the variances and rotation of their posterior covariance."""
+        """Encoded cells on these axes, with the variances and axes that make up their posterior covariance."""
         return cells._replace(
             mean=np.asarray(cells.mean, dtype=np.float64) @ self.matrix_kk,
             variance=self.variance(cells.variance),
@@ -135,14 +155,81 @@ def score_varimax(mean_nk: np.ndarray) -> np.ndarray:
     return varimax(mean_nk - mean_nk.mean(axis=0))
 
 
+def loading_promax(decoder: LinearDecoder) -> np.ndarray:
+    """Promax of the folded loadings, centred over genes, with :data:`POWER`."""
+    weight_gk = decoder.centered().weight_gk
+    return promax(weight_gk, varimax(weight_gk))
+
+
+def promax(value_gk: np.ndarray, rotation_kk: np.ndarray, power: float = POWER) -> np.ndarray:
+    """Oblique axes whose loadings are nearer to 0 or far from it than those of orthogonal axes (Hendrickson & White 1964).
+
+    The loadings ``V = value_gk @ rotation_kk`` are fitted, by least squares, to a target with more contrast, ``sign(V) |V|^power``:
+    ``U = (V'V)^-1 V' target``. The new loadings are ``V U D``, and the factors ``f = A'z`` have the axes ``A = (R U D)^-T``, where
+    the diagonal D gives them unit length. Doi 10.1111/j.2044-8317.1964.tb00244.x.
+
+    Parameters
+    ----------
+    value_gk
+        Loadings, shape (genes, factors), centred by the caller where that is meant.
+    rotation_kk
+        Orthogonal rotation to start from, shape (factors, factors).
+    power
+        Above 1; the larger, the more factors are correlated.
+
+    Returns
+    -------
+    Axes in the columns, of unit length, shape (factors, factors), float64. Columns without loadings stay as they are.
+    """
+    value_gk = np.asarray(value_gk, dtype=np.float64) @ rotation_kk
+    length_k = np.square(value_gk).sum(axis=0)
+    (used,) = np.nonzero(length_k > _UNUSED * length_k.max(initial=0))
+    fit_kk = np.eye(len(length_k))
+    if len(used):
+        value_gk = value_gk[:, used] / np.sqrt(length_k[used].max() / len(value_gk))
+        target_gk = np.sign(value_gk) * np.abs(value_gk) ** power
+        fit_kk[np.ix_(used, used)] = np.linalg.lstsq(value_gk, target_gk)[0]
+    axes_kk = np.linalg.inv(rotation_kk @ fit_kk).T
+    return axes_kk / np.linalg.norm(axes_kk, axis=0)
+
+
+def independent_components(mean_nk: np.ndarray) -> np.ndarray:
+    """Axes along which the posterior means are independent: FastICA of scikit-learn (Hyvarinen 1999), on whitened means.
+
+    Directions in which the means hardly vary, those of unused latents, are left out and complete the axes.
+
+    Parameters
+    ----------
+    mean_nk
+        Posterior means, shape (cells, latents).
+
+    Returns
+    -------
+    Axes in the columns, of unit length, shape (latents, factors), float64; oblique, as the means are correlated or differ in
+    variance.
+    """
+    from sklearn.decomposition import FastICA
+
+    centred_nk = np.asarray(mean_nk, dtype=np.float64)
+    centred_nk = centred_nk - centred_nk.mean(axis=0)
+    variance_k, vector_kk = np.linalg.eigh(centred_nk.T @ centred_nk / len(centred_nk))
+    is_used = variance_k > _UNUSED * variance_k.max(initial=0)
+    if is_used.sum() < 2:
+        return vector_kk[:, ::-1]
+    ica = FastICA(whiten="unit-variance", random_state=0, max_iter=2000)
+    ica.fit(centred_nk @ vector_kk[:, is_used])
+    axes_kk = np.concatenate([vector_kk[:, is_used] @ ica.components_.T, vector_kk[:, ~is_used]], axis=1)
+    return axes_kk / np.linalg.norm(axes_kk, axis=0)
+
+
 def with_signs(decoder: LinearDecoder, rotation_kk: np.ndarray) -> np.ndarray:
-    """A rotation whose columns point to their longer tail of genes, which makes it a unique one.
+    """Axes that point to their longer tail of genes, which makes their signs unique.
 
     Parameters
     ----------
     decoder
         The decoder.
     rotation_kk
-        Orthogonal, shape (latents, factors).
+        Axes, shape (latents, factors).
     """
     return rotation_kk * decoder.rotated(rotation_kk).signs()

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from ldvae_ext._keys import DEFAULT_KEY, POPULATION_LOADINGS
+from ldvae_ext._keys import DEFAULT_KEY, POPULATION_LOADINGS, ExportKeys
 from ldvae_ext._validate import check_one_of, check_positive_int, factor_indices, listed
 from ldvae_ext.core._arrays import strings
 from ldvae_ext.get._export import decoder, export_of, loadings
@@ -41,7 +41,9 @@ def gene_scores(
         (:meth:`ldvae_ext.core.LinearDecoder.gene_information`), which weighs loadings by expression. ``"loading"``: the canonical
         loading, in log-rate per unit of latent, which decodes; its largest values often belong to genes with very few counts.
     statistic
-        ``"error"``: standard errors instead, of the slopes.
+        ``"error"``: standard errors instead, all conditional on the factors. Those of loadings are from the Fisher information of
+        the counts (:meth:`ldvae_ext.model.LDVAE.get_shrunken_loadings`), those of the shares from these
+        (:meth:`ldvae_ext.core.LinearDecoder.gene_information_error`).
     key
         ``key_added`` of the export.
 
@@ -52,32 +54,38 @@ def gene_scores(
     Raises
     ------
     KeyError
-        If the export has no slopes, for ``"regression"``: data minified without counts have none.
+        If the export has no slopes, for ``"regression"`` (data minified without counts have none), or no standard errors.
     ValueError
-        If genes of ``adata`` were renamed since the export, for ``"information"``; if there are no standard errors of this kind.
+        If genes of ``adata`` were renamed since the export, for ``"information"``.
     """
     check_one_of("kind", kind, RANKS)
     check_one_of("statistic", statistic, ("score", "error"))
-    if statistic == "error" and kind != "regression":
-        msg = f"`statistic='error'`: standard errors are exported for kind 'regression'; got {kind!r}."
-        raise ValueError(msg)
-    table = loadings(adata, key=key)
-    if kind == "loading":
-        return table
+    table, keys = loadings(adata, key=key), export_of(adata, key)[0]
     if kind == "regression":
-        keys, _ = export_of(adata, key)
-        name = keys.scores if statistic == "score" else keys.errors
-        if name not in adata.varm:
-            msg = f"No {name!r} in `adata.varm`: the export {key!r} is of cells without counts or of an earlier version; use another `kind`."
-            raise KeyError(msg)
-        known = np.asarray(adata.var[keys.genes], dtype=bool)
-        return pd.DataFrame(np.asarray(adata.varm[name])[known], index=table.index, columns=table.columns)
+        return _stored(adata, keys, keys.scores if statistic == "score" else keys.errors, table)
+    if kind == "loading":
+        return table if statistic == "score" else _stored(adata, keys, keys.loadings_error, table)
     exported = decoder(adata, key=key)
     position = pd.Index(exported.genes).get_indexer(table.index.astype(str))
     if (position < 0).any():
         msg = f"Genes were renamed since the export: {listed(table.index[position < 0])} not among its genes. Export again, or use `kind='loading'`."
         raise ValueError(msg)
-    return pd.DataFrame(exported.gene_information()[position], index=table.index, columns=table.columns)
+    if statistic == "score":
+        value_gk = exported.gene_information()[position]
+    else:
+        error_gk = np.zeros((len(exported.genes), len(exported.factors)))
+        error_gk[position] = _stored(adata, keys, keys.loadings_error, table)
+        value_gk = exported.gene_information_error(error_gk)[position]
+    return pd.DataFrame(value_gk, index=table.index, columns=table.columns)
+
+
+def _stored(adata: AnnData, keys: ExportKeys, name: str, like: pd.DataFrame) -> pd.DataFrame:
+    """A table of the export, of the model's genes, with the labels of the loadings."""
+    if name not in adata.varm:
+        msg = f"No {name!r} in `adata.varm`: the export has no such numbers (cells without counts, a logistic-normal latent), or is of an earlier version."
+        raise KeyError(msg)
+    known = np.asarray(adata.var[keys.genes], dtype=bool)
+    return pd.DataFrame(np.asarray(adata.varm[name])[known], index=like.index, columns=like.columns)
 
 
 def top_genes(

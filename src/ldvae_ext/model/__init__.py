@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ldvae_ext._stats import FactorStats
 from ldvae_ext.model._ldvae import LDVAE
+from ldvae_ext.model._shrinkage import ShrunkenLoadings
 from ldvae_ext.model.ensemble import Ensemble, fit_ensemble
 from ldvae_ext.model.n_latent import NLatentSuggestion, suggest_n_latent
 from ldvae_ext.model.order import order_latents
@@ -15,6 +16,7 @@ __all__ = [
     "FactorStats",
     "NLatentSuggestion",
     "Programs",
+    "ShrunkenLoadings",
     "fit_ensemble",
     "order_latents",
     "suggest_n_latent",

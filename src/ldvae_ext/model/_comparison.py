@@ -323,7 +323,8 @@ def _expression_of(module: LDVAEModule, kept: np.ndarray, rotation: Rotation | N
     is_logistic, transformation = module.latent_distribution == "ln", module.z_encoder.z_transformation
     is_kept = torch.zeros(module.n_latent, dtype=torch.bool, device=module.device)
     is_kept[torch.from_numpy(kept)] = True
-    axes = None if rotation is None else torch.as_tensor(rotation.matrix_kk, dtype=torch.float32, device=module.device)
+    pair = (np.eye(module.n_latent),) * 2 if rotation is None else (rotation.matrix_kk, rotation.inverse_kk)
+    axes, inverse = (torch.as_tensor(matrix, dtype=torch.float32, device=module.device) for matrix in pair)
     forward_with_all, latest_u = module.forward, torch.empty(0)
 
     def remember_u(_: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
@@ -336,7 +337,7 @@ def _expression_of(module: LDVAEModule, kept: np.ndarray, rotation: Rotation | N
             return outputs  # for a likelihood, not for expression
         inference, generative = outputs
         u = latest_u if is_logistic else inference[MODULE_KEYS.Z_KEY]
-        u = torch.where(is_kept, u, 0.0) if axes is None else torch.where(is_kept, u @ axes, 0.0) @ axes.T
+        u = torch.where(is_kept, u @ axes, 0.0) @ inverse
         z = transformation(u)
         inputs = module._get_generative_input(tensors, {**inference, MODULE_KEYS.Z_KEY: z})
         restricted = module.generative(**inputs, **kwargs.get("generative_kwargs", {}))

@@ -268,7 +268,7 @@ class DecodingMixin(LDVAEBase):
 
     def rotate(
         self,
-        method: Literal["varimax", "score-varimax", "deviance", "none"] = "varimax",
+        method: Literal["varimax", "promax", "fisher-varimax", "score-varimax", "ica", "deviance", "none"] = "varimax",
         adata: AnnData | None = None,
         indices: Any = None,
         *,
@@ -276,10 +276,11 @@ class DecodingMixin(LDVAEBase):
     ) -> None:
         """Look at the model on other axes of its latent space: factors ``F_0``, ``F_1``, ... instead of latents ``Z_0``, ... .
 
-        The prior N(0, I) and the likelihood do not depend on the axes: for an orthogonal R, factors ``f = R'z`` and loadings
-        ``L R`` decode to the same expression, and the divergence of a cell's posterior from the prior is the same. The axes of a training
-        are mostly due to chance. A rotation chooses them by a criterion, so that two trainings can agree. A cell's posterior
-        N(m, diag(v)) becomes N(R'm, R'diag(v)R), with correlated factors.
+        Factors ``f = R'z`` and loadings ``L R^-T`` decode to the same expression. The axes of a training are mostly due to chance. A
+        rotation chooses them by a criterion, so that two trainings can agree. A cell's posterior N(m, diag(v)) becomes N(R'm,
+        R'diag(v)R), with correlated factors. For an orthogonal R, where ``L R^-T = L R``, the prior N(0, I) and the divergence of
+        the posterior from it stay the same. Under oblique axes (``"promax"``, ``"ica"``) each factor has the prior N(0, 1), and
+        ``model.rotation.correlation_kk`` are their correlations.
 
         The rotation is a view. It is saved and loaded with the model, and the export, ablations, explained deviance,
         population loadings, ``differential_expression(factors=...)``, :meth:`get_factor_stats` and all functions on an export
@@ -292,14 +293,17 @@ class DecodingMixin(LDVAEBase):
         ----------
         method
             * ``"varimax"``: each factor has large loadings in few genes (folded loadings, centred over genes). For reading.
-            * ``"score-varimax"``: each factor is far from its mean in few cells (posterior means, centred over cells). More alike
-              between trainings on different cells, less aligned with cell types.
+            * ``"promax"``: the same with oblique factors, which can share cells. Factors of an ensemble replicated best with it between
+              disjoint halves of the cells (*Gene programs* in the documentation).
+            * ``"fisher-varimax"``: varimax of the loadings in standard errors, in which genes with many counts decide.
+            * ``"score-varimax"``: each factor is far from its mean in few cells (posterior means, centred over cells).
+            * ``"ica"``: posterior means of the factors are as independent as they can be (FastICA, oblique).
             * ``"deviance"``: the first j factors explain the counts about as well as any j axes of this model, for all j: the
               Fisher-weighted principal axes, refined for the likelihood of cells cut off after a random number of factors (a local
               optimum). For a scree, or to keep some of the factors. Needs counts.
             * ``"none"``: the network's own axes.
         adata, indices
-            Cells that decide order and, but for ``"varimax"``, axes; the model's own if None.
+            Cells that decide order and, but for ``"varimax"`` and ``"promax"``, axes; the model's own if None.
         batch_size
             Cells per minibatch; ``scvi.settings.batch_size`` if None.
 
@@ -311,9 +315,9 @@ class DecodingMixin(LDVAEBase):
 
         Notes
         -----
-        Under the first two, factors are numbered by the mean divergence of their marginal posteriors from the prior, largest
-        first; under ``"deviance"`` in the order of the rotation. Each points to its longer tail of genes
+        Factors are numbered by the mean divergence of their marginal posteriors from the prior, largest first; under
+        ``"deviance"`` in the order of the rotation. Each points to its longer tail of genes
         (:meth:`ldvae_ext.core.LinearDecoder.signs`). Varimax: Kaiser (1958); for sparse factors Rohe & Zeng (2020),
-        arXiv:2004.05387.
+        arXiv:2004.05387. Promax: Hendrickson & White (1964), with power 3. FastICA: Hyvarinen (1999), 10.1109/72.761722.
         """
         rotate(self, method, adata, indices, batch_size)

@@ -23,6 +23,7 @@ from ldvae_ext.model._base import LDVAEBase
 from ldvae_ext.model._cells import shared_counts_agree, stream_cells
 from ldvae_ext.model._counts import check_is_anndata
 from ldvae_ext.model._fingerprint import check_unchanged
+from ldvae_ext.model._shrinkage import loading_errors
 from ldvae_ext.model._stats import factor_stats
 
 # "network": latents as they are, factors of a rotation as they are numbered.
@@ -135,6 +136,8 @@ class ExportMixin(LDVAEBase):
         * ``obsm["X_ldvae_u"]``: posterior means of u, same order, float32; only under ``"ln"``;
         * ``obs["ldvae_library"]``: library size of each cell in counts, or its size factor, float64;
         * ``varm["ldvae_loadings"]``: genes x factors, float32, in log-rate;
+        * ``varm["ldvae_loadings_error"]``: their standard errors, from 2,000 of the cells (:meth:`get_shrunken_loadings`), float32;
+          not under ``"ln"``;
         * ``varm["ldvae_scores"]``, ``varm["ldvae_scores_error"]``: slope of each gene's standardised log-normalised counts on the
           standardised latent, in [-1, 1], and its standard error, genes x factors, float32; not from data without counts;
         * ``var["ldvae"]``: True for genes of the model;
@@ -173,6 +176,7 @@ class ExportMixin(LDVAEBase):
                     ("obsm", keys.latent),
                     ("obsm", keys.variance),
                     ("varm", keys.loadings),
+                    ("varm", keys.loadings_error),
                     ("varm", keys.scores),
                     ("varm", keys.errors),
                     ("uns", keys.info),
@@ -205,7 +209,9 @@ class ExportMixin(LDVAEBase):
         if order_by != "network" and not np.isfinite(statistics[order_by]).all():
             msg = f"`order_by={order_by!r}` needs counts, which data minified without them do not have."
             raise ValueError(msg)
-        decoder = factor_decoder(self)
+        decoder, error_gk = factor_decoder(self), None
+        if decoder.latent_distribution != "ln":
+            error_gk = loading_errors(self, decoder, cells.source, cells.rows, batch_size=batch_size)
         order = np.arange(self.n_latent)
         if order_by != "network":
             order = np.argsort(-statistics[order_by], kind="stable")
@@ -228,6 +234,9 @@ class ExportMixin(LDVAEBase):
             del target.obsm[keys.network_variance]
         target.obs[keys.library] = cells.library
         target.varm[keys.loadings] = loadings
+        target.varm.pop(keys.loadings_error, None)
+        if error_gk is not None:
+            target.varm[keys.loadings_error] = at_positions(error_gk[:, order], position, target.n_vars)
         if cells.scores is not None:
             target.varm[keys.scores] = at_positions(cells.scores.score_gk[:, order] * signs, position, target.n_vars)
             target.varm[keys.errors] = at_positions(cells.scores.error_gk[:, order], position, target.n_vars)

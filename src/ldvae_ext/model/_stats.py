@@ -15,6 +15,7 @@ from ldvae_ext._scvi import ADATA_MINIFY_TYPE
 from ldvae_ext._stats import FactorStats
 from ldvae_ext._validate import cell_positions, check_positive_int, warn
 from ldvae_ext.core import kl_per_dimension
+from ldvae_ext.core._views import inverse_axes
 from ldvae_ext.core.cells import indicator
 from ldvae_ext.core.explained import PooledProfile, is_explained, null_deviance
 from ldvae_ext.core.ledger import information_ledger
@@ -211,7 +212,7 @@ def _information(
     # With few cells, more draws for each of them give the same precision as thousands of cells.
     n_samples = max(1, _N_DRAWS // len(some))
     ledger = information_ledger(
-        mean_nk[some] @ rotation_kk.T, variance_nk[some], rotation_kk, n_samples=n_samples, seed=seed
+        mean_nk[some] @ inverse_axes(rotation_kk), variance_nk[some], rotation_kk, n_samples=n_samples, seed=seed
     )
     information = {
         "n_cells": n_cells,

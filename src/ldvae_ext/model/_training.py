@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, Self
 
@@ -54,9 +54,10 @@ class TrainingMixin(LDVAEBase):
         kl_warmup: Literal["auto"] | int | None = None,
         backend: Literal["auto", "numba", "torch", "scvi"] = "auto",
         evaluation_mode: bool = False,
+        decoder_penalty: float | Mapping[str, float] | None = None,
         **trainer_kwargs: Any,
     ) -> Any:
-        """Train the model: :meth:`scvi.model.LinearSCVI.train` with ``kl_warmup``, ``backend`` and ``evaluation_mode``.
+        """Train the model: :meth:`scvi.model.LinearSCVI.train` with ``kl_warmup``, ``backend``, ``evaluation_mode`` and ``decoder_penalty``.
 
         A model that was trained continues in training mode, with a new optimizer. (LinearSCVI continues in evaluation mode, see
         ``evaluation_mode``.)
@@ -83,11 +84,16 @@ class TrainingMixin(LDVAEBase):
             True to train without dropout and with frozen running statistics of batch norms, which are those that reading uses.
             This is what every training of a LinearSCVI but the first does. As the last part of a training it can raise the
             held-out ELBO a good deal.
+        decoder_penalty
+            Penalty on the loadings w of the decoder, with its batch norm if it has one, added to the loss per cell: ``{"l1": a,
+            "l2": b}`` adds ``a sum |w| + b / 2 sum w^2``, and a number b is ``{"l2": b}``. For N training cells, b is a normal
+            prior of the loadings with variance ``1 / (N b)``, and a a Laplace prior with scale ``1 / (N a)``. Loadings of genes
+            with few counts shrink most. Losses in ``history`` are without the penalty.
 
         Raises
         ------
         ValueError
-            If ``evaluation_mode`` is requested of another training plan, ``kl_warmup`` is combined with a warm-up in ``plan_kwargs``, or the network does not support ``backend``.
+            If ``evaluation_mode`` or ``decoder_penalty`` is requested of another training plan, a penalty is negative or unknown, ``kl_warmup`` is combined with a warm-up in ``plan_kwargs``, or the network does not support ``backend``.
         """
         if datamodule is None and self.adata is None:
             msg = "This model has no AnnData to train on: give `datamodule`."
@@ -121,6 +127,11 @@ class TrainingMixin(LDVAEBase):
                 msg = f"`evaluation_mode=True` needs the training plan of LDVAE; this class has {self._training_plan_cls.__name__}."
                 raise ValueError(msg)
             plan_kwargs["evaluation_mode"] = True
+        if decoder_penalty is not None:
+            if not uses_backend(self._training_plan_cls):
+                msg = f"`decoder_penalty` needs the training plan of LDVAE; this class has {self._training_plan_cls.__name__}."
+                raise ValueError(msg)
+            plan_kwargs["decoder_penalty"] = _penalties(decoder_penalty)
         splitter = None if chosen.name == "scvi" else CountsSplitter
         with self._axes_of_other_loadings_ended(), splitting_cells_by(self, splitter):
             result = super().train(
@@ -353,3 +364,17 @@ class TrainingMixin(LDVAEBase):
             f"Training ended with a KL weight of {self.kl_weight_:.2f}: the KL of latents, and their order by it, are for another "
             f"objective than the ELBO. {remedy}"
         )
+
+
+def _penalties(penalty: float | Mapping[str, float]) -> dict[str, float]:
+    """Weights of the penalties by name."""
+    given = dict(penalty) if isinstance(penalty, Mapping) else {"l2": penalty}
+    for name, weight in given.items():
+        check_one_of("decoder_penalty", name, ("l1", "l2"))
+        is_number = isinstance(weight, (int, float, np.integer, np.floating)) and not isinstance(weight, bool)
+        if not is_number or not 0 <= weight < np.inf:
+            msg = (
+                f"`decoder_penalty` must be a number of at least 0, or such numbers by name (l1, l2); got {penalty!r}."
+            )
+            raise ValueError(msg)
+    return {name: float(weight) for name, weight in given.items()}

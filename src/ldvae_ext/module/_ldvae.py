@@ -259,6 +259,22 @@ class LDVAEModule(StrictLoading, QueryModule, TruncationModule, GenerativeModule
         result = log_marginal(self, tensors, n_mc_samples, n_mc_samples_per_pass)
         return result.mean().item() if return_mean else result.cpu()
 
+    def decoder_penalty(self, l1: float = 0.0, l2: float = 0.0) -> torch.Tensor:
+        """Penalty ``l1 sum |w| + l2 / 2 sum w^2`` on the loadings w, folded with the batch norm of the decoder if it has one.
+
+        Parameters
+        ----------
+        l1, l2
+            Weights, in nats per cell.
+
+        Returns
+        -------
+        A scalar with a gradient. The running variance of the batch norm counts as a constant.
+        """
+        weight_pg, _ = fold_batch_norm(*self.decoder.factor_regressor.fc_layers[0][:2])
+        weight_kg = weight_pg[: self.n_latent]
+        return l1 * weight_kg.abs().sum() + 0.5 * l2 * weight_kg.square().sum()
+
     @torch.inference_mode()
     def get_loadings(self) -> np.ndarray:
         """Weights of the linear decoder, folded with its batch norm if it has one; shape (genes, latents)."""
