@@ -27,11 +27,12 @@ from sklearn.decomposition import NMF, PCA, non_negative_factorization
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from ldvae_ext import datasets
-from ldvae_ext.core.matching import consensus_loadings, cosines, match_columns, procrustes
+from ldvae_ext.core.matching import cosines, match_columns
 from ldvae_ext.core.rotation import varimax
 from ldvae_ext.core.scores import SlopeSums, log_normalised
 from ldvae_ext.model import LDVAE, fit_ensemble
-from ldvae_ext.model.programs import additive_programs, decoded_expression
+from ldvae_ext.model.programs import decoded_expression
+from ldvae_ext.model.replication import Readout, agreement, readouts
 
 REAL, SIMULATED = ("pbmc3k", "kang_muscat"), ("identity-activity", "additive", "log-linear")
 # Options of LDVAE: those of LinearSCVI, and those that the page *How to choose* recommends.
@@ -53,6 +54,11 @@ MARKERS = {
     "platelet": ("PPBP", "PF4", "GNG11", "SDPR", "TUBB1"),
     "MHC II": ("HLA-DRA", "HLA-DRB1", "HLA-DPA1", "HLA-DPB1", "CD74"),
     "interferon": ("ISG15", "IFI6", "IFIT1", "IFIT3", "MX1", "ISG20", "IFIT2"),
+    "regulatory T": ("FOXP3", "IL2RA", "CTLA4", "TIGIT", "IKZF2"),
+    "plasma cell": ("MZB1", "JCHAIN", "IGJ", "XBP1", "DERL3", "IGHG1", "IGHA1"),
+    "plasmacytoid dendritic": ("LILRA4", "IL3RA", "TCF4", "SERPINF1", "ITM2C", "IRF8", "PLD4"),
+    "cell cycle": ("MKI67", "TOP2A", "STMN1", "TYMS", "PCNA", "HMGB2", "TUBA1B"),
+    "ribosome": ("RPS27", "RPS29", "RPL34", "RPL32", "RPS12", "RPL13", "RPS3A"),
     "immediate early": ("FOS", "JUN", "JUNB", "DUSP1", "EGR1"),
 }
 
@@ -103,33 +109,33 @@ class Result:
 
 
 def ldvae(adata, half, models, n_programs: int) -> dict[str, Result]:
-    everyone = np.arange(adata.n_obs)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*additive programs reproduce", category=UserWarning)
-        found = additive_programs(models, n_programs, indices=half)
-    expression_ng = np.concatenate([e for _, _, e in decoded_expression(models, None, everyone, None)])
-    usage_nk = found.additive.usages(expression_ng).usage_nk
+    found = readouts(models, half, n_programs)
 
     def predict(counts):
         other = anndata.AnnData(counts, var=pd.DataFrame(index=adata.var_names))
         return np.concatenate([e for _, _, e in decoded_expression(models, other, np.arange(other.n_obs), None)])
 
-    loadings = [model.get_decoder().centered().weight_gk for model in models]
-    consensus_gk = consensus_loadings(loadings)
-    factor_nk = np.mean(
-        [m.get_latent_representation() @ procrustes(consensus_gk, value)[0] for m, value in zip(models, loadings)],
-        axis=0,
-    )
-    single_kk = varimax(loadings[0])
-    single_nk = models[0].get_latent_representation() @ single_kk
-    return {
-        "LDVAE programs": Result(found.scores.to_numpy(), usage_nk, predict),
-        "LDVAE consensus factors, loadings": Result(consensus_gk, factor_nk),
-        "LDVAE consensus factors, slopes": Result(slopes(adata.X[half], factor_nk[half]), factor_nk),
-        "LDVAE one run, varimax loadings": Result(loadings[0] @ single_kk, single_nk),
-        "is additive": found.is_additive,
-        "explained": found.explained,
+    loading_gk = models[0].get_decoder().centered().weight_gk
+    single_kk = varimax(loading_gk)
+    names = {
+        "programs": "LDVAE programs",
+        "promax": "LDVAE consensus factors, promax, slopes",
+        "factors": "LDVAE consensus factors, slopes",
+        "factors, loadings": "LDVAE consensus factors, loadings",
     }
+    results = {name: Result(*found[key], predict if key == "programs" else None) for key, name in names.items()}
+    single_nk = models[0].get_latent_representation() @ single_kk
+    return results | {"LDVAE one run, varimax loadings": Result(loading_gk @ single_kk, single_nk)}
+
+
+def drvi(adata, half, n_programs: int, epochs: int) -> dict[str, Result]:
+    """One training of DRVI, whose decoder is additive but not linear, with its defaults."""
+    part = adata[half].copy()
+    scvi.external.DRVI.setup_anndata(part)
+    model = scvi.external.DRVI(part, n_latent=n_programs)
+    model.train(max_epochs=epochs, accelerator="cpu", enable_progress_bar=False)
+    usage_nk = model.get_latent_representation(anndata.AnnData(adata.X.copy(), var=adata.var[[]].copy()))
+    return {"DRVI, slopes": Result(slopes(adata.X[half], usage_nk[half]), usage_nk)}
 
 
 def cnmf(adata, half, n_programs: int, n_iter: int) -> dict[str, Result]:
@@ -214,12 +220,10 @@ def top(score_g: np.ndarray) -> set[int]:
 
 
 def replication(a: Result, b: Result) -> dict[str, float]:
-    pairs = match_columns(cosines(a.score_gk, b.score_gk))
-    overlaps, usages = [], []
-    for i, j, sign in zip(pairs.first, pairs.second, pairs.sign):
-        overlaps.append(len(top(a.score_gk[:, i]) & top(sign * b.score_gk[:, j])) / N_TOP)
-        usages.append(abs(np.corrcoef(a.usage_nk[:, i], b.usage_nk[:, j])[0, 1]))
-    return {"cosine": np.median(pairs.cosine), "top 50": np.mean(overlaps), "usages": np.nanmedian(usages)}
+    found = agreement(Readout(a.score_gk, a.usage_nk), Readout(b.score_gk, b.usage_nk), N_TOP)
+    return {
+        "cosine": found["scores"].median(), "top 50": found["top_genes"].mean(), "usages": found["usages"].median()
+    }  # fmt: skip
 
 
 def recovery(adata, result: Result) -> dict[str, float]:
@@ -302,13 +306,11 @@ def measure(args: argparse.Namespace, name: str, n_programs: int) -> list[dict]:
     for h, half in enumerate(halves):
         models = [m for m, kind in zip(runs.models, runs.cells_of_run) if kind == h]
         found = ldvae(adata, half, models, n_programs) | plain(adata, half, n_programs)
-        results.append(found | cnmf(adata, half, n_programs, args.iterations))
+        found |= cnmf(adata, half, n_programs, args.iterations)
+        results.append(found | (drvi(adata, half, n_programs, args.epochs // 2) if n_programs in args.drvi else {}))
     rows = []
     for method in results[0]:
         pair = [result[method] for result in results]
-        if not isinstance(pair[0], Result):
-            print(name, n_programs, method, pair, flush=True)
-            continue
         row = {"data": name, "n": n_programs, "method": method, **replication(*pair)}
         each = [recovery(adata, r) if name in SIMULATED else labelled(adata, r) for r in pair]
         row |= {key: np.mean([values[key] for values in each]) for key in each[0]}
@@ -353,7 +355,8 @@ def main() -> None:
     parser.add_argument("--programs", nargs="+", type=int, default=[8, 6, 10, 14])
     parser.add_argument("--runs", type=int, default=5, help="LDVAE runs on each half")
     parser.add_argument("--iterations", type=int, default=20, help="factorisations of cNMF")
-    parser.add_argument("--epochs", type=int, default=100)
+    parser.add_argument("--drvi", nargs="*", type=int, default=[], help="numbers of programs at which DRVI is trained")
+    parser.add_argument("--epochs", type=int, default=200)
     parser.add_argument("--lr", type=float, default=5e-3)
     parser.add_argument("--decoder", choices=list(DECODERS), default="recommended")
     parser.add_argument("--json", type=Path, help="write all rows to this file")

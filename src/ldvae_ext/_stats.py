@@ -20,6 +20,19 @@ MEASURES = (
     "ablation_permute",
 )
 
+# Numbers that an ensemble has for each of its factors; the last three with disjoint halves of the cells.
+STABILITY = ("reproducibility", "lowest", "kl", "scores", "top_genes", "usages")
+# The least agreement of factors that replicate.
+MIN_SCORES, MIN_USAGES = 0.8, 0.9
+
+
+def replicates(table: pd.DataFrame) -> pd.Series:
+    """True for factors whose gene scores and usages agree well enough to be those of the same program.
+
+    On simulated counts the number of them is that of the programs, see :func:`ldvae_ext.model.suggest_n_latent`.
+    """
+    return (table["scores"] >= MIN_SCORES) & (table["usages"] >= MIN_USAGES)
+
 
 def rank_table(values: pd.DataFrame) -> pd.DataFrame:
     """Rank of each row in each column, 1 for the largest value; ties have their mean rank, NaN stays NaN."""

@@ -325,7 +325,7 @@ def test_suggestion_counts_stable_factors_and_says_where_the_scree_differs(runs,
     [(2, 2, "as many"), (1, 3, "mixtures"), (3, 1, "few cells"), (4, 4, "more latents")],
 )
 def test_the_message_is_in_keeping_with_the_counts(n_stable, n_scree, words):
-    runs = SimpleNamespace(resample="halves")
+    runs = SimpleNamespace(resample="bootstrap", replication=None)
     message = n_latent.NLatentSuggestion(n_stable, n_scree, 4, pd.DataFrame(), runs, 0.3).message
     assert words in message
     assert f"{n_stable} of 4 factors are stable" in message

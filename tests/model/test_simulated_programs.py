@@ -65,10 +65,23 @@ def test_the_representative_run_holds_the_consensus(five_programs):
 def test_the_number_of_programs_is_the_number_of_stable_factors(n_programs):
     adata, _ = datasets.simulate(n_cells=1000, n_genes=300, n_latent=n_programs, seed=n_programs)
     LDVAE.setup_anndata(adata)
-    suggestion = suggest_n_latent(adata, n_latent=12, n_runs=3, max_epochs=100, train_kwargs=TRAINING, silent=True)
+    suggestion = suggest_n_latent(
+        adata, n_latent=12, n_runs=3, resample=None, max_epochs=100, train_kwargs=TRAINING, silent=True
+    )
     assert suggestion.n_stable == n_programs
     assert abs(suggestion.n_scree - n_programs) <= 1
     assert f"{n_programs} of 12 factors are stable" in suggestion.message
+
+
+@pytest.mark.parametrize("n_programs", [3, 5])
+def test_the_number_of_programs_is_the_number_of_factors_that_replicate(n_programs):
+    adata, _ = datasets.simulate(n_cells=1000, n_genes=300, n_latent=n_programs, seed=n_programs)
+    LDVAE.setup_anndata(adata)
+    suggestion = suggest_n_latent(adata, n_latent=12, max_epochs=100, train_kwargs=TRAINING, silent=True)
+    assert suggestion.ensemble.resample == "halves"
+    assert len(suggestion.ensemble.models) == 6
+    assert suggestion.n_stable == n_programs
+    assert f"{n_programs} of 12 factors replicate" in suggestion.message
 
 
 def test_disjoint_halves_of_the_cells_agree_on_strong_programs_as_well():

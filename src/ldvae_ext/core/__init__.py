@@ -13,8 +13,9 @@ from ldvae_ext.core.matching import consensus_loadings, match_columns, procruste
 from ldvae_ext.core.populations import path_attribution, within_directions
 from ldvae_ext.core.posterior import kl_per_dimension
 from ldvae_ext.core.programs import AdditivePrograms, fit_programs, program_direction
-from ldvae_ext.core.rotation import Rotation, varimax
+from ldvae_ext.core.rotation import Rotation, promax, varimax
 from ldvae_ext.core.scores import GeneScores, SlopeSums
+from ldvae_ext.core.shrinkage import LoadingInformation, Shrunken, shrink
 
 __all__ = [
     "AdditivePrograms",
@@ -23,8 +24,10 @@ __all__ = [
     "GeneScores",
     "InformationLedger",
     "LinearDecoder",
+    "LoadingInformation",
     "RawLinear",
     "Rotation",
+    "Shrunken",
     "SlopeSums",
     "ablation_effects",
     "consensus_loadings",
@@ -37,6 +40,8 @@ __all__ = [
     "population_expression",
     "procrustes",
     "program_direction",
+    "promax",
+    "shrink",
     "varimax",
     "within_directions",
 ]

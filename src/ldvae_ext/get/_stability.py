@@ -9,7 +9,7 @@ import pandas as pd
 from anndata import AnnData
 
 from ldvae_ext._keys import CONSENSUS_KEY, DEFAULT_KEY, consensus_keys
-from ldvae_ext._stats import MEASURES, rank_table
+from ldvae_ext._stats import MEASURES, STABILITY, rank_table, replicates
 from ldvae_ext._validate import listed
 from ldvae_ext.core._arrays import strings
 from ldvae_ext.get._export import check_is_annotated, export_of, factors
@@ -37,14 +37,16 @@ def stability(adata: AnnData, *, key: str = CONSENSUS_KEY) -> pd.DataFrame:
 
     Returns
     -------
-    One row for each factor: ``reproducibility``, ``lowest``, ``flag``, ``kl``, ``cells``; see :attr:`ldvae_ext.model.Ensemble.stats`.
+    One row for each factor: ``reproducibility``, ``lowest``, ``flag``, ``kl``, ``cells`` and, with disjoint halves, ``scores``,
+    ``top_genes``, ``usages`` and ``replicates``; see :attr:`ldvae_ext.model.Ensemble.stats`.
     """
     info = consensus_info(adata, key)
-    statistics = {name: np.asarray(info["statistics"][name]) for name in ("reproducibility", "lowest", "kl")}
+    statistics = {name: np.asarray(info["statistics"][name]) for name in STABILITY if name in info["statistics"]}
     table = pd.DataFrame(statistics, index=pd.Index(strings(info["names"]), name="factor"))
     table.insert(2, "flag", strings(info["flag"]))
-    table["cells"] = {"none": "same", "halves": "disjoint halves"}.get(str(info["resample"]), str(info["resample"]))
-    return table
+    cells = {"none": "same", "halves": "disjoint halves"}.get(str(info["resample"]), str(info["resample"]))
+    table.insert(4, "cells", cells)
+    return table.assign(replicates=replicates(table)) if "scores" in table else table
 
 
 def consensus_loadings(adata: AnnData, *, spread: bool = False, key: str = CONSENSUS_KEY) -> pd.DataFrame:

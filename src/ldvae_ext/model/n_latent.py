@@ -9,8 +9,10 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
+from ldvae_ext._stats import MIN_SCORES, MIN_USAGES
 from ldvae_ext.core.matching import STABLE
-from ldvae_ext.model.ensemble import Ensemble, fit_ensemble
+from ldvae_ext.model._ensemble import Ensemble
+from ldvae_ext.model.ensemble import fit_ensemble
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -18,7 +20,7 @@ class NLatentSuggestion:
     """Estimate of the number of factors in the data, from :func:`suggest_n_latent`."""
 
     n_stable: int
-    """Number of stable factors of the ensemble: the answer."""
+    """Number of factors that replicate between halves of the cells or, of other ensembles, are stable: the answer."""
     n_scree: int
     """Median over runs of the number of rotated factors that add more than ``min_increment`` of the total explained deviance."""
     n_latent: int
@@ -39,6 +41,9 @@ class NLatentSuggestion:
         share = f"more than {self.min_increment:.0%} of the explained deviance"
         text = (
             f"{self.n_stable} of {self.n_latent} factors are stable (mean |cosine| between runs of at least {STABLE})"
+            if self.ensemble.replication is None
+            else f"{self.n_stable} of {self.n_latent} factors replicate between halves of the cells (|cosine| of gene scores of at "
+            f"least {MIN_SCORES}, |correlation| of usages of at least {MIN_USAGES})"
         )
         if self.agree:
             text += f", and as many add {share}."
@@ -51,7 +56,7 @@ class NLatentSuggestion:
             text += f", but {self.n_scree} add {share}: the two differ, {why}."
         if self.n_stable == self.n_latent:
             text += (
-                f" All that there were are stable: there may be more than {self.n_latent}; try again with more latents."
+                f" All that there were came back: there may be more than {self.n_latent}; try again with more latents."
             )
         if self.ensemble.resample is None:
             text += " The runs share their cells; use `resample='halves'` to count factors that recur with other cells."
@@ -70,10 +75,10 @@ def suggest_n_latent(
     min_increment: float = 0.05,
     **kwargs: Any,
 ) -> NLatentSuggestion:
-    """Count the factors that come back when a model with too many latents is trained several times.
+    """Count the factors that come back when a model with too many latents is trained on disjoint halves of the cells.
 
-    On simulated data the count of stable factors was exact if every program was recoverable, and too small by one
-    if the weakest was not. The second count is from a scree: the increments of explained deviance by the factors of
+    On simulated data the count was exact, or off by one: too small if the weakest program was not recoverable, too large if
+    the model used another factor for the size of cells. The second count is from a scree: the increments of explained deviance by the factors of
     ``rotate("deviance")``. Active units (latents whose posterior mean varies) are not used: they overcount by four to six.
 
     Parameters
@@ -83,9 +88,10 @@ def suggest_n_latent(
     n_latent
         Number of latents of the runs, more than are expected; 12 if None.
     n_runs
-        Number of runs; 5 if None.
+        Number of runs; 6 if None.
     **kwargs
-        As in :func:`fit_ensemble`.
+        As in :func:`fit_ensemble`; ``resample`` is ``"halves"`` unless given. With None, the runs share their cells, and
+        the stable factors are counted, which can be noise of these cells.
     ensemble
         An ensemble with enough latents, instead of ``adata``.
     min_increment
@@ -112,13 +118,14 @@ def suggest_n_latent(
         raise TypeError(msg)
     if ensemble is None:
         sizes: dict[str, Any] = {
-            "n_runs": 5 if n_runs is None else n_runs,
+            "n_runs": 6 if n_runs is None else n_runs,
             "n_latent": 12 if n_latent is None else n_latent,
         }
-        ensemble = fit_ensemble(adata, **sizes, **kwargs)  # type: ignore[arg-type]
+        ensemble = fit_ensemble(adata, **sizes, **{"resample": "halves", **kwargs})  # type: ignore[arg-type]
     increments = pd.DataFrame([_increments(model) for model in ensemble.models], index=ensemble.seeds)
     n_scree = int(np.median((increments > min_increment).sum(axis=1)))
-    return NLatentSuggestion(ensemble.n_stable, n_scree, increments.shape[1], increments, ensemble, min_increment)
+    n_stable = ensemble.n_stable if ensemble.replication is None else ensemble.n_replicated
+    return NLatentSuggestion(n_stable, n_scree, increments.shape[1], increments, ensemble, min_increment)
 
 
 def _increments(model: Any) -> dict[str, float]:
