@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -39,6 +41,29 @@ def models():
     second = untrained(ad.AnnData(adata.X.copy(), adata.obs.copy(), adata.var.copy()), seed=2)
     second.rotate()
     return first, second
+
+
+class TestGeneScores:
+    def test_exports_programs_and_tables_are_matched_by_the_slopes_of_genes(self, models):
+        model, _ = models
+        adata = ad.AnnData(model.adata.X.copy(), model.adata.obs.copy(), model.adata.var.copy())
+        model.export_to_anndata(adata)
+        score = get.gene_scores(adata, kind="regression")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*additive programs reproduce")
+            programs = model.get_programs(3)
+        got = tl.match_factors(adata, programs, by="gene_scores")
+        unit = [value / np.linalg.norm(value, axis=0) for value in (score.to_numpy(), programs.scores.to_numpy())]
+        np.testing.assert_allclose(got.cosine, unit[0].T @ unit[1], atol=1e-6)
+        assert got.pairs["aligned"].isna().all()
+        assert np.isnan(got.procrustes_distance)
+        assert "shared genes" in repr(got)
+        of_tables = tl.match_factors(score, programs.scores, by="gene_scores")
+        np.testing.assert_allclose(of_tables.cosine, got.cosine, atol=1e-12)
+
+    def test_what_has_none_is_named(self, models):
+        with pytest.raises(TypeError, match=r"Gene scores come from .*; got LDVAE"):
+            tl.match_factors(models[0], models[0], by="gene_scores")
 
 
 class TestLoadings:
@@ -288,7 +313,7 @@ class TestErrors:
             tl.match_factors(decoder, table(), by="scores")
 
     def test_other_sources_of_factors_than_there_are(self):
-        with pytest.raises(ValueError, match="`by` must be one of 'loadings', 'scores'; got 'genes'"):
+        with pytest.raises(ValueError, match="`by` must be one of 'loadings', 'gene_scores', 'scores'; got 'genes'"):
             tl.match_factors(table(), table(), by="genes")
         with pytest.raises(KeyError, match="No export 'ldvae'"):
             tl.match_factors(ad.AnnData(np.zeros((3, 2))), table())

@@ -17,8 +17,9 @@ from ldvae_ext.core._arrays import strings
 from ldvae_ext.core.matching import cosines, match_columns, procrustes
 from ldvae_ext.core.rotation import CONSENSUS
 from ldvae_ext.get._export import loadings
+from ldvae_ext.get._genes import gene_scores
 
-SOURCES = ("loadings", "scores")
+SOURCES = ("loadings", "gene_scores", "scores")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -28,25 +29,30 @@ class FactorMatch:
     pairs: pd.DataFrame
     """One row for each pair: ``first``, ``second``, ``cosine`` (signed: negative if the factors have opposite directions) and
     ``aligned``. This is the cosine of the first factor with its counterpart after the orthogonal rotation that fits the second
-    model best to the first; NaN for ``by="scores"``."""
+    model best to the first; NaN unless ``by="loadings"``."""
     cosine: pd.DataFrame
     """Cosine (``by="scores"``: correlation) of each factor of the first model with each factor of the second."""
     procrustes_distance: float
     """0 if one model is a rotation of the other, 1 if they have nothing in common; see
-    :func:`ldvae_ext.core.matching.procrustes`. NaN for ``by="scores"``."""
+    :func:`ldvae_ext.core.matching.procrustes`. NaN unless ``by="loadings"``."""
     n_shared: int
     """Number of compared genes or cells, which both models have."""
     by: str
 
     def __repr__(self) -> str:
-        what = "genes" if self.by == "loadings" else "cells"
+        what = "cells" if self.by == "scores" else "genes"
         median = self.pairs["cosine"].abs().median()
         distance = "" if np.isnan(self.procrustes_distance) else f", Procrustes distance {self.procrustes_distance:.2f}"
         return f"FactorMatch({len(self.pairs)} pairs, {self.n_shared} shared {what}, median |cosine| {median:.2f}{distance})"
 
 
 def match_factors(
-    a: Any, b: Any, *, by: Literal["loadings", "scores"] = "loadings", key: str = DEFAULT_KEY, key_b: str | None = None
+    a: Any,
+    b: Any,
+    *,
+    by: Literal["loadings", "gene_scores", "scores"] = "loadings",
+    key: str = DEFAULT_KEY,
+    key_b: str | None = None,
 ) -> FactorMatch:
     """Match the factors of two models, and separate a difference of axes from a difference of subspaces.
 
@@ -58,7 +64,9 @@ def match_factors(
         ``by="scores"``: cells x factors).
     by
         ``"loadings"``: canonical loadings (with the given signs for a LinearSCVI or a DataFrame) of the shared genes, centred
-        over these genes. ``"scores"``: latents of the cells whose names are shared, centred; for models and AnnData.
+        over these genes. ``"gene_scores"``: slopes of the genes' log-normalised counts on the factors, for exports of cells with counts,
+        programs (:meth:`ldvae_ext.model.LDVAE.get_programs`) and DataFrames; they change less with the cells than loadings.
+        ``"scores"``: latents of the cells whose names are shared, centred; for models and AnnData.
         Training on different cells changes loadings more than scores.
     key, key_b
         ``key_added`` of the exports in ``a`` and ``b`` if these are AnnData; ``key_b`` is ``key`` if None.
@@ -76,7 +84,7 @@ def match_factors(
         If values are not finite, or the number of shared genes or cells does not exceed the number of factors.
     """
     check_one_of("by", by, SOURCES)
-    read = _loadings if by == "loadings" else _scores
+    read = {"loadings": _loadings, "gene_scores": _gene_scores, "scores": _scores}[by]
     first, second = read(a, key), read(b, key if key_b is None else key_b)
     for name, table in (("a", first), ("b", second)):
         for names in (table.index, table.columns):
@@ -89,12 +97,12 @@ def match_factors(
     shared = first.index.intersection(second.index, sort=False)
     n_factors = max(first.shape[1], second.shape[1])
     if len(shared) <= n_factors:
-        what = "genes" if by == "loadings" else "cells"
+        what = "cells" if by == "scores" else "genes"
         msg = f"`a` and `b` share {len(shared)} {what}, such as {listed(shared[:3]) or 'none'}; more than {n_factors} are needed to compare {n_factors} factors."
         raise ValueError(msg)
-    a_nk, b_nj = (
-        (value - value.mean(axis=0)) for value in (table.loc[shared].to_numpy(np.float64) for table in (first, second))
-    )
+    a_nk, b_nj = (table.loc[shared].to_numpy(np.float64) for table in (first, second))
+    if by != "gene_scores":  # which are correlations, and 0 for a gene that does not change
+        a_nk, b_nj = a_nk - a_nk.mean(axis=0), b_nj - b_nj.mean(axis=0)
     cosine_kj = cosines(a_nk, b_nj)
     match = match_columns(cosine_kj)
     aligned_k, distance = np.full(first.shape[1], np.nan), np.nan
@@ -138,6 +146,17 @@ def _loadings(source: Any, key: str) -> pd.DataFrame:
     if isinstance(getattr(source, "loadings", None), pd.DataFrame):
         return _named(source.loadings)
     msg = f"Factors come from a model, a LinearDecoder, an AnnData or a DataFrame (genes x factors); got {type(source).__name__}."
+    raise TypeError(msg)
+
+
+def _gene_scores(source: Any, key: str) -> pd.DataFrame:
+    """Slopes of genes with the names of genes and factors."""
+    if isinstance(source, AnnData):
+        return _named(gene_scores(source, kind="regression", key=key))
+    table = source if isinstance(source, pd.DataFrame) else getattr(source, "scores", None)
+    if isinstance(table, pd.DataFrame):
+        return _named(table)
+    msg = f"Gene scores come from an AnnData with an export, programs or a DataFrame (genes x factors); got {type(source).__name__}."
     raise TypeError(msg)
 
 
