@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Self
@@ -130,12 +131,39 @@ class DecoderViews:
         if not np.array_equal(np.sort(order), np.arange(len(self.genes))):
             msg = f"`order` must be a permutation of 0 to {len(self.genes) - 1}."
             raise ValueError(msg)
-        if np.array_equal(order, np.arange(len(order))):
-            return self
+        return self if np.array_equal(order, np.arange(len(order))) else self._genes_at(order)
+
+    def with_genes(self, genes: Sequence[str] | np.ndarray) -> Self:
+        """The decoder of some genes, in the given order, without the raw parts.
+
+        Under softmax the expression of the others is left out: shares are relative to the sum over these genes, as if only they
+        had been measured.
+
+        Parameters
+        ----------
+        genes
+            Names.
+
+        Raises
+        ------
+        ValueError
+            If a gene is not in the decoder, or occurs more than once.
+        """
+        known = {name: g for g, name in enumerate(self.genes.tolist())}
+        wanted = np.asarray(genes).astype(str).tolist()
+        wrong = [name for name in wanted if name not in known] + [
+            n for n, times in Counter(wanted).items() if times > 1
+        ]
+        if wrong:
+            msg = f"`genes` must be different genes of the decoder; got {wrong[0]!r}."
+            raise ValueError(msg)
+        return self._genes_at(np.array([known[name] for name in wanted], dtype=np.int64))
+
+    def _genes_at(self, at: np.ndarray) -> Self:
         first = ["genes", *(f"{head}weight_gk" for head in HEADS)]
         last = ["theta_bg", *(f"{head}{part}" for head in HEADS for part in ("intercept_bg", "covariate_cg"))]
-        along_first = {n: v[order] for n in first if (v := getattr(self, n)) is not None}
-        along_last = {n: v[:, order] for n in last if (v := getattr(self, n)) is not None}
+        along_first = {n: v[at] for n in first if (v := getattr(self, n)) is not None}
+        along_last = {n: v[:, at] for n in last if (v := getattr(self, n)) is not None}
         return self._with(**along_first, **along_last, raw=None, raw_dropout=None)
 
 
