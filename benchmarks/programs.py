@@ -20,6 +20,7 @@ import anndata
 import numpy as np
 import pandas as pd
 import scvi
+import torch
 from intercept import quiet, variable_genes
 from scipy import sparse
 from scipy.special import xlogy
@@ -146,6 +147,7 @@ def cnmf(adata, half, n_programs: int, n_iter: int) -> dict[str, Result]:
     from cnmf import cNMF
     from cnmf.cnmf import load_df_from_npz
 
+    threads = torch.get_num_threads()
     counts = adata.X[half].astype(np.float64)
     (known,) = np.nonzero(np.asarray(counts.sum(axis=0)).ravel())
     genes = np.array([f"g{i}" for i in known])
@@ -163,6 +165,8 @@ def cnmf(adata, half, n_programs: int, n_iter: int) -> dict[str, Result]:
         spectra = load_df_from_npz(run.paths["consensus_spectra"] % (n_programs, "0_5"))[genes].to_numpy(
             dtype=np.float64
         )
+    # cNMF sets the number of threads to that of the processors.
+    torch.set_num_threads(threads)
     per_sd_g = unit_variance(counts)[known]
     score_gk = np.zeros((adata.n_vars, n_programs))
     score_gk[known] = scores.loc[genes].to_numpy()

@@ -13,6 +13,7 @@ from ldvae_ext.core.matching import consensus_loadings, match_columns, procruste
 from ldvae_ext.core.populations import path_attribution, within_directions
 from ldvae_ext.core.posterior import kl_per_dimension
 from ldvae_ext.core.programs import AdditivePrograms, fit_programs, program_direction
+from ldvae_ext.core.projection import CellPosteriors, posterior_of
 from ldvae_ext.core.rotation import Rotation, promax, varimax
 from ldvae_ext.core.scores import GeneScores, SlopeSums
 from ldvae_ext.core.shrinkage import LoadingInformation, Shrunken, shrink
@@ -20,6 +21,7 @@ from ldvae_ext.core.shrinkage import LoadingInformation, Shrunken, shrink
 __all__ = [
     "AdditivePrograms",
     "BatchNorm",
+    "CellPosteriors",
     "Covariate",
     "GeneScores",
     "InformationLedger",
@@ -38,6 +40,7 @@ __all__ = [
     "match_columns",
     "path_attribution",
     "population_expression",
+    "posterior_of",
     "procrustes",
     "program_direction",
     "promax",

@@ -8,11 +8,12 @@ import numpy as np
 from scipy.special import softmax
 
 from ldvae_ext._validate import check_positive_int
-from ldvae_ext.core.cells import at_rows, dense
+from ldvae_ext.core.cells import EncodedCells, at_rows, dense
 from ldvae_ext.core.decoder import LinearDecoder
 from ldvae_ext.core.derivatives import DROPOUT, LOG_MEAN, LOG_THETA, derivatives
-from ldvae_ext.core.heads import heads_at
+from ldvae_ext.core.heads import heads_at, parameters_given
 from ldvae_ext.core.likelihood import log_likelihood
+from ldvae_ext.core.posterior import deterministic_latent
 
 # Weights of the affine maps that the derivatives belong to.
 _WEIGHTS = {LOG_MEAN: "weight_gk", DROPOUT: "dropout_weight_gk", LOG_THETA: "dispersion_weight_gk"}
@@ -321,3 +322,41 @@ def _inverse(hessian_nkk: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         value_nk = np.maximum(np.abs(value_nk), _LEAST_CURVATURE)
         hessian_nkk = (vector_nkk * value_nk[:, None, :]) @ vector_nkk.transpose(0, 2, 1)
     return np.linalg.inv(hessian_nkk), np.linalg.slogdet(hessian_nkk)[1]
+
+
+def evidence_bound(
+    decoder: LinearDecoder,
+    cells: EncodedCells,
+    mean_nk: np.ndarray,
+    covariance_nkk: np.ndarray,
+    noise_snk: np.ndarray,
+) -> np.ndarray:
+    """ELBO of normal posteriors, given the library sizes: mean log-likelihood of draws less the KL from the prior N(0, I).
+
+    Parameters
+    ----------
+    decoder
+        The decoder, on orthogonal axes.
+    cells
+        Counts, batches, covariates and library sizes of the cells; their posteriors are not used.
+    mean_nk, covariance_nkk
+        Means and covariances of the posteriors (of u under ``"ln"``), shapes (cells, factors) and (cells, factors, factors).
+    noise_snk
+        Standard normal draws, shape (samples, cells, factors).
+
+    Returns
+    -------
+    Shape (cells,), in nats.
+    """
+    counts_ng, root_nkk = dense(cells.counts), np.linalg.cholesky(covariance_nkk)
+    log_det_n = 2 * np.log(np.diagonal(root_nkk, axis1=1, axis2=2)).sum(axis=1)
+    kl_n = 0.5 * (
+        np.trace(covariance_nkk, axis1=1, axis2=2) + np.square(mean_nk).sum(axis=1) - mean_nk.shape[1] - log_det_n
+    )
+    value_n = -kl_n
+    for noise_nk in noise_snk:
+        u_nk = mean_nk + (root_nkk @ noise_nk[:, :, None])[:, :, 0]
+        z_nk = deterministic_latent(u_nk, decoder.latent_distribution)
+        mu_ng, theta, dropout_ng = parameters_given(decoder, z_nk, cells, cells.library)
+        value_n += log_likelihood(decoder.likelihood, counts_ng, mu_ng, theta, dropout_ng).sum(axis=1) / len(noise_snk)
+    return value_n

@@ -20,6 +20,7 @@ from ldvae_ext.model._linear_scvi import as_linear_scvi_meant
 from ldvae_ext.model._populations import PopulationsMixin
 from ldvae_ext.model._programs import ProgramsMixin
 from ldvae_ext.model._query import QueryMixin, freeze_reference
+from ldvae_ext.model._refinement import RefinementMixin
 from ldvae_ext.model._shrinkage import ShrinkageMixin
 from ldvae_ext.model._stats import StatsMixin
 from ldvae_ext.model._tasks import TasksMixin
@@ -34,6 +35,7 @@ class LDVAE(
     PopulationsMixin,
     ProgramsMixin,
     ShrinkageMixin,
+    RefinementMixin,
     ExportMixin,
     TasksMixin,
     ComparisonMixin,
