@@ -57,7 +57,7 @@ mode
       the group; NaN for a cell without a group;
     * ``"permute"``: value of another cell of ``adata``, drawn without replacement, one donor for all latents of a cell.
       Keeps the marginal distribution and breaks the link to the cell;
-    * ``"prior"``: a standard normal draw;
+    * ``"prior"``: a standard normal draw, independent for each latent, also under oblique axes;
     * ``"value"``: the argument ``value``;
     * ``"drop"``: z = 0, and the other latents renormalised to sum to 1; only under ``"ln"``.""",
     "n_samples": """\

@@ -29,7 +29,7 @@ MIN_SCORES, MIN_USAGES = 0.8, 0.9
 def replicates(table: pd.DataFrame) -> pd.Series:
     """True for factors whose gene scores and usages agree well enough to be those of the same program.
 
-    On simulated counts the number of them is that of the programs, see :func:`ldvae_ext.model.suggest_n_latent`.
+    On simulated counts the number of them is that of the programs, or off by one; see :func:`ldvae_ext.model.suggest_n_latent`.
     """
     return (table["scores"] >= MIN_SCORES) & (table["usages"] >= MIN_USAGES)
 
@@ -53,7 +53,8 @@ class FactorStats:
     """One row for each group and factor: ``group``, ``factor``, ``n_cells``, ``kl_bits``, and the measures."""
     totals: pd.DataFrame
     """One row for each group: ``group``, ``n_cells`` (cells in the decomposition), ``kl`` of the joint posterior, and
-    ``mutual_information``, ``total_correlation`` and ``dimension_wise_kl``, which add up to ``kl``; all in nats."""
+    ``mutual_information``, ``total_correlation`` and ``dimension_wise_kl``, which add up to ``kl`` on orthogonal axes; all in
+    nats."""
 
     def table(self, group: str | None = None) -> pd.DataFrame:
         """Measures of the factors in one group.

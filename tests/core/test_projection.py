@@ -11,7 +11,7 @@ from scipy.special import logsumexp, softmax
 from scipy.stats import multivariate_normal
 
 from ldvae_ext.core.likelihood import log_likelihood
-from ldvae_ext.core.projection import posterior_of
+from ldvae_ext.core.projection import _newton_step, posterior_of
 from tests.core.decoders import COVARIATES, full_decoder
 from tests.pairwise import examples
 from tests.rotated import oblique
@@ -197,10 +197,15 @@ def test_a_cell_without_counts_is_nearly_at_the_prior():
         ({"library": 0}, "`library` must be positive"),
         ({"library": np.nan}, "`library` must be positive"),
         ({"start_nk": np.zeros((2, 3))}, r"`start_nk` must be finite, of shape \(2, 2\)"),
-        ({"prior_covariance_kk": np.ones((2, 2))}, "`prior_covariance_kk` must be a positive definite"),
+        ({"prior_covariance_kk": np.ones((2, 2))}, "`prior_covariance_kk` must be a symmetric, positive definite"),
+        ({"prior_covariance_kk": np.array([[1.0, 0.5], [0.0, 1.0]])}, "must be a symmetric"),
+        ({"library": [1.0, 2.0, 3.0]}, "`library` must be one number, or one for each of 2 cells; got 3"),
+        ({"x_ng": np.full((2, 12), -1.0)}, "`x_ng` holds values that are not finite, or negative"),
+        ({"x_ng": np.full((2, 12), np.nan)}, "`x_ng` holds values that are not finite, or negative"),
+        ({"tolerance": -1.0}, "`tolerance` must be positive"),
         ({"max_iterations": 0}, "`max_iterations`"),
         ({"chunk_size": 0}, "`chunk_size`"),
-        ({"x_ng": np.zeros((2, 3))}, "`x_ng` must have the decoder's 12 genes; got 3"),
+        ({"x_ng": np.zeros((2, 3))}, r"`x_ng` must be cells x the decoder's 12 genes; got shape \(2, 3\)"),
     ],
     ids=str,
 )
@@ -208,6 +213,19 @@ def test_bad_input_is_named(change, match):
     decoder, x, arguments = problem(KINDS[0], 0)
     with pytest.raises(ValueError, match=match):
         posterior_of(decoder, **{"x_ng": x, **arguments, **change})
+
+
+def test_a_cell_with_an_indefinite_hessian_does_not_change_the_others():
+    step = _newton_step(np.ones((2, 2)), np.array([np.diag([0.01, 2.0]), np.diag([-1.0, 1.0])]))
+    np.testing.assert_allclose(step, [[100, 0.5], [1, 1]])
+
+
+def test_rates_that_vanish_leave_numbers():
+    decoder, x, arguments = problem({**KINDS[0], "link": "softplus"}, 0)
+    intercept = decoder.intercept_bg.copy()
+    intercept[:, 3] = -800
+    got = posterior_of(decoder._with(intercept_bg=intercept), x * (np.arange(12) != 3), **arguments)
+    assert np.isfinite(got.variance_nk).all()
 
 
 def test_size_factors_must_be_given():

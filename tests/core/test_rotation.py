@@ -351,6 +351,14 @@ class TestPromax:
         np.testing.assert_allclose(axes[:, 2], rotation[:, 2], atol=1e-12)
         np.testing.assert_array_equal(promax(np.zeros((5, 3)), np.eye(3)), np.eye(3))
 
+    def test_a_start_that_is_no_rotation_and_a_power_below_one_are_refused(self):
+        value = sparse_loadings()
+        for rotation, power in ((oblique(4), 3), (np.eye(4), 0.5)):
+            with pytest.raises(ValueError, match="must be orthogonal, and `power` at least 1"):
+                promax(value, rotation, power)
+        with pytest.raises(ValueError, match=r"must have shape \(4, 4\)"):
+            promax(value, np.eye(3))
+
 
 class TestIndependentComponents:
     def test_recovers_independent_sources_and_leaves_unused_latents(self):

@@ -195,3 +195,18 @@ def test_intervals_hold_and_errors_fall_on_data_like_the_prior():
 def test_estimates_that_are_all_zero_stay_zero():
     got = shrink(np.zeros((10, 1)), np.ones((10, 1)))
     np.testing.assert_array_equal(got.mean_gk, 0)
+
+
+@pytest.mark.parametrize(
+    ("weight", "error", "level", "match"),
+    [
+        (np.ones((3, 2)), np.ones((3, 1)), 0.95, "must have the same shape"),
+        (np.ones(3), np.ones(3), 0.95, "must have the same shape"),
+        (np.ones((3, 2)), np.zeros((3, 2)), 0.95, "`error_gk` finite and positive"),
+        (np.full((3, 2), np.nan), np.ones((3, 2)), 0.95, "`weight_gk` must be finite"),
+        (np.ones((3, 2)), np.ones((3, 2)), 1.5, "`level` must lie between 0 and 1"),
+    ],
+)
+def test_bad_input_is_named(weight, error, level, match):
+    with pytest.raises(ValueError, match=match):
+        shrink(weight, error, level)

@@ -300,7 +300,7 @@ def test_suggestion_counts_stable_factors_and_says_where_the_scree_differs(runs,
     monkeypatch.setattr(n_latent, "_increments", lambda _model: next(increments))
     suggestion = suggest_n_latent(ensemble=runs)
     assert suggestion.n_scree == 3
-    assert suggestion.n_stable == runs.n_stable == (runs.stats["reproducibility"] >= 0.8).sum()
+    assert suggestion.n_factors == runs.n_stable == (runs.stats["reproducibility"] >= 0.8).sum()
     assert suggestion.agree == (runs.n_stable == 3)
     assert ("the two differ" in suggestion.message) != suggestion.agree
     assert "share their cells" in suggestion.message

@@ -16,6 +16,9 @@ from tests.rotated import fresh, grouped_model
 
 KINDS = ("loading", "information", "regression")
 
+# The model of these tests is trained for 15 epochs.
+pytestmark = pytest.mark.filterwarnings("ignore:All loadings of .* are shrunk to 0:UserWarning")
+
 
 @pytest.fixture(params=["none", "varimax", "promax"])
 def model(request):
@@ -101,6 +104,13 @@ class TestShrunkenLoadings:
         assert np.median(np.abs(np.log(some / every))) < 0.1
         np.testing.assert_array_equal(model.get_shrunken_loadings(max_cells=80, seed=0).errors, some)
         assert not np.array_equal(model.get_shrunken_loadings(max_cells=80, seed=1).errors, some)
+
+    @pytest.mark.filterwarnings("default:All loadings of")
+    def test_factors_that_are_all_noise_are_named(self):
+        model = grouped_model()
+        model.rotate("none")
+        with pytest.warns(UserWarning, match="All loadings of .*'Z_0'.* are shrunk to 0"):
+            model.get_shrunken_loadings()
 
     def test_what_cannot_be_shrunk_is_refused(self):
         model = grouped_model()
@@ -220,7 +230,7 @@ class TestPenalty:
 
 @pytest.mark.parametrize("penalty", [-1, np.nan, np.inf, True, "1", {"l1": -1.0}, [1.0]], ids=str)
 def test_a_penalty_that_is_no_number_is_refused(penalty):
-    with pytest.raises(ValueError, match="`decoder_penalty` must be a number of at least 0"):
+    with pytest.raises(ValueError, match="`decoder_penalty` must be a finite number of at least 0"):
         trained(penalty, {})
 
 

@@ -68,7 +68,7 @@ def test_the_number_of_programs_is_the_number_of_stable_factors(n_programs):
     suggestion = suggest_n_latent(
         adata, n_latent=12, n_runs=3, resample=None, max_epochs=100, train_kwargs=TRAINING, silent=True
     )
-    assert suggestion.n_stable == n_programs
+    assert suggestion.n_factors == n_programs
     assert abs(suggestion.n_scree - n_programs) <= 1
     assert f"{n_programs} of 12 factors are stable" in suggestion.message
 
@@ -80,7 +80,7 @@ def test_the_number_of_programs_is_the_number_of_factors_that_replicate(n_progra
     suggestion = suggest_n_latent(adata, n_latent=12, max_epochs=100, train_kwargs=TRAINING, silent=True)
     assert suggestion.ensemble.resample == "halves"
     assert len(suggestion.ensemble.models) == 6
-    assert suggestion.n_stable == n_programs
+    assert suggestion.n_factors == n_programs
     assert f"{n_programs} of 12 factors replicate" in suggestion.message
 
 

@@ -149,6 +149,9 @@ class DecoderViews:
         ValueError
             If a gene is not in the decoder, or occurs more than once.
         """
+        if isinstance(genes, str):
+            msg = f"`genes` must be several names; got {genes!r}."
+            raise ValueError(msg)
         known = {name: g for g, name in enumerate(self.genes.tolist())}
         wanted = np.asarray(genes).astype(str).tolist()
         wrong = [name for name in wanted if name not in known] + [
@@ -183,7 +186,7 @@ def check_rotatable(latent_distribution: str) -> None:
         raise ValueError(msg)
 
 
-def axes_of_factors(rotation_kk: Any, n_factors: int) -> np.ndarray:
+def axes_of_factors(rotation_kk: Any, n_factors: int, tolerance: float = 1e-8) -> np.ndarray:
     """A matrix of axes as float64, a copy, after a check that its columns are independent and of unit length.
 
     Parameters
@@ -192,13 +195,15 @@ def axes_of_factors(rotation_kk: Any, n_factors: int) -> np.ndarray:
         The matrix.
     n_factors
         Its number of rows and columns.
+    tolerance
+        Greatest difference of a squared length from 1.
     """
     rotation_kk = np.array(rotation_kk, dtype=np.float64)
     if rotation_kk.shape != (n_factors, n_factors):
         msg = f"A rotation must have shape ({n_factors}, {n_factors}); got {rotation_kk.shape}."
         raise ValueError(msg)
     off = np.abs(np.square(rotation_kk).sum(axis=0) - 1).max(initial=0)
-    if not off <= 1e-8:
+    if not off <= tolerance:
         msg = f"Axes of factors must have unit length; their squared lengths differ from 1 by {off:.1g}."
         raise ValueError(msg)
     condition = np.linalg.cond(rotation_kk) if n_factors else 1.0

@@ -97,3 +97,8 @@ def _with_dropout(
         second[name, DROPOUT] = -spread_ng * slope_ng
     second[DROPOUT, DROPOUT] = spread_ng - dropped_ng * (1 - dropped_ng)
     return Derivatives(first, second)
+
+
+def softplus_slope(scale_ng: np.ndarray) -> np.ndarray:
+    """Derivative of ``log softplus(m)`` by m, from ``scale = softplus(m)``: ``(1 - e^-scale) / scale``, which tends to 1 at 0."""
+    return np.divide(-np.expm1(-scale_ng), scale_ng, out=np.ones_like(scale_ng), where=scale_ng > 0)

@@ -9,6 +9,7 @@ from scipy.special import expit
 
 from ldvae_ext.core.cells import EncodedCells
 from ldvae_ext.core.decoder import LinearDecoder
+from ldvae_ext.core.derivatives import softplus_slope
 from ldvae_ext.core.heads import parameters_given
 from ldvae_ext.core.posterior import deterministic_latent
 from ldvae_ext.core.rotation import varimax, with_signs
@@ -65,10 +66,7 @@ def logit_information(decoder: LinearDecoder, cells: EncodedCells) -> np.ndarray
     mu_ng, theta, dropout_ng = parameters_given(decoder, z_nk, cells, cells.library)
     information_ng = log_mean_information(decoder.likelihood, mu_ng, theta, dropout_ng)
     if decoder.link == "softplus":
-        scale_ng = mu_ng / cells.library[:, None]
-        # sigmoid(m) = 1 - exp(-softplus(m)); the ratio tends to 1 for small scales.
-        derivative_ng = np.divide(-np.expm1(-scale_ng), scale_ng, out=np.ones_like(scale_ng), where=scale_ng > 0)
-        information_ng = information_ng * np.square(derivative_ng)
+        information_ng = information_ng * np.square(softplus_slope(mu_ng / cells.library[:, None]))
     return information_ng
 
 

@@ -9,7 +9,7 @@ from scipy.special import xlogy
 
 from ldvae_ext._validate import check_positive_int
 from ldvae_ext.core._arrays import read_only
-from ldvae_ext.core._views import inverse_axes
+from ldvae_ext.core._views import axes_of_factors, inverse_axes
 from ldvae_ext.core.draws import POSTERIOR, normal_draws
 from ldvae_ext.core.posterior import kl_per_dimension
 
@@ -25,7 +25,7 @@ _ROUNDING = 1e-5
 class InformationLedger(NamedTuple):
     """The parts of the mean KL of the posteriors from the prior, all in nats; arrays have shape (factors,).
 
-    ``kl = mutual_information + total_correlation + dimension_wise_kl``, up to the sampling error of the first two.
+    On orthogonal axes ``kl = mutual_information + total_correlation + dimension_wise_kl``, up to the sampling error of the first two.
     """
 
     kl_k: np.ndarray
@@ -65,8 +65,8 @@ def information_ledger(
     ``mean_n KL(q(z|n) || p) = I(z; n) + KL(q(z) || prod_k q(f_k)) + sum_k KL(q(f_k) || p(f_k))``
 
     (Hoffman & Johnson 2016, "ELBO surgery"; Chen et al. 2018, arXiv:1802.04942, eq. 2), where ``f = R' z`` are the
-    factors and R is orthogonal. With oblique axes the prior of the factors is correlated, and the three terms leave
-    ``E log prod_k p(f_k) / p(f)``. The KL and the mutual information of all factors together do not depend on R; the other
+    factors and R is orthogonal. With oblique axes the prior of the factors is correlated, and the right side lacks the
+    term ``E_q log (p(f) / prod_k p(f_k))``, with a minus. The KL and the mutual information of all factors together do not depend on R; the other
     terms do. No mutual
     information with cells exceeds log(cells). Close to this bound every cell is distinct from every other, and more cells
     would increase the value.
@@ -161,11 +161,7 @@ def _checked(mean_nk: np.ndarray, variance_nk: np.ndarray, rotation_kk: np.ndarr
     if rotation_kk is None:
         return [mean_nk, variance_nk, np.eye(n_latent)]
     rotation_kk = read_only(rotation_kk, (n_latent, n_latent), "rotation_kk")
-    off = np.abs(np.square(rotation_kk).sum(axis=0) - 1).max()
-    if off > _ROUNDING or np.linalg.cond(rotation_kk) > 1 / _ROUNDING:
-        msg = f"`rotation_kk` must have independent columns of unit length; their squared lengths are off by {off:.2g}."
-        raise ValueError(msg)
-    return [mean_nk, variance_nk, rotation_kk]
+    return [mean_nk, variance_nk, axes_of_factors(rotation_kk, n_latent, _ROUNDING)]
 
 
 class _Lattice(NamedTuple):

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy import sparse
 from scipy.special import softmax
 
 from ldvae_ext._validate import check_positive_int
-from ldvae_ext.core.cells import EncodedCells, at_rows, dense
+from ldvae_ext.core.cells import EncodedCells, at_rows, dense, values_of
 from ldvae_ext.core.decoder import LinearDecoder
-from ldvae_ext.core.derivatives import DROPOUT, LOG_MEAN, LOG_THETA, derivatives
+from ldvae_ext.core.derivatives import DROPOUT, LOG_MEAN, LOG_THETA, derivatives, softplus_slope
 from ldvae_ext.core.heads import heads_at, parameters_given
 from ldvae_ext.core.likelihood import log_likelihood
 from ldvae_ext.core.posterior import deterministic_latent
@@ -95,14 +96,16 @@ def posterior_of(
     Raises
     ------
     ValueError
-        If shapes do not agree, the prior covariance is not positive definite, values are not finite, or a library size is not
-        positive and finite (that of a cell without counts counts as 1: its posterior is nearly the prior).
+        If shapes do not agree, counts are negative or not finite, the prior covariance is not symmetric and positive definite, or a
+        library size is not positive and finite. (Without ``library``, that of a cell without counts is 1, and its posterior is
+        nearly the prior.)
     """
     check_positive_int("max_iterations", max_iterations)
     check_positive_int("chunk_size", chunk_size)
+    x_ng = _counts(decoder, x_ng)
     n_cells, n_factors = x_ng.shape[0], len(decoder.factors)
-    if x_ng.shape[1] != len(decoder.genes):
-        msg = f"`x_ng` must have the decoder's {len(decoder.genes)} genes; got {x_ng.shape[1]}."
+    if not tolerance > 0:
+        msg = f"`tolerance` must be positive; got {tolerance!r}."
         raise ValueError(msg)
     library_n = _libraries(decoder, x_ng, library)
     precision_kk = _precision(prior_covariance_kk, n_factors)
@@ -141,6 +144,18 @@ def posterior_of(
     return out
 
 
+def _counts(decoder: LinearDecoder, x_ng: Any) -> Any:
+    x_ng = x_ng if sparse.issparse(x_ng) else np.asarray(x_ng)
+    if x_ng.ndim != 2 or x_ng.shape[1] != len(decoder.genes):
+        msg = f"`x_ng` must be cells x the decoder's {len(decoder.genes)} genes; got shape {x_ng.shape}."
+        raise ValueError(msg)
+    values = values_of(x_ng)
+    if not np.isfinite(values).all() or (decoder.likelihood != "normal" and (values < 0).any()):
+        msg = "`x_ng` holds values that are not finite, or negative."
+        raise ValueError(msg)
+    return x_ng.tocsr() if sparse.issparse(x_ng) else x_ng
+
+
 def _libraries(decoder: LinearDecoder, x_ng: Any, library: Any) -> np.ndarray:
     n_cells = x_ng.shape[0]
     if library is None:
@@ -149,7 +164,11 @@ def _libraries(decoder: LinearDecoder, x_ng: Any, library: Any) -> np.ndarray:
             raise ValueError(msg)
         total_n = np.asarray(x_ng.sum(axis=1), dtype=np.float64).ravel()
         return np.where(total_n > 0, total_n, 1.0)
-    library_n = np.array(np.broadcast_to(np.asarray(library, dtype=np.float64).ravel(), (n_cells,)))
+    library_n = np.asarray(library, dtype=np.float64).ravel()
+    if library_n.size not in (1, n_cells):
+        msg = f"`library` must be one number, or one for each of {n_cells} cells; got {library_n.size}."
+        raise ValueError(msg)
+    library_n = np.array(np.broadcast_to(library_n, (n_cells,)))
     if not (np.isfinite(library_n) & (library_n > 0)).all():
         msg = "`library` must be positive and finite."
         raise ValueError(msg)
@@ -160,8 +179,13 @@ def _precision(covariance_kk: np.ndarray | None, n_factors: int) -> np.ndarray:
     if covariance_kk is None:
         return np.eye(n_factors)
     covariance_kk = np.asarray(covariance_kk, dtype=np.float64)
-    if covariance_kk.shape != (n_factors, n_factors) or not np.linalg.eigvalsh(covariance_kk).min(initial=1) > 0:
-        msg = f"`prior_covariance_kk` must be a positive definite matrix of shape {(n_factors, n_factors)}."
+    is_square = covariance_kk.shape == (n_factors, n_factors)
+    if (
+        not is_square
+        or not np.allclose(covariance_kk, covariance_kk.T)
+        or not np.linalg.eigvalsh(covariance_kk).min(initial=1) > 0
+    ):
+        msg = f"`prior_covariance_kk` must be a symmetric, positive definite matrix of shape {(n_factors, n_factors)}."
         raise ValueError(msg)
     return np.linalg.inv(covariance_kk)
 
@@ -218,7 +242,7 @@ class _LogPosterior:
             )
         else:
             mean_nk = np.zeros((len(z_nk), z_nk.shape[1]))
-            slope_ng = -np.expm1(-scale_ng) / scale_ng
+            slope_ng = softplus_slope(scale_ng)
             change_ng = slope_ng * (np.exp(-scale_ng) - slope_ng)
             second[LOG_MEAN, LOG_MEAN] = second[LOG_MEAN, LOG_MEAN] * slope_ng**2 + first[LOG_MEAN] * change_ng
             first[LOG_MEAN] = first[LOG_MEAN] * slope_ng
@@ -303,25 +327,26 @@ def _maximise(
 
 
 def _newton_step(gradient_nk: np.ndarray, hessian_nkk: np.ndarray) -> np.ndarray:
-    try:
-        np.linalg.cholesky(hessian_nkk)
-        return np.linalg.solve(hessian_nkk, gradient_nk[:, :, None])[:, :, 0]
-    except np.linalg.LinAlgError:
-        value_nk, vector_nkk = np.linalg.eigh(hessian_nkk)
-        value_nk = np.maximum(np.abs(value_nk), _LEAST_CURVATURE)
-        along_nk = (vector_nkk.transpose(0, 2, 1) @ gradient_nk[:, :, None])[:, :, 0]
-        return (vector_nkk @ (along_nk / value_nk)[:, :, None])[:, :, 0]
+    return np.linalg.solve(_positive(hessian_nkk), gradient_nk[:, :, None])[:, :, 0]
 
 
 def _inverse(hessian_nkk: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Inverses and log determinants; at a point that is no maximum, of the nearest positive matrix."""
+    """Inverses and log determinants; at a point that is no maximum, of the matrix with absolute eigenvalues."""
+    hessian_nkk = _positive(hessian_nkk)
+    return np.linalg.inv(hessian_nkk), np.linalg.slogdet(hessian_nkk)[1]
+
+
+def _positive(hessian_nkk: np.ndarray) -> np.ndarray:
+    """The matrices, those that are not positive definite with absolute eigenvalues."""
     try:
         np.linalg.cholesky(hessian_nkk)
     except np.linalg.LinAlgError:
         value_nk, vector_nkk = np.linalg.eigh(hessian_nkk)
-        value_nk = np.maximum(np.abs(value_nk), _LEAST_CURVATURE)
-        hessian_nkk = (vector_nkk * value_nk[:, None, :]) @ vector_nkk.transpose(0, 2, 1)
-    return np.linalg.inv(hessian_nkk), np.linalg.slogdet(hessian_nkk)[1]
+        (wrong,) = np.nonzero(value_nk[:, 0] <= 0)
+        value_nk = np.maximum(np.abs(value_nk[wrong]), _LEAST_CURVATURE)
+        hessian_nkk = hessian_nkk.copy()
+        hessian_nkk[wrong] = (vector_nkk[wrong] * value_nk[:, None, :]) @ vector_nkk[wrong].transpose(0, 2, 1)
+    return hessian_nkk
 
 
 def evidence_bound(

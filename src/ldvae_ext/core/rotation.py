@@ -47,7 +47,8 @@ class Rotation:
         object.__setattr__(self, "matrix_kk", axes_of_factors(self.matrix_kk, len(self.matrix_kk)))
 
     def __repr__(self) -> str:
-        return f"Rotation({self.method!r}, {len(self.matrix_kk)} factors)"
+        kind = "" if self.is_orthogonal else ", oblique"
+        return f"Rotation({self.method!r}, {len(self.matrix_kk)} factors{kind})"
 
     @property
     def names(self) -> list[str]:
@@ -175,12 +176,21 @@ def promax(value_gk: np.ndarray, rotation_kk: np.ndarray, power: float = POWER) 
     rotation_kk
         Orthogonal rotation to start from, shape (factors, factors).
     power
-        Above 1; the larger, the more factors are correlated.
+        At least 1; the larger, the more factors are correlated.
 
     Returns
     -------
     Axes in the columns, of unit length, shape (factors, factors), float64. Columns without loadings stay as they are.
+
+    Raises
+    ------
+    ValueError
+        If the rotation is of another size or not orthogonal, or ``power`` is below 1.
     """
+    rotation_kk = axes_of_factors(rotation_kk, np.shape(value_gk)[1])
+    if not is_orthogonal(rotation_kk) or not power >= 1:
+        msg = f"`rotation_kk` must be orthogonal, and `power` at least 1; got {power!r}."
+        raise ValueError(msg)
     value_gk = np.asarray(value_gk, dtype=np.float64) @ rotation_kk
     length_k = np.square(value_gk).sum(axis=0)
     (used,) = np.nonzero(length_k > _UNUSED * length_k.max(initial=0))

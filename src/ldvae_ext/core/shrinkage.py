@@ -112,7 +112,22 @@ def shrink(weight_gk: np.ndarray, error_gk: np.ndarray, level: float = 0.95) -> 
     Returns
     -------
     The posterior.
+
+    Raises
+    ------
+    ValueError
+        If shapes differ, values are not finite, errors are not positive, or ``level`` is not between 0 and 1.
     """
+    weight_gk, error_gk = np.asarray(weight_gk, dtype=np.float64), np.asarray(error_gk, dtype=np.float64)
+    if weight_gk.ndim != 2 or weight_gk.shape != error_gk.shape:
+        msg = f"`weight_gk` and `error_gk` must have the same shape, genes x factors; got {weight_gk.shape} and {error_gk.shape}."
+        raise ValueError(msg)
+    if not np.isfinite(weight_gk).all() or not np.isfinite(error_gk).all() or not (error_gk > 0).all():
+        msg = "`weight_gk` must be finite, `error_gk` finite and positive."
+        raise ValueError(msg)
+    if not 0 < level < 1:
+        msg = f"`level` must lie between 0 and 1; got {level!r}."
+        raise ValueError(msg)
     columns = [_shrink_column(w_g, s_g, level) for w_g, s_g in zip(weight_gk.T, error_gk.T, strict=True)]
     return Shrunken(*(np.stack(part, axis=1) for part in zip(*columns, strict=True)))
 

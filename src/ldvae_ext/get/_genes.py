@@ -54,7 +54,8 @@ def gene_scores(
     Raises
     ------
     KeyError
-        If the export has no slopes, for ``"regression"`` (data minified without counts have none), or no standard errors.
+        If the export has no slopes, for ``"regression"`` (data minified without counts have none), or no standard errors of loadings, for
+        ``statistic="error"`` of the other kinds (a logistic-normal latent has none).
     ValueError
         If genes of ``adata`` were renamed since the export, for ``"information"``.
     """
@@ -82,7 +83,8 @@ def gene_scores(
 def _stored(adata: AnnData, keys: ExportKeys, name: str, like: pd.DataFrame) -> pd.DataFrame:
     """A table of the export, of the model's genes, with the labels of the loadings."""
     if name not in adata.varm:
-        msg = f"No {name!r} in `adata.varm`: the export has no such numbers (cells without counts, a logistic-normal latent), or is of an earlier version."
+        why = "of a logistic-normal latent" if name == keys.loadings_error else "of cells without counts"
+        msg = f"No {name!r} in `adata.varm`: the export {keys.info!r} is {why}, or of an earlier version."
         raise KeyError(msg)
     known = np.asarray(adata.var[keys.genes], dtype=bool)
     return pd.DataFrame(np.asarray(adata.varm[name])[known], index=like.index, columns=like.columns)

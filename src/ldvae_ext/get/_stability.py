@@ -77,8 +77,9 @@ def rotation(adata: AnnData, *, key: str = DEFAULT_KEY) -> pd.DataFrame:
 
     Returns
     -------
-    Orthogonal, latents of the network (``Z_0``, ...) x factors in the exported order and signs: latents times it are the exported
-    ones.
+    Latents of the network (``Z_0``, ...) x factors in the exported order and signs: latents times it are the exported ones, and its
+    inverse leads back. Columns have unit length, and are orthogonal but for ``"promax"`` and ``"ica"``, where ``R.T @ R`` are the
+    prior correlations of the factors.
 
     Raises
     ------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -12,6 +12,7 @@ from scvi import REGISTRY_KEYS
 
 from ldvae_ext._validate import listed
 from ldvae_ext.core import LinearDecoder
+from ldvae_ext.core.cells import EncodedCells
 from ldvae_ext.core.levels import match_levels
 from ldvae_ext.core.rotation import CONSENSUS, Rotation, with_signs
 from ldvae_ext.model._base import LDVAEBase
@@ -58,11 +59,19 @@ def factor_stream(
 
 
 def network_posterior(
-    model: LDVAEBase, adata: AnnData | None = None, indices: Any = None, batch_size: int | None = None
+    model: LDVAEBase,
+    adata: AnnData | None = None,
+    indices: Any = None,
+    batch_size: int | None = None,
+    seen: Callable[[EncodedCells], None] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Posterior means and variances of cells on the network's axes, shape (cells, latents) each."""
+    """Posterior means and variances of cells on the network's axes, shape (cells, latents) each; ``seen`` is given each chunk."""
+    parts = []
     with stream_cells(model, adata, indices, batch_size) as cells:
-        parts = [(chunk.mean.astype(np.float64), chunk.variance) for chunk in cells.chunks]
+        for chunk in cells.chunks:
+            parts.append((chunk.mean.astype(np.float64), chunk.variance))
+            if seen is not None:
+                seen(chunk)
     if not parts:
         msg = "There are no cells to look at."
         raise ValueError(msg)

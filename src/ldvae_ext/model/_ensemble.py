@@ -48,8 +48,8 @@ class Ensemble:
     """Kind of each run; runs of a kind are left out together. With ``resample="halves"`` the half, else the number of the run."""
     replication: pd.DataFrame | None = None
     """With ``resample="halves"``, one row for each consensus factor: agreement of the two halves' own consensus factors in
-    ``scores`` (absolute cosine of gene scores), ``top_genes`` (share of the 50 genes with the largest scores that both have) and
-    ``usages`` (absolute correlation over all cells). None for other ensembles."""
+    ``scores`` (cosine of gene scores), ``top_genes`` (share of the 50 genes with the largest scores that both have) and
+    ``usages`` (correlation over all cells). None for other ensembles."""
 
     @property
     def names(self) -> list[str]:
@@ -75,7 +75,8 @@ class Ensemble:
         else ``"uncertain"``; ``kl``: mean over runs, in nats per cell; ``cells``: relation of the cells of compared runs,
         ``"same"`` (only seeds differ), ``"disjoint halves"`` or ``"bootstrap"``. With ``resample="halves"`` also ``scores``,
         ``top_genes`` and ``usages`` (:attr:`replication`), and ``replicates``: True if ``scores`` are at least 0.8 and ``usages`` at
-        least 0.9.
+        least 0.9. The flag is about loadings, of which rare genes decide; ``replicates`` is about the genes and cells that a factor is
+        read by.
         """
         reproducibility_k = self.consensus.reproducibility_k
         table = pd.DataFrame(
@@ -89,9 +90,7 @@ class Ensemble:
             index=pd.Index(self.names, name="factor"),
         )
         if self.replication is not None:
-            table = table.join(self.replication.set_axis(table.index)).assign(
-                replicates=replicates(self.replication).to_numpy()
-            )
+            table = table.join(self.replication).assign(replicates=replicates(self.replication))
         return table
 
     @property
@@ -130,11 +129,12 @@ class Ensemble:
         Raises
         ------
         ValueError
-            If the ensemble was not fitted with ``resample="halves"``.
+            If the ensemble was not fitted with ``resample="halves"``, or a half has less than two cells for each program.
         """
         self._replication()
         check_positive_int("n_top", n_top)
         n_programs = len(self.names) if n_programs is None else n_programs
+        check_positive_int("n_programs", n_programs, least=2)
         first, second = (readouts(*side, n_programs) for side in sets_of(self.models, self.cells_of_run))
         rows = {}
         for name, readout in first.items():

@@ -108,7 +108,7 @@ class ExportMixin(LDVAEBase):
         order_by
             ``"kl"``, or another measure of :meth:`get_factor_stats`, descending; ``"network"``: latents as they are, factors of a
             rotation as they are numbered. None: ``"kl"``, but ``"network"`` where factors have an order of their own, after
-            ``rotate("deviance")`` and :meth:`order_factors`.
+            ``rotate("deviance")`` and :meth:`order_factors`, and for :meth:`Ensemble.representative`.
         stats
             True to also store all measures of :meth:`get_factor_stats`, as is always done for an order by one of them.
         as_pca
@@ -136,7 +136,8 @@ class ExportMixin(LDVAEBase):
         * ``obsm["X_ldvae_u"]``: posterior means of u, same order, float32; only under ``"ln"``;
         * ``obs["ldvae_library"]``: library size of each cell in counts, or its size factor, float64;
         * ``varm["ldvae_loadings"]``: genes x factors, float32, in log-rate;
-        * ``varm["ldvae_loadings_error"]``: their standard errors, from 2,000 of the cells (:meth:`get_shrunken_loadings`), float32;
+        * ``varm["ldvae_loadings_error"]``: their standard errors, from 2,000 of the cells, which are encoded
+          once more (:meth:`get_shrunken_loadings`), float32;
           not under ``"ln"``;
         * ``varm["ldvae_scores"]``, ``varm["ldvae_scores_error"]``: slope of each gene's standardised log-normalised counts on the
           standardised latent, in [-1, 1], and its standard error, genes x factors, float32; not from data without counts;
@@ -211,7 +212,7 @@ class ExportMixin(LDVAEBase):
             raise ValueError(msg)
         decoder, error_gk = factor_decoder(self), None
         if decoder.latent_distribution != "ln":
-            error_gk = loading_errors(self, decoder, cells.source, cells.rows, batch_size=batch_size)
+            error_gk = loading_errors(self, decoder, cells.source, cells.rows, seed=0, batch_size=batch_size)
         order = np.arange(self.n_latent)
         if order_by != "network":
             order = np.argsort(-statistics[order_by], kind="stable")

@@ -18,10 +18,9 @@ from ldvae_ext.model._decoding import DecodingMixin
 from ldvae_ext.model._export import ExportMixin
 from ldvae_ext.model._linear_scvi import as_linear_scvi_meant
 from ldvae_ext.model._populations import PopulationsMixin
-from ldvae_ext.model._programs import ProgramsMixin
 from ldvae_ext.model._query import QueryMixin, freeze_reference
+from ldvae_ext.model._readouts import ReadoutsMixin
 from ldvae_ext.model._refinement import RefinementMixin
-from ldvae_ext.model._shrinkage import ShrinkageMixin
 from ldvae_ext.model._stats import StatsMixin
 from ldvae_ext.model._tasks import TasksMixin
 from ldvae_ext.model._training import TrainingMixin
@@ -33,8 +32,7 @@ class LDVAE(
     AblationMixin,
     StatsMixin,
     PopulationsMixin,
-    ProgramsMixin,
-    ShrinkageMixin,
+    ReadoutsMixin,
     RefinementMixin,
     ExportMixin,
     TasksMixin,

@@ -11,7 +11,7 @@ from anndata import AnnData
 from ldvae_ext._validate import cell_positions, check_one_of
 from ldvae_ext.core import kl_per_dimension
 from ldvae_ext.core._views import check_rotatable
-from ldvae_ext.core.decoder import LinearDecoder
+from ldvae_ext.core.cells import EncodedCells
 from ldvae_ext.core.fisher import fisher_rotation, fisher_varimax, logit_information
 from ldvae_ext.core.rotation import (
     METHODS,
@@ -25,7 +25,7 @@ from ldvae_ext.core.rotation import (
 from ldvae_ext.model._axes import network_decoder, network_posterior, put_in_force
 from ldvae_ext.model._base import LDVAEBase
 from ldvae_ext.model._bridge import encode_cells
-from ldvae_ext.model._cells import readable_cells, stream_cells
+from ldvae_ext.model._cells import readable_cells
 from ldvae_ext.model._registry import covariates_of
 from ldvae_ext.module._truncation import polish_rotation, refine_rotation
 
@@ -52,37 +52,25 @@ def rotate(
         matrix_kk = deviance_rotation(model, adata, indices, batch_size)
         put_in_force(model, Rotation(matrix_kk=matrix_kk, method=method))
         return
-    decoder = network_decoder(model)
-    if method == "fisher-varimax":
-        matrix_kk, mean_nk, variance_nk = _fisher_varimax(model, decoder, adata, indices, batch_size)
-    else:
-        mean_nk, variance_nk = network_posterior(model, adata, indices, batch_size)
-        some_nk = mean_nk[:: -(-len(mean_nk) // _MANY_CELLS)]
-        matrix_kk = {
-            "varimax": lambda: loading_varimax(decoder),
-            "promax": lambda: loading_promax(decoder),
-            "score-varimax": lambda: score_varimax(some_nk),
-            "ica": lambda: independent_components(some_nk),
-        }[method]()
+    decoder, weight_g = network_decoder(model), np.zeros(len(model.get_var_names()))
+
+    def weigh(chunk: EncodedCells) -> None:
+        nonlocal weight_g
+        weight_g = weight_g + logit_information(decoder, chunk).sum(axis=0)
+
+    seen = weigh if method == "fisher-varimax" else None
+    mean_nk, variance_nk = network_posterior(model, adata, indices, batch_size, seen)
+    some_nk = mean_nk[:: -(-len(mean_nk) // _MANY_CELLS)]
+    matrix_kk = {
+        "varimax": lambda: loading_varimax(decoder),
+        "promax": lambda: loading_promax(decoder),
+        "fisher-varimax": lambda: fisher_varimax(decoder, weight_g),
+        "score-varimax": lambda: score_varimax(some_nk),
+        "ica": lambda: independent_components(some_nk),
+    }[method]()
     rotation = Rotation(matrix_kk=matrix_kk, method=method)
     kl_k = kl_per_dimension(mean_nk @ matrix_kk, rotation.variance(variance_nk)).mean(axis=0)
     put_in_force(model, rotation.arranged(np.argsort(-kl_k, kind="stable"), 1))
-
-
-def _fisher_varimax(
-    model: LDVAEBase, decoder: LinearDecoder, adata: AnnData | None, indices: Any, batch_size: int | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The rotation, and posterior means and variances of the cells on the network's axes."""
-    parts, weight_g = [], np.zeros(len(decoder.genes))
-    with stream_cells(model, adata, indices, batch_size) as cells:
-        for chunk in cells.chunks:
-            parts.append((chunk.mean.astype(np.float64), chunk.variance))
-            weight_g += logit_information(decoder, chunk).sum(axis=0)
-    if not parts:
-        msg = "There are no cells to look at."
-        raise ValueError(msg)
-    mean_nk, variance_nk = (np.concatenate(part) for part in zip(*parts, strict=True))
-    return fisher_varimax(decoder, weight_g), mean_nk, variance_nk
 
 
 def deviance_rotation(

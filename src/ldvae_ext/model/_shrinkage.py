@@ -10,11 +10,14 @@ import pandas as pd
 import scvi
 from anndata import AnnData
 
-from ldvae_ext._validate import cell_positions, check_positive_int
+from ldvae_ext._validate import cell_positions, check_positive_int, listed, warn
 from ldvae_ext.core.decoder import LinearDecoder
 from ldvae_ext.core.shrinkage import LoadingInformation, shrink
 from ldvae_ext.model._axes import factor_decoder, factor_stream
 from ldvae_ext.model._base import LDVAEBase
+
+# Share of the largest loading below which all shrunken loadings of a factor count as 0.
+_EMPTY = 1e-3
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -52,77 +55,49 @@ class ShrunkenLoadings:
         )
 
 
-class ShrinkageMixin(LDVAEBase):
-    """Shrunken loadings."""
-
-    def get_shrunken_loadings(
-        self,
-        adata: AnnData | None = None,
-        indices: Any = None,
-        *,
-        level: float = 0.95,
-        max_cells: int = 5000,
-        seed: int | None = None,
-        batch_size: int | None = None,
-    ) -> ShrunkenLoadings:
-        """Loadings shrunk towards 0 by adaptive shrinkage, with intervals.
-
-        The largest loadings of a factor often belong to genes with few counts, whose loadings are known badly. Here the
-        loadings of each factor have a prior, a mixture of normal distributions around 0 that is estimated from all genes, and a
-        standard error from the Fisher information of the counts (:class:`ldvae_ext.core.shrinkage.LoadingInformation`). Posterior
-        means, intervals and local false sign rates follow (Stephens 2017, 10.1093/biostatistics/kxw041). The model stays as it is.
-
-        Standard errors hold the latents fixed at the posterior means, and take the loadings for estimates of maximal
-        likelihood. They leave out the uncertainty of the axes, which :func:`ldvae_ext.model.fit_ensemble` measures.
-
-        Parameters
-        ----------
-        adata, indices, batch_size
-            Cells that the loadings were estimated from, as in :meth:`get_latent_representation`. Their counts are not used.
-        level
-            Posterior probability of the intervals.
-        max_cells
-            Of more cells a random sample of this size gives the standard errors, scaled to all of them.
-        seed
-            Seed of the sample; ``scvi.settings.seed`` if None, or 0.
-
-        Returns
-        -------
-        A :class:`ShrunkenLoadings`, with factors as numbered (``F_0``, ... under a rotation).
-
-        Raises
-        ------
-        ValueError
-            If there are no cells, ``level`` is not between 0 and 1, or the latent is logistic-normal: its loadings have no
-            standard errors, since the latents of a cell sum to 1.
-        """
-        if not 0 < level < 1:
-            msg = f"`level` must lie between 0 and 1; got {level!r}."
-            raise ValueError(msg)
-        check_positive_int("max_cells", max_cells)
-        decoder = factor_decoder(self)
-        error_gk = loading_errors(self, decoder, adata, indices, max_cells=max_cells, seed=seed, batch_size=batch_size)
-        weight_gk = decoder.weight_gk
-        if decoder.link == "softmax":
-            weight_gk = weight_gk - np.array(
-                [np.average(w_g, weights=e_g**-2) for w_g, e_g in zip(weight_gk.T, error_gk.T, strict=True)]
-            )
-        found = shrink(weight_gk, error_gk, level)
-
-        def table(value_gk: np.ndarray) -> pd.DataFrame:
-            return pd.DataFrame(value_gk, index=decoder.genes, columns=decoder.factors)
-
-        return ShrunkenLoadings(
-            loadings=table(weight_gk),
-            errors=table(error_gk),
-            mean=table(found.mean_gk),
-            sd=table(found.sd_gk),
-            lower=table(found.lower_gk),
-            upper=table(found.upper_gk),
-            false_sign_rate=table(found.false_sign_gk),
-            decoder=decoder._with(weight_gk=found.mean_gk),
-            level=level,
+def shrunken_loadings(
+    model: LDVAEBase,
+    adata: AnnData | None,
+    indices: Any,
+    level: float,
+    max_cells: int,
+    seed: int | None,
+    batch_size: int | None,
+) -> ShrunkenLoadings:
+    """See :meth:`ldvae_ext.model.LDVAE.get_shrunken_loadings`."""
+    if not 0 < level < 1:
+        msg = f"`level` must lie between 0 and 1; got {level!r}."
+        raise ValueError(msg)
+    check_positive_int("max_cells", max_cells)
+    decoder = factor_decoder(model)
+    error_gk = loading_errors(model, decoder, adata, indices, max_cells=max_cells, seed=seed, batch_size=batch_size)
+    weight_gk = decoder.weight_gk
+    if decoder.link == "softmax":
+        weight_gk = weight_gk - np.array(
+            [np.average(w_g, weights=e_g**-2) for w_g, e_g in zip(weight_gk.T, error_gk.T, strict=True)]
         )
+    found = shrink(weight_gk, error_gk, level)
+    is_empty = np.abs(found.mean_gk).max(axis=0) < _EMPTY * np.abs(weight_gk).max(axis=0)
+    if is_empty.any():
+        warn(
+            f"All loadings of {listed(decoder.factors[is_empty])} are shrunk to 0: they are no larger than their standard errors. "
+            "The model may have been trained too briefly, or the factors may be noise."
+        )
+
+    def table(value_gk: np.ndarray) -> pd.DataFrame:
+        return pd.DataFrame(value_gk, index=decoder.genes, columns=decoder.factors)
+
+    return ShrunkenLoadings(
+        loadings=table(weight_gk),
+        errors=table(error_gk),
+        mean=table(found.mean_gk),
+        sd=table(found.sd_gk),
+        lower=table(found.lower_gk),
+        upper=table(found.upper_gk),
+        false_sign_rate=table(found.false_sign_gk),
+        decoder=decoder._with(weight_gk=found.mean_gk, raw=None, raw_dropout=None),
+        level=level,
+    )
 
 
 def loading_errors(

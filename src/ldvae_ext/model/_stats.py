@@ -47,7 +47,7 @@ class StatsMixin(LDVAEBase):
     ) -> FactorStats:
         """Statistics of each factor by all measures, for all cells or for each group.
 
-        The mean KL of the posteriors from the prior splits exactly into three terms (Hoffman & Johnson 2016; Chen et al. 2018,
+        The mean KL of the posteriors from the prior splits, on orthogonal axes exactly, into three terms (Hoffman & Johnson 2016; Chen et al. 2018,
         arXiv:1802.04942), with ``q(f) = mean_n q(f|n)``, the mixture of the posteriors of the cells::
 
             mean_n KL(q(f|n) || p(f)) = I_q(f; n) + KL(q(f) || prod_k q(f_k)) + sum_k KL(q(f_k) || p(f_k))
@@ -74,7 +74,7 @@ class StatsMixin(LDVAEBase):
 
         Returns
         -------
-        A :class:`ldvae_ext.model.FactorStats` with ``factors``, ``totals`` (in which the identity closes but for the error of the
+        A :class:`ldvae_ext.model.FactorStats` with ``factors``, ``totals`` (in which the identity closes on orthogonal axes, but for the error of the
         samples), ``ranks()`` and ``agreement()``. For each factor (of a rotation, if one is in force), larger is more:
 
         * ``kl``: mean KL of its posterior, in nats (``kl_bits``: in bits);

@@ -87,8 +87,8 @@ class TrainingMixin(LDVAEBase):
         decoder_penalty
             Penalty on the loadings w of the decoder, with its batch norm if it has one, added to the loss per cell: ``{"l1": a,
             "l2": b}`` adds ``a sum |w| + b / 2 sum w^2``, and a number b is ``{"l2": b}``. For N training cells, b is a normal
-            prior of the loadings with variance ``1 / (N b)``, and a a Laplace prior with scale ``1 / (N a)``. Loadings of genes
-            with few counts shrink most. Losses in ``history`` are without the penalty.
+            prior of the loadings with variance ``1 / (N b)``, and a a Laplace prior with scale ``1 / (N a)``: for 10,000 cells, b = 1e-4 is a standard
+            deviation of 1. Loadings of genes with few counts shrink most; none becomes exactly 0. Losses in ``history`` are without the penalty.
 
         Raises
         ------
@@ -373,8 +373,6 @@ def _penalties(penalty: float | Mapping[str, float]) -> dict[str, float]:
         check_one_of("decoder_penalty", name, ("l1", "l2"))
         is_number = isinstance(weight, (int, float, np.integer, np.floating)) and not isinstance(weight, bool)
         if not is_number or not 0 <= weight < np.inf:
-            msg = (
-                f"`decoder_penalty` must be a number of at least 0, or such numbers by name (l1, l2); got {penalty!r}."
-            )
+            msg = f"`decoder_penalty` must be a finite number of at least 0, or such numbers by name (l1, l2); got {penalty!r}."
             raise ValueError(msg)
     return {name: float(weight) for name, weight in given.items()}

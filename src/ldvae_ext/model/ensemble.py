@@ -62,7 +62,8 @@ def fit_ensemble(
         Number of latents.
     resample
         Cells of each run. None: the same for all. ``"halves"``: the cells are divided at random into two halves, runs alternate
-        between them, and each run is compared with the consensus of the runs on the other half. ``"bootstrap"``: cells drawn with
+        between them, and each run is compared with the consensus of the runs on the other half; then each run encodes all
+        cells once more to find what replicates. ``"bootstrap"``: cells drawn with
         replacement for each run, in the number of all cells.
     max_epochs
         As in :meth:`LDVAE.train`.
@@ -159,7 +160,8 @@ def _ensemble(
     order = np.argsort(-kl_mk.mean(axis=0), kind="stable")
     replication = None
     if resample == "halves":
-        replication = factor_replication(models, kinds, consensus.loading_gk).iloc[order].reset_index(drop=True)
+        replication = factor_replication(models, kinds, consensus.loading_gk).iloc[order]
+        replication.index = pd.Index([f"C_{k}" for k in range(len(order))], name="factor")
     single_mm = [[np.median(match_columns(cosines(a, b)).cosine) for b in loadings] for a in loadings]
     return Ensemble(
         models,

@@ -19,7 +19,7 @@ from ldvae_ext.model.ensemble import fit_ensemble
 class NLatentSuggestion:
     """Estimate of the number of factors in the data, from :func:`suggest_n_latent`."""
 
-    n_stable: int
+    n_factors: int
     """Number of factors that replicate between halves of the cells or, of other ensembles, are stable: the answer."""
     n_scree: int
     """Median over runs of the number of rotated factors that add more than ``min_increment`` of the total explained deviance."""
@@ -33,16 +33,16 @@ class NLatentSuggestion:
     @property
     def agree(self) -> bool:
         """True if the two counts are the same."""
-        return self.n_stable == self.n_scree
+        return self.n_factors == self.n_scree
 
     @property
     def message(self) -> str:
         """The suggestion in words."""
         share = f"more than {self.min_increment:.0%} of the explained deviance"
         text = (
-            f"{self.n_stable} of {self.n_latent} factors are stable (mean |cosine| between runs of at least {STABLE})"
+            f"{self.n_factors} of {self.n_latent} factors are stable (mean |cosine| between runs of at least {STABLE})"
             if self.ensemble.replication is None
-            else f"{self.n_stable} of {self.n_latent} factors replicate between halves of the cells (|cosine| of gene scores of at "
+            else f"{self.n_factors} of {self.n_latent} factors replicate between halves of the cells (|cosine| of gene scores of at "
             f"least {MIN_SCORES}, |correlation| of usages of at least {MIN_USAGES})"
         )
         if self.agree:
@@ -50,11 +50,11 @@ class NLatentSuggestion:
         else:
             why = (
                 "so some that matter to the fit do not come back: they may be mixtures, or noise"
-                if self.n_stable < self.n_scree
+                if self.n_factors < self.n_scree
                 else "so some that come back matter to few cells or genes"
             )
             text += f", but {self.n_scree} add {share}: the two differ, {why}."
-        if self.n_stable == self.n_latent:
+        if self.n_factors == self.n_latent:
             text += (
                 f" All that there were came back: there may be more than {self.n_latent}; try again with more latents."
             )
@@ -63,7 +63,7 @@ class NLatentSuggestion:
         return text
 
     def __repr__(self) -> str:
-        return f"NLatentSuggestion({self.n_stable}): {self.message}"
+        return f"NLatentSuggestion({self.n_factors}): {self.message}"
 
 
 def suggest_n_latent(
@@ -99,7 +99,7 @@ def suggest_n_latent(
 
     Returns
     -------
-    A :class:`NLatentSuggestion`: ``n_stable``, ``n_scree``, ``increments``, ``message``.
+    A :class:`NLatentSuggestion`: ``n_factors``, ``n_scree``, ``increments``, ``message``.
 
     Raises
     ------
@@ -124,8 +124,8 @@ def suggest_n_latent(
         ensemble = fit_ensemble(adata, **sizes, **{"resample": "halves", **kwargs})  # type: ignore[arg-type]
     increments = pd.DataFrame([_increments(model) for model in ensemble.models], index=ensemble.seeds)
     n_scree = int(np.median((increments > min_increment).sum(axis=1)))
-    n_stable = ensemble.n_stable if ensemble.replication is None else ensemble.n_replicated
-    return NLatentSuggestion(n_stable, n_scree, increments.shape[1], increments, ensemble, min_increment)
+    n_factors = ensemble.n_stable if ensemble.replication is None else ensemble.n_replicated
+    return NLatentSuggestion(n_factors, n_scree, increments.shape[1], increments, ensemble, min_increment)
 
 
 def _increments(model: Any) -> dict[str, float]:

@@ -122,7 +122,8 @@ def agreement(a: Readout, b: Readout, n_top: int = N_TOP) -> pd.DataFrame:
     usages are constant).
     """
     pairs = match_columns(cosines(a.score_gk, b.score_gk))
-    return _agreement(a.columns(pairs.first, 1), b.columns(pairs.second, pairs.sign), n_top).set_axis(pairs.first)
+    found = _agreement(a.columns(pairs.first, 1), b.columns(pairs.second, pairs.sign), n_top).set_axis(pairs.first)
+    return found.abs()
 
 
 def _agreement(a: Readout, b: Readout, n_top: int) -> pd.DataFrame:
@@ -133,9 +134,9 @@ def _agreement(a: Readout, b: Readout, n_top: int) -> pd.DataFrame:
         centred = [value_n - value_n.mean() for value_n in (usage_n, again_n)]
         rows.append(
             {
-                "scores": abs(_cosine(score_g, other_g)),
+                "scores": _cosine(score_g, other_g),
                 "top_genes": len(tops[0] & tops[1]) / min(n_top, len(score_g)),
-                "usages": abs(_cosine(*centred)),
+                "usages": _cosine(*centred),
             }
         )
     return pd.DataFrame(rows)
@@ -150,7 +151,9 @@ def _cosine(a: np.ndarray, b: np.ndarray) -> float:
 def factor_replication(
     models: Sequence[LDVAEBase], kinds: Sequence[int], consensus_gk: np.ndarray, n_top: int = N_TOP
 ) -> pd.DataFrame:
-    """Agreement of each factor of a consensus between models of two disjoint sets of cells, as in :func:`agreement`.
+    """Agreement of each factor of a consensus between models of two disjoint sets of cells.
+
+    Columns are those of :func:`agreement`, with signs: scores or usages that point in opposite directions have a negative value.
 
     Each set has a consensus of its own, which knows nothing of the other cells, and its factors are matched to those of the
     whole. The scores are gene scores, from the counts of the set.

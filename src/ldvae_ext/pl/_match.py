@@ -53,8 +53,8 @@ def match(
     paired_rows, paired_columns = rows.get_indexer(match.pairs["first"]), columns.get_indexer(match.pairs["second"])
     row_order = np.append(paired_rows, np.setdiff1d(np.arange(len(rows)), paired_rows))
     column_order = np.append(paired_columns, np.setdiff1d(np.arange(len(columns)), paired_columns))
-    by_loadings = match.by == "loadings"
-    what = "cosine" if by_loadings else "correlation"
+    is_of_cells = match.by == "scores"
+    what = "correlation" if is_of_cells else "cosine"
     title = [f"Median |{what}| of pairs: {match.pairs['cosine'].abs().median():.2f}"]
     if np.isfinite(match.procrustes_distance):
         title.append(f"Procrustes distance: {match.procrustes_distance:.2f}")
@@ -64,7 +64,7 @@ def match(
         match.cosine.to_numpy()[np.ix_(row_order, column_order)],
         rows[row_order].astype(str).tolist(),
         columns[column_order].astype(str).tolist(),
-        label=f"{what.capitalize()} of {match.by}\n({match.n_shared:,} shared {'genes' if by_loadings else 'cells'})",
+        label=f"{what.capitalize()} of {match.by.replace('_', ' ')}\n({match.n_shared:,} shared {'cells' if is_of_cells else 'genes'})",
         cmap="RdBu_r",
         xlabel="Factor of the second",
         ylabel="Factor of the first",

@@ -65,7 +65,8 @@ def match_factors(
     by
         ``"loadings"``: canonical loadings (with the given signs for a LinearSCVI or a DataFrame) of the shared genes, centred
         over these genes. ``"gene_scores"``: slopes of the genes' log-normalised counts on the factors, for exports of cells with counts,
-        programs (:meth:`ldvae_ext.model.LDVAE.get_programs`) and DataFrames; they change less with the cells than loadings.
+        programs (:meth:`ldvae_ext.model.LDVAE.get_programs`) and DataFrames; training on different cells changes them
+        less than loadings.
         ``"scores"``: latents of the cells whose names are shared, centred; for models and AnnData.
         Training on different cells changes loadings more than scores.
     key, key_b
