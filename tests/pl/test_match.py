@@ -104,3 +104,14 @@ def test_only_a_match_can_be_drawn(exported):
     with pytest.raises(TypeError, match=r"`match` must be a `FactorMatch`, from `tl.match_factors`; got AnnData"):
         pl.match(exported())
     assert not plt.get_fignums()
+
+
+def test_labels_name_what_was_compared():
+    first, second = tables(4, 3)
+    for by, label in (
+        ("gene_scores", "Cosine of gene scores\n(120 shared genes)"),
+        ("loadings", "Cosine of loadings\n(120 shared genes)"),
+    ):
+        ax = pl.match(tl.match_factors(first, second, by=by), show=False)
+        assert ax.images[0].colorbar.ax.get_ylabel() == label
+        plt.close(ax.figure)

@@ -293,8 +293,8 @@ class DecodingMixin(LDVAEBase):
         ----------
         method
             * ``"varimax"``: each factor has large loadings in few genes (folded loadings, centred over genes). For reading.
-            * ``"promax"``: the same with oblique factors, which can share cells. Factors of an ensemble replicated best with it between
-              disjoint halves of the cells (*Gene programs* in the documentation).
+            * ``"promax"``: the same with oblique factors, which can share cells. On real counts the genes of an ensemble's factors
+              agree better between disjoint halves of the cells than with varimax (*Gene programs* in the documentation).
             * ``"fisher-varimax"``: varimax of the loadings in standard errors, in which genes with many counts decide.
             * ``"score-varimax"``: each factor is far from its mean in few cells (posterior means, centred over cells).
             * ``"ica"``: posterior means of the factors are as independent as they can be (FastICA, oblique).
