@@ -6,9 +6,10 @@ import warnings
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
 
-from ldvae_ext import datasets
+from ldvae_ext import datasets, get, tl
 from ldvae_ext.core.matching import STABLE
 from ldvae_ext.core.programs import fit_programs
 from ldvae_ext.model import LDVAE, fit_ensemble
@@ -226,3 +227,25 @@ def test_an_ensemble_recovers_additive_programs():
     assert (r.max(axis=1) > 0.95).all()
     assert (found.stats["stability"] >= STABLE).all()
     assert found.relations["factor"].str.startswith("F_").all()
+
+
+def test_get_programs_reads_an_export_back(model, tmp_path):
+    found = model.get_programs(3)
+    obs, var = ["other", *model.adata.obs_names[::-1]], [*model.adata.var_names[::-1], "foreign"]
+    adata = ad.AnnData(obs=pd.DataFrame(index=obs), var=pd.DataFrame(index=var))
+    found.export_to_anndata(adata, "mine")
+    adata.write_h5ad(tmp_path / "programs.h5ad")
+    back = ad.read_h5ad(tmp_path / "programs.h5ad")
+    for what in ("scores", "errors", "profiles", "usages"):
+        got = get.programs(back, what, key="mine")
+        expected = getattr(found, what)
+        assert set(got.index) == set(expected.index)
+        np.testing.assert_allclose(got.loc[expected.index], expected, rtol=1e-6)
+        assert got.columns.tolist() == found.names
+    np.testing.assert_allclose(get.programs(back, "stats", key="mine"), found.stats)
+    match = tl.match_factors(back, found, by="gene_scores", key="mine")
+    np.testing.assert_allclose(match.pairs["cosine"], 1, atol=1e-6)
+    with pytest.raises(KeyError, match="No programs 'ldvae_programs'"):
+        get.programs(back)
+    with pytest.raises(ValueError, match="`what` must be one of"):
+        get.programs(back, "loadings", key="mine")

@@ -18,6 +18,7 @@ from ldvae_ext.core.matching import cosines, match_columns, procrustes
 from ldvae_ext.core.rotation import CONSENSUS
 from ldvae_ext.get._export import loadings
 from ldvae_ext.get._genes import gene_scores
+from ldvae_ext.get._programs import is_programs, programs
 
 SOURCES = ("loadings", "gene_scores", "scores")
 
@@ -153,11 +154,15 @@ def _loadings(source: Any, key: str) -> pd.DataFrame:
 def _gene_scores(source: Any, key: str) -> pd.DataFrame:
     """Slopes of genes with the names of genes and factors."""
     if isinstance(source, AnnData):
-        return _named(gene_scores(source, kind="regression", key=key))
+        is_ours = is_programs(source.uns.get(key))
+        return _named(programs(source, key=key) if is_ours else gene_scores(source, kind="regression", key=key))
     table = source if isinstance(source, pd.DataFrame) else getattr(source, "scores", None)
     if isinstance(table, pd.DataFrame):
         return _named(table)
-    msg = f"Gene scores come from an AnnData with an export, programs or a DataFrame (genes x factors); got {type(source).__name__}."
+    msg = (
+        "Gene scores come from an AnnData with an export or programs, from `Programs` or from a DataFrame (genes x factors); got "
+        f"{type(source).__name__}. Export a model first."
+    )
     raise TypeError(msg)
 
 
