@@ -9,7 +9,7 @@ import torch
 
 from ldvae_ext import datasets, get
 from ldvae_ext.core.shrinkage import shrink
-from ldvae_ext.model import LDVAE
+from ldvae_ext.model import LDVAE, fit_ensemble
 from tests.core.decoders import full_decoder
 from tests.helpers import TRAIN, counts, untrained
 from tests.rotated import fresh, grouped_model
@@ -235,5 +235,12 @@ def test_a_penalty_that_is_no_number_is_refused(penalty):
 
 
 def test_an_unknown_penalty_is_named():
-    with pytest.raises(ValueError, match="`decoder_penalty` must be one of 'l1', 'l2'; got 'elastic'"):
-        trained({"elastic": 1.0}, {})
+    adata = counts(90, seed=1)
+    LDVAE.setup_anndata(adata)
+    for train in (
+        lambda: trained({"elastic": 1.0}, {}),
+        # Before the first run.
+        lambda: fit_ensemble(adata, 2, train_kwargs={"decoder_penalty": {"elastic": 1.0}}),
+    ):
+        with pytest.raises(ValueError, match="`decoder_penalty` must be one of 'l1', 'l2'; got 'elastic'"):
+            train()

@@ -131,7 +131,7 @@ class TrainingMixin(LDVAEBase):
             if not uses_backend(self._training_plan_cls):
                 msg = f"`decoder_penalty` needs the training plan of LDVAE; this class has {self._training_plan_cls.__name__}."
                 raise ValueError(msg)
-            plan_kwargs["decoder_penalty"] = _penalties(decoder_penalty)
+            plan_kwargs["decoder_penalty"] = penalties(decoder_penalty)
         splitter = None if chosen.name == "scvi" else CountsSplitter
         with self._axes_of_other_loadings_ended(), splitting_cells_by(self, splitter):
             result = super().train(
@@ -366,7 +366,7 @@ class TrainingMixin(LDVAEBase):
         )
 
 
-def _penalties(penalty: float | Mapping[str, float]) -> dict[str, float]:
+def penalties(penalty: float | Mapping[str, float]) -> dict[str, float]:
     """Weights of the penalties by name."""
     given = dict(penalty) if isinstance(penalty, Mapping) else {"l2": penalty}
     for name, weight in given.items():

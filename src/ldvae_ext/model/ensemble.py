@@ -17,6 +17,7 @@ from ldvae_ext.model._axes import factor_stream
 from ldvae_ext.model._ensemble import Ensemble
 from ldvae_ext.model._ldvae import LDVAE
 from ldvae_ext.model._runs import cells_of_run, seeded, train_on
+from ldvae_ext.model._training import penalties
 from ldvae_ext.model.replication import factor_replication
 
 RESAMPLES = ("halves", "bootstrap")
@@ -108,6 +109,8 @@ def fit_ensemble(
     if decided:
         msg = f"`train_kwargs`: {listed(decided)}: the ensemble decides which cells a run is trained on."
         raise ValueError(msg)
+    if train_kwargs.get("decoder_penalty") is not None:
+        penalties(train_kwargs["decoder_penalty"])
     train_size = train_kwargs.pop("train_size", None)
     train_size = _TRAIN_SIZE if train_size is None else train_size
     if not 0 < train_size <= 1:
