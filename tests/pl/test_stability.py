@@ -156,7 +156,10 @@ def test_what_an_ensemble_writes_is_drawn():
     )
     ensemble.export_to_anndata(adata)
     ax = pl.stability(adata, show=False)
-    assert ax.get_title() == "two disjoint halves of the cells\ndots: 2 runs; large: their mean"
+    assert ax.get_title() == (
+        "two disjoint halves of the cells\ndots: 2 runs; large: their mean\n"
+        f"bold: the {ensemble.n_replicated} that replicate between the halves"
+    )
     means = np.concatenate([drawn(ax)[flag].get_offsets() for flag in FLAGS])
     np.testing.assert_allclose(means[np.argsort(means[:, 0]), 1], ensemble.stats["reproducibility"])
 
@@ -176,3 +179,17 @@ def test_given_axes_have_room_for_one_consensus(exported, consensus):
     with pytest.raises(ValueError, match="`ax` has room for one consensus"):
         pl.stability(consensus(exported()), key=["ldvae_consensus"], ax=ax)
     assert not ax.collections
+
+
+def test_factors_that_replicate_between_halves_are_bold(exported, consensus):
+    adata = consensus(exported(), 4, resample="halves")
+    statistics = adata.uns["ldvae_consensus"]["statistics"]
+    statistics |= {
+        "scores": np.array([0.9, 0.7, 0.95, 0.85]),
+        "top_genes": np.zeros(4),
+        "usages": np.array([0.95, 0.95, 0.8, 0.92]),
+    }
+    ax = pl.stability(adata, show=False)
+    bold = [label.get_fontweight() == "bold" for label in ax.get_xticklabels()]
+    assert bold == get.stability(adata)["replicates"].tolist() == [True, False, False, True]
+    assert "bold: the 2 that replicate between the halves" in ax.get_title()

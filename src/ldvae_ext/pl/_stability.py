@@ -62,7 +62,8 @@ def stability(
     and shape show the flag stable, uncertain or unstable.
 
     The title has the difference between the runs. Runs on the same cells with other seeds agree more than runs on other
-    cells; ``fit_ensemble(resample="halves")`` or ``"bootstrap"`` measure agreement with other cells.
+    cells; ``fit_ensemble(resample="halves")`` or ``"bootstrap"`` measure agreement with other cells. With halves, factors whose gene
+    scores and usages replicate between them (:attr:`ldvae_ext.model.Ensemble.stats`) are bold.
 
     Parameters
     ----------
@@ -135,7 +136,10 @@ def _drawn(adata: AnnData, key: str, title: str) -> _Drawn:
     failed = f" ({n_failed} failed)" if n_failed else ""
     lines = [title, _DIFFER.get(resample, resample), f"dots: {len(cosine_mk)} runs{failed}; large: their mean"]
     thresholds = np.asarray(info["thresholds"], dtype=np.float64).tolist()
-    return _Drawn(get.stability(adata, key=key), cosine_mk, thresholds, "\n".join(filter(None, lines)))
+    table = get.stability(adata, key=key)
+    if "replicates" in table:
+        lines.append(f"bold: the {table['replicates'].sum()} that replicate between the halves")
+    return _Drawn(table, cosine_mk, thresholds, "\n".join(filter(None, lines)))
 
 
 def _panel(ax: Axes, one: _Drawn) -> None:
@@ -172,6 +176,9 @@ def _panel(ax: Axes, one: _Drawn) -> None:
             label=flag,
         )
     ax.set_xticks(at, one.table.index)
+    if "replicates" in one.table:
+        for label, replicates in zip(ax.get_xticklabels(), one.table["replicates"], strict=True):
+            label.set_fontweight("bold" if replicates else "normal")
     ax.set_xlim(-0.6, n_factors - 0.4)
     ax.set_ylim(0, 1)
     ax.set_yticks(np.linspace(0, 1, 6))
