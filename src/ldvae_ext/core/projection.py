@@ -13,7 +13,7 @@ from ldvae_ext.core.cells import EncodedCells, at_rows, dense, values_of
 from ldvae_ext.core.decoder import LinearDecoder
 from ldvae_ext.core.derivatives import DROPOUT, LOG_MEAN, LOG_THETA, derivatives, softplus_slope
 from ldvae_ext.core.heads import heads_at, parameters_given
-from ldvae_ext.core.likelihood import log_likelihood
+from ldvae_ext.core.likelihood import log_likelihood, mean_dependent_part
 from ldvae_ext.core.posterior import deterministic_latent
 
 # Weights of the affine maps that the derivatives belong to.
@@ -51,7 +51,7 @@ def posterior_of(
     covariance: bool = True,
     max_iterations: int = 100,
     tolerance: float = 1e-7,
-    chunk_size: int = 256,
+    chunk_size: int = 64,
 ) -> CellPosteriors:
     """Posterior of each cell's factors given its counts and a decoder, without the network.
 
@@ -134,7 +134,7 @@ def posterior_of(
             precision_kk,
         )
         z_nk, converged_n = _maximise(target, start_nk[at], max_iterations, tolerance)
-        value_n, _, hessian_nkk = target(z_nk)
+        value_n, _, hessian_nkk = target(z_nk, with_constant=True)
         inverse_nkk, log_det_n = _inverse(hessian_nkk)
         out.mean_nk[at], out.converged_n[at] = z_nk, converged_n
         out.variance_nk[at] = np.diagonal(inverse_nkk, axis1=1, axis2=2)
@@ -222,8 +222,13 @@ class _LogPosterior:
             self._precision_kk,
         )
 
-    def __call__(self, u_nk: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Values, shape (cells,), gradients, shape (cells, factors), and negative Hessians, (cells, factors, factors)."""
+    def __call__(
+        self, u_nk: np.ndarray, *, with_constant: bool = False
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Values, shape (cells,), gradients, shape (cells, factors), and negative Hessians, (cells, factors, factors).
+
+        Without the constant, values lack terms of the counts and the dispersion alone, which need gamma functions.
+        """
         decoder = self._decoder
         is_logistic = decoder.latent_distribution == "ln"
         z_nk = softmax(u_nk, axis=1) if is_logistic else u_nk
@@ -232,7 +237,8 @@ class _LogPosterior:
         mu_ng = self._library_n[:, None] * scale_ng
         theta, dropout_ng = heads_at(decoder, z_nk, self._batch, self._covariates, self._label)
         arguments = (decoder.likelihood, self._x_ng, mu_ng, theta, dropout_ng)
-        value_n = log_likelihood(*arguments).sum(axis=1)
+        value_of = log_likelihood if with_constant or self._of_theta else mean_dependent_part
+        value_n = value_of(*arguments).sum(axis=1)
         first, second = derivatives(*arguments, of_theta=self._of_theta)
         if decoder.link == "softmax":
             # d log mu / dz = W - W_mean, and d^2 log mu / dz^2 = -(E WW' - W_mean W_mean') for every gene.
