@@ -222,9 +222,7 @@ class _LogPosterior:
             self._precision_kk,
         )
 
-    def __call__(
-        self, u_nk: np.ndarray, *, with_constant: bool = False
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def __call__(self, u_nk: np.ndarray, *, with_constant: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Values, shape (cells,), gradients, shape (cells, factors), and negative Hessians, (cells, factors, factors).
 
         Without the constant, values lack terms of the counts and the dispersion alone, which need gamma functions.

@@ -13,7 +13,7 @@ from ldvae_ext.core.matching import consensus_loadings, cosines, match_columns, 
 from ldvae_ext.core.rotation import promax
 from ldvae_ext.core.scores import SlopeSums
 from ldvae_ext.model._base import LDVAEBase
-from ldvae_ext.model._cells import stream_cells
+from ldvae_ext.model._cells import stream_cells, with_positions
 from ldvae_ext.model.programs import additive_programs, decoded_expression
 
 # Genes that are compared.
@@ -44,18 +44,16 @@ class ConsensusFactors(NamedTuple):
     """Mean of the posterior means of the cells, rotated to the consensus, cells x factors."""
 
 
-def consensus_factors(models: Sequence[LDVAEBase], consensus_gk: np.ndarray | None = None) -> ConsensusFactors:
+def consensus_factors(models: Sequence[LDVAEBase]) -> ConsensusFactors:
     """Consensus of models of the same genes, and the mean of their posteriors of all cells on its axes.
 
     Parameters
     ----------
     models
         The models, with the same data.
-    consensus_gk
-        Loadings of a consensus, shape (genes, factors); that of the models if None.
     """
     loadings = [model.get_decoder().centered().weight_gk for model in models]
-    consensus_gk = consensus_loadings(loadings) if consensus_gk is None else consensus_gk
+    consensus_gk = consensus_loadings(loadings)
     mean_gk, usage_nk = np.zeros_like(consensus_gk), np.zeros((models[0].adata.n_obs, consensus_gk.shape[1]))
     for model, loading_gk in zip(models, loadings, strict=True):
         rotation_kk, _ = procrustes(consensus_gk, loading_gk)
@@ -68,11 +66,8 @@ def consensus_factors(models: Sequence[LDVAEBase], consensus_gk: np.ndarray | No
 def slopes(model: LDVAEBase, cells: np.ndarray, usages: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Gene scores of several usages from the counts of some cells of a model's data, genes x factors each."""
     sums = [SlopeSums(len(model.get_var_names()), usage_nk.shape[1]) for usage_nk in usages]
-    start = 0
     with stream_cells(model, None, cells, None) as stream:
-        for chunk in stream.chunks:
-            at = cells[start : start + len(chunk.mean)]
-            start += len(at)
+        for chunk, at in with_positions(stream.chunks, stream.positions):
             for one, usage_nk in zip(sums, usages, strict=True):
                 one.add(chunk.counts, usage_nk[at])
     return [one.scores().score_gk for one in sums]
