@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import sparse
 from scipy.optimize import minimize
 from scipy.special import logsumexp, softmax
 from scipy.stats import multivariate_normal
 
 from ldvae_ext.core.likelihood import log_likelihood
 from ldvae_ext.core.projection import _newton_step, posterior_of
+from ldvae_ext.kernels.threads import compiled
 from tests.core.decoders import COVARIATES, full_decoder
 from tests.pairwise import examples
 from tests.rotated import oblique
@@ -147,8 +149,6 @@ def test_oblique_axes_have_the_posterior_of_the_network_axes(kind):
 
 
 def test_chunks_starts_and_sparse_counts_change_nothing():
-    from scipy import sparse
-
     decoder, x, arguments = problem(KINDS[0], 2, n_cells=9, n_factors=3)
     plain = posterior_of(decoder, x, **arguments)
     for other in (
@@ -160,6 +160,66 @@ def test_chunks_starts_and_sparse_counts_change_nothing():
     only = posterior_of(decoder, x, **arguments, covariance=False)
     assert only.covariance_nkk is None
     np.testing.assert_array_equal(only.variance_nk, plain.variance_nk)
+
+
+@pytest.mark.parametrize("likelihood", ["nb", "poisson"])
+@pytest.mark.parametrize("n_factors", [1, 2, 3, 5, 8, 11])
+def test_compiled_loops_find_the_modes_of_numpy(likelihood, n_factors):
+    dispersion = {1: "gene-batch", 2: "gene-label"}.get(n_factors, "gene") if likelihood == "nb" else "gene"
+    kind = {**KINDS[0], "likelihood": likelihood, "dispersion": dispersion}
+    # More genes than fit in one block.
+    decoder, x, arguments = problem(kind, n_factors, n_cells=120, n_factors=n_factors, n_genes=610)
+    arguments["library"] *= 10
+    axes = oblique(n_factors) if n_factors > 1 else np.eye(1)
+    arguments["prior_covariance_kk"] = axes.T @ axes
+    with compiled(on=False):
+        expected = posterior_of(decoder, x, **arguments)
+    # Near the modes, since there can be several.
+    start = expected.mean_nk + np.random.default_rng(0).normal(scale=0.02, size=expected.mean_nk.shape)
+    with compiled(on=True, n_threads=2):
+        got = posterior_of(decoder, sparse.csr_array(x), **arguments, start_nk=start)
+    assert got.converged_n.all()
+    assert expected.converged_n.all()
+    for name in ("mean_nk", "variance_nk", "covariance_nkk", "log_evidence_n"):
+        np.testing.assert_allclose(getattr(got, name), getattr(expected, name), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("likelihood", ["nb", "poisson"])
+def test_compiled_loops_find_maxima_from_far_away(likelihood):
+    decoder, x, arguments = problem({**KINDS[0], "likelihood": likelihood}, 7, n_cells=60, n_factors=4, n_genes=1200)
+    start = np.random.default_rng(0).normal(scale=3, size=(60, 4))
+    with compiled(on=True, n_threads=1):
+        got = posterior_of(decoder, x, **arguments, start_nk=start)
+        again = posterior_of(decoder, x, **arguments, start_nk=got.mean_nk)
+    assert got.converged_n.all()
+    np.testing.assert_allclose(again.mean_nk, got.mean_nk, atol=1e-6)
+    for n in range(5):
+        points = got.mean_nk[n] + np.random.default_rng(n).normal(scale=1e-2, size=(50, 4))
+        assert (
+            log_joint(decoder, x, arguments, n, points) < log_joint(decoder, x, arguments, n, got.mean_nk[[n]])
+        ).all()
+
+
+def test_compiled_loops_leave_points_without_a_maximum_to_numpy(monkeypatch):
+    from ldvae_ext.kernels import posterior
+
+    def undecided(start, stop, z_nk, *arguments):
+        arguments[-1][start:stop] = posterior.INDEFINITE
+
+    decoder, x, arguments = problem(KINDS[0], 5, n_cells=40, n_factors=2, n_genes=2000)
+    with compiled(on=True, n_threads=1):
+        expected = posterior_of(decoder, x, **arguments)
+        monkeypatch.setattr(posterior, "modes", undecided)
+        got = posterior_of(decoder, x, **arguments)
+    for value, other in zip(got, expected, strict=True):
+        np.testing.assert_allclose(value, other, rtol=1e-5, atol=1e-6)
+
+
+def test_iterations_that_do_not_suffice_are_reported():
+    decoder, x, arguments = problem(KINDS[0], 5, n_cells=40, n_factors=2, n_genes=2000)
+    for on in (False, True):
+        with compiled(on=on):
+            assert not posterior_of(decoder, x, **arguments, max_iterations=1).converged_n.any()
 
 
 def test_genes_that_were_not_measured_are_left_out():

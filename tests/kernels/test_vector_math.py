@@ -52,3 +52,9 @@ def test_the_exponential_of_float64_is_right_to_1e_14():
     got = np.array([vector_math.exp64(x) for x in argument])
     assert np.abs(got / np.exp(argument) - 1).max() < 1e-14
     assert vector_math.exp64(-1e9) < 1e-300
+
+
+def test_the_logarithm_of_float64_is_right_to_1e_15():
+    argument = np.concatenate([np.logspace(-300, 300, 4001), 1 + SMALL[np.abs(SMALL) < 0.5].astype(np.float64)])
+    got, expected = np.array([vector_math.log64(x) for x in argument]), np.log(argument)
+    assert (np.abs(got - expected) / np.maximum(np.abs(expected), 1)).max() < 1e-15

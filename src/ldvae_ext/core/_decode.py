@@ -72,7 +72,7 @@ def put_scale(
             n_cells,
             plain(z_nk, np.float64),
             tables.weight_kg,
-            *_offsets(decoder, batch_n, design_nc),
+            *logit_offsets(decoder, batch_n, design_nc),
             plain(library_n, np.float64),
             np.arange(len(decoder.genes)) if genes is None else plain(genes, np.int64),
             float(share),
@@ -119,7 +119,7 @@ def add_group_scale(
             np.arange(n_pieces + 1) * n_cells // n_pieces,
             plain(z_nk, np.float64),
             decoder._tables.weight_kg,
-            *_offsets(decoder, batch_n, design_nc),
+            *logit_offsets(decoder, batch_n, design_nc),
             plain(library_n, np.float64),
             plain(group_n, np.int64),
             parts_ipg,
@@ -136,7 +136,7 @@ def _is_for_loops(decoder: AffineDecoder, n_cells: int) -> bool:
     return is_compiled() and decoder.link == "softmax" and n_cells * len(decoder.genes) >= _FEW
 
 
-def _offsets(
+def logit_offsets(
     decoder: AffineDecoder, batch_n: np.ndarray, design_nc: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Logits at z = 0, and each cell's row of them."""

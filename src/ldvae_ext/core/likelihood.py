@@ -41,15 +41,25 @@ def log_likelihood(
     -------
     Shape (cells, genes), in nats.
     """
-    varying = mean_dependent_part(likelihood, x_ng, mu_ng, theta, dropout_ng)
+    return mean_dependent_part(likelihood, x_ng, mu_ng, theta, dropout_ng) + constant_part(likelihood, x_ng, theta)
+
+
+def constant_part(likelihood: str, x_ng: np.ndarray, theta: Any = None) -> Any:
+    """The terms of :func:`log_likelihood` that depend on counts and dispersion alone; a number, or one for each count.
+
+    Parameters
+    ----------
+    likelihood, x_ng, theta
+        See :func:`log_likelihood`.
+    """
     if likelihood == "poisson":
-        return varying - gammaln(x_ng + 1.0)
+        return -gammaln(x_ng + 1.0)
     if likelihood == "normal":
-        return varying - np.log(theta) - 0.5 * np.log(2 * np.pi)
+        return -np.log(theta) - 0.5 * np.log(2 * np.pi)
     constant = gammaln(x_ng + theta) - gammaln(theta) - gammaln(x_ng + 1.0)
     if likelihood == "zinb":
-        return varying + np.where(x_ng > EPS, constant, 0.0)
-    return varying + constant + theta * np.log(theta + EPS)
+        return np.where(x_ng > EPS, constant, 0.0)
+    return constant + theta * np.log(theta + EPS)
 
 
 def mean_dependent_part(

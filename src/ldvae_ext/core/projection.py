@@ -6,18 +6,24 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import sparse
-from scipy.special import softmax
+from scipy.special import gammaln
 
 from ldvae_ext._validate import check_positive_int
-from ldvae_ext.core.cells import EncodedCells, at_rows, dense, values_of
+from ldvae_ext.core._decode import logit_offsets
+from ldvae_ext.core._design import design_matrix
+from ldvae_ext.core._log_posterior import Prepared, is_theta_of_cell
+from ldvae_ext.core._tables import plain
+from ldvae_ext.core.cells import EncodedCells, at_rows, dense, nonzero, values_of
 from ldvae_ext.core.decoder import LinearDecoder
-from ldvae_ext.core.derivatives import DROPOUT, LOG_MEAN, LOG_THETA, derivatives, softplus_slope
-from ldvae_ext.core.heads import heads_at, parameters_given
-from ldvae_ext.core.likelihood import log_likelihood, mean_dependent_part
+from ldvae_ext.core.heads import parameters_given
+from ldvae_ext.core.likelihood import EPS, log_likelihood
 from ldvae_ext.core.posterior import deterministic_latent
+from ldvae_ext.kernels.threads import is_compiled, over_rows
 
-# Weights of the affine maps that the derivatives belong to.
-_WEIGHTS = {LOG_MEAN: "weight_gk", DROPOUT: "dropout_weight_gk", LOG_THETA: "dispersion_weight_gk"}
+# Fewer counts than these are numpy's, since compiled loops take a second to load.
+_FEW = 2**16
+# Cells that compiled loops are given at a time.
+_COMPILED_CELLS = 4096
 _HALVINGS = 30
 # Eigenvalues of a Hessian that is not positive definite are made positive, and not smaller than that.
 _LEAST_CURVATURE = 0.1
@@ -85,9 +91,9 @@ def posterior_of(
     max_iterations
         Number of Newton steps.
     tolerance
-        A cell has converged if no factor changes by more than that.
+        A cell has converged if no factor changes by more than that in its last step. The error is of the order of the square.
     chunk_size
-        Cells that are computed together; the result does not depend on it but for rounding.
+        Cells that numpy computes together; the result does not depend on it but for rounding.
 
     Returns
     -------
@@ -113,8 +119,7 @@ def posterior_of(
     if start_nk.shape != (n_cells, n_factors) or not np.isfinite(start_nk).all():
         msg = f"`start_nk` must be finite, of shape {(n_cells, n_factors)}; got shape {start_nk.shape}."
         raise ValueError(msg)
-    batch_n = decoder.batch_codes(batch, n_cells)
-    names = [covariate.name for covariate in decoder.covariates]
+    prepared = Prepared.of(decoder, precision_kk, n_cells, batch, covariates, library_n, label)
     out = CellPosteriors(
         start_nk,
         np.empty_like(start_nk),
@@ -122,25 +127,18 @@ def posterior_of(
         np.empty(n_cells),
         np.zeros(n_cells, dtype=bool),
     )
+    log_det_prior = np.linalg.slogdet(precision_kk)[1]
+    find = _compiled_modes if _is_for_loops(prepared) else _modes
+    chunk_size = _COMPILED_CELLS if find is _compiled_modes else chunk_size
     for start in range(0, n_cells, chunk_size):
         at = np.arange(start, min(start + chunk_size, n_cells))
-        target = _LogPosterior(
-            decoder,
-            dense(x_ng[at]),
-            decoder.batches[np.broadcast_to(batch_n, n_cells)[at]],
-            at_rows(covariates, names, at, n_cells),
-            library_n[at],
-            None if decoder.labels is None else np.broadcast_to(np.asarray(label), (n_cells,))[at],
-            precision_kk,
-        )
-        z_nk, converged_n = _maximise(target, start_nk[at], max_iterations, tolerance)
-        value_n, _, hessian_nkk = target(z_nk, with_constant=True)
-        inverse_nkk, log_det_n = _inverse(hessian_nkk)
-        out.mean_nk[at], out.converged_n[at] = z_nk, converged_n
+        found = find(prepared, x_ng[at], at, start_nk[at], max_iterations, tolerance)
+        inverse_nkk, log_det_n = _inverse(found.hessian_nkk)
+        out.mean_nk[at], out.converged_n[at] = found.z_nk, found.converged_n
         out.variance_nk[at] = np.diagonal(inverse_nkk, axis1=1, axis2=2)
         if out.covariance_nkk is not None:
             out.covariance_nkk[at] = inverse_nkk
-        out.log_evidence_n[at] = value_n + 0.5 * (np.linalg.slogdet(precision_kk)[1] - log_det_n)
+        out.log_evidence_n[at] = found.value_n + 0.5 * (log_det_prior - log_det_n)
     return out
 
 
@@ -190,144 +188,124 @@ def _precision(covariance_kk: np.ndarray | None, n_factors: int) -> np.ndarray:
     return np.linalg.inv(covariance_kk)
 
 
-class _LogPosterior:
-    """Log posterior density of some cells, up to the constant of the prior, with gradient and negative Hessian."""
+class _Modes(NamedTuple):
+    """Modes of some cells, with values and negative Hessians of the log posterior there."""
 
-    def __init__(
-        self,
-        decoder: LinearDecoder,
-        x_ng: np.ndarray,
-        batch: np.ndarray,
-        covariates: Any,
-        library_n: np.ndarray,
-        label: np.ndarray | None,
-        precision_kk: np.ndarray,
-    ) -> None:
-        self._decoder, self._x_ng, self._batch, self._covariates = decoder, x_ng, batch, covariates
-        self._library_n, self._label, self._precision_kk = library_n, label, precision_kk
-        self._of_theta = decoder.dispersion == "gene-cell" and decoder.likelihood != "poisson"
-        names = [LOG_MEAN] + [DROPOUT] * (decoder.likelihood == "zinb") + [LOG_THETA] * self._of_theta
-        self._weights = {name: getattr(decoder, _WEIGHTS[name]) for name in names}
-
-    def some(self, rows: np.ndarray) -> _LogPosterior:
-        """The log posterior of some of the cells."""
-        covariates = None if self._covariates is None else {name: v[rows] for name, v in self._covariates.items()}
-        return _LogPosterior(
-            self._decoder,
-            self._x_ng[rows],
-            self._batch[rows],
-            covariates,
-            self._library_n[rows],
-            None if self._label is None else self._label[rows],
-            self._precision_kk,
-        )
-
-    def __call__(self, u_nk: np.ndarray, *, with_constant: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Values, shape (cells,), gradients, shape (cells, factors), and negative Hessians, (cells, factors, factors).
-
-        Without the constant, values lack terms of the counts and the dispersion alone, which need gamma functions.
-        """
-        decoder = self._decoder
-        is_logistic = decoder.latent_distribution == "ln"
-        z_nk = softmax(u_nk, axis=1) if is_logistic else u_nk
-        logits_ng = decoder.logits(z_nk, self._batch, self._covariates)
-        scale_ng = decoder.apply_link(logits_ng)
-        mu_ng = self._library_n[:, None] * scale_ng
-        theta, dropout_ng = heads_at(decoder, z_nk, self._batch, self._covariates, self._label)
-        arguments = (decoder.likelihood, self._x_ng, mu_ng, theta, dropout_ng)
-        value_of = log_likelihood if with_constant or self._of_theta else mean_dependent_part
-        value_n = value_of(*arguments).sum(axis=1)
-        first, second = derivatives(*arguments, of_theta=self._of_theta)
-        if decoder.link == "softmax":
-            # d log mu / dz = W - W_mean, and d^2 log mu / dz^2 = -(E WW' - W_mean W_mean') for every gene.
-            mean_nk = scale_ng @ self._weights[LOG_MEAN]
-            second[LOG_MEAN, LOG_MEAN] = (
-                second[LOG_MEAN, LOG_MEAN] - first[LOG_MEAN].sum(axis=1, keepdims=True) * scale_ng
-            )
-        else:
-            mean_nk = np.zeros((len(z_nk), z_nk.shape[1]))
-            slope_ng = softplus_slope(scale_ng)
-            change_ng = slope_ng * (np.exp(-scale_ng) - slope_ng)
-            second[LOG_MEAN, LOG_MEAN] = second[LOG_MEAN, LOG_MEAN] * slope_ng**2 + first[LOG_MEAN] * change_ng
-            first[LOG_MEAN] = first[LOG_MEAN] * slope_ng
-            for pair in [pair for pair in second if LOG_MEAN in pair and pair != (LOG_MEAN, LOG_MEAN)]:
-                second[pair] = second[pair] * slope_ng
-        gradient_nk = np.zeros_like(z_nk)
-        for name, slope_ng in first.items():
-            gradient_nk += slope_ng @ self._weights[name]
-        gradient_nk -= first[LOG_MEAN].sum(axis=1, keepdims=True) * mean_nk
-        hessian_nkk = np.zeros((len(z_nk), z_nk.shape[1], z_nk.shape[1]))
-        for (a, b), curvature_ng in second.items():
-            part_nkk = self._products(a, b, curvature_ng, mean_nk)
-            hessian_nkk -= part_nkk if a == b else part_nkk + part_nkk.transpose(0, 2, 1)
-        if is_logistic:
-            gradient_nk, hessian_nkk = _of_logits(z_nk, gradient_nk, hessian_nkk)
-        pulled_nk = u_nk @ self._precision_kk
-        value_n -= 0.5 * (pulled_nk * u_nk).sum(axis=1)
-        return value_n, gradient_nk - pulled_nk, hessian_nkk + self._precision_kk
-
-    def _products(self, a: str, b: str, curvature_ng: np.ndarray, mean_nk: np.ndarray) -> np.ndarray:
-        """``sum_g curvature_ng d_ag d_bg'``, where d is the loading, less its mean for the log-mean under softmax."""
-        left_gk, right_gk = self._weights[a], self._weights[b]
-        n_factors = left_gk.shape[1]
-        product_gj = (left_gk[:, :, None] * right_gk[:, None, :]).reshape(len(left_gk), -1)
-        out_nkk = (curvature_ng @ product_gj).reshape(-1, n_factors, n_factors)
-        left_nk = mean_nk if a == LOG_MEAN else np.zeros_like(mean_nk)
-        right_nk = mean_nk if b == LOG_MEAN else np.zeros_like(mean_nk)
-        sum_left_nk, sum_right_nk = curvature_ng @ left_gk, curvature_ng @ right_gk
-        out_nkk -= left_nk[:, :, None] * sum_right_nk[:, None, :] + sum_left_nk[:, :, None] * right_nk[:, None, :]
-        total_n = curvature_ng.sum(axis=1)
-        return out_nkk + total_n[:, None, None] * left_nk[:, :, None] * right_nk[:, None, :]
+    z_nk: np.ndarray
+    value_n: np.ndarray
+    hessian_nkk: np.ndarray
+    converged_n: np.ndarray
 
 
-def _of_logits(z_nk: np.ndarray, gradient_nk: np.ndarray, hessian_nkk: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Gradient and negative Hessian in u of a function of z = softmax(u)."""
-    jacobian_nkk = z_nk[:, :, None] * np.eye(z_nk.shape[1]) - z_nk[:, :, None] * z_nk[:, None, :]
-    times_nk = gradient_nk * z_nk
-    total_n = times_nk.sum(axis=1)
-    of_u_nk = times_nk - total_n[:, None] * z_nk
-    # sum_k gradient_k d^2 z_k / du^2
-    curvature_nkk = times_nk[:, :, None] * np.eye(z_nk.shape[1])
-    curvature_nkk -= times_nk[:, :, None] * z_nk[:, None, :] + z_nk[:, :, None] * times_nk[:, None, :]
-    curvature_nkk += total_n[:, None, None] * (z_nk[:, :, None] * z_nk[:, None, :] - jacobian_nkk)
-    return of_u_nk, jacobian_nkk @ hessian_nkk @ jacobian_nkk - curvature_nkk
-
-
-def _maximise(
-    target: _LogPosterior, z_nk: np.ndarray, max_iterations: int, tolerance: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Modes, and which cells have converged."""
+def _modes(
+    prepared: Prepared, x_ng: Any, at: np.ndarray, z_nk: np.ndarray, max_iterations: int, tolerance: float
+) -> _Modes:
+    """Modes of cells, all of them together, for every kind of decoder."""
+    target = prepared.log_posterior(dense(x_ng), at)
     z_nk, converged_n = z_nk.copy(), np.zeros(len(z_nk), dtype=bool)
     rows, part = np.arange(len(z_nk)), target
-    value_n, gradient_nk, hessian_nkk = part(z_nk)
+    at_mode = list(part(z_nk))
     for _ in range(max_iterations):
+        value_n, gradient_nk, hessian_nkk = (values[rows] for values in at_mode)
         step_nk = _newton_step(gradient_nk, hessian_nkk)
-        size_n, found = np.ones(len(rows)), [value_n, gradient_nk, hessian_nkk]
-        waiting = np.arange(len(rows))
-        moved_nk = z_nk[rows]
-        for _ in range(_HALVINGS):
-            trial_nk = z_nk[rows[waiting]] + size_n[waiting, None] * step_nk[waiting]
-            new = (part if len(waiting) == len(rows) else part.some(waiting))(trial_nk)
-            # Rounding of a sum of many terms can hide the gain of the last steps.
-            is_better = new[0] >= value_n[waiting] - 1e-12 * np.abs(value_n[waiting])
-            accepted = waiting[is_better]
-            moved_nk[accepted] = trial_nk[is_better]
-            for old, values in zip(found, new, strict=True):
-                old[accepted] = values[is_better]
-            waiting = waiting[~is_better]
-            if not len(waiting):
-                break
-            size_n[waiting] *= 0.5
-        change_n = np.abs(moved_nk - z_nk[rows]).max(axis=1)
-        z_nk[rows] = moved_nk
-        is_done = (change_n <= tolerance) & (np.abs(step_nk).max(axis=1) <= np.sqrt(tolerance))
+        is_done = np.abs(step_nk).max(axis=1) <= tolerance
+        z_nk[rows[is_done]] += step_nk[is_done]
         converged_n[rows[is_done]] = True
         if is_done.all():
             break
         if is_done.any():
             rows, part = rows[~is_done], part.some(np.flatnonzero(~is_done))
-            value_n, gradient_nk, hessian_nkk = (values[~is_done] for values in found)
-    return z_nk, converged_n
+            step_nk, value_n = step_nk[~is_done], value_n[~is_done]
+        size_n, waiting, old_nk = np.ones(len(rows)), np.arange(len(rows)), z_nk[rows]
+        for _ in range(_HALVINGS):
+            trial_nk = old_nk[waiting] + size_n[waiting, None] * step_nk[waiting]
+            new = (part if len(waiting) == len(rows) else part.some(waiting))(trial_nk)
+            # Rounding of a sum of many terms can hide the gain of the last steps.
+            is_better = new[0] >= value_n[waiting] - 1e-12 * np.abs(value_n[waiting])
+            accepted = rows[waiting[is_better]]
+            z_nk[accepted] = trial_nk[is_better]
+            for values, found in zip(at_mode, new, strict=True):
+                values[accepted] = found[is_better]
+            waiting = waiting[~is_better]
+            if not len(waiting):
+                break
+            size_n[waiting] *= 0.5
+    return _Modes(z_nk, at_mode[0] + target.constant(), at_mode[2], converged_n)
+
+
+def _is_for_loops(prepared: Prepared) -> bool:
+    """True if compiled loops can find the modes, and are worth the second that it takes to load them."""
+    decoder = prepared.decoder
+    return (
+        is_compiled()
+        and decoder.link == "softmax"
+        and decoder.latent_distribution == "normal"
+        and (decoder.likelihood == "poisson" or (decoder.likelihood == "nb" and not is_theta_of_cell(decoder)))
+        and len(prepared.library_n) * len(decoder.genes) >= _FEW
+    )
+
+
+def _compiled_modes(
+    prepared: Prepared, x_ng: Any, at: np.ndarray, z_nk: np.ndarray, max_iterations: int, tolerance: float
+) -> _Modes:
+    """Modes of cells, one after another, by compiled loops."""
+    from ldvae_ext.kernels import posterior
+
+    decoder, n_cells = prepared.decoder, len(at)
+    counts = nonzero(x_ng)
+    at_n, at_g = np.divmod(counts.at, len(decoder.genes))
+    theta_rg, theta_n = _theta_rows(prepared, at)
+    design_nc = None
+    if decoder.covariates:
+        names = [covariate.name for covariate in decoder.covariates]
+        covariates = at_rows(prepared.covariates, names, at, len(prepared.library_n))
+        design_nc = design_matrix(decoder.covariates, covariates, n_cells)
+    out = _Modes(z_nk.copy(), np.empty(n_cells), np.empty((*z_nk.shape, z_nk.shape[1])), np.zeros(n_cells, dtype=bool))
+    state_n = np.empty(n_cells, dtype=np.int64)
+    over_rows(
+        posterior.modes,
+        n_cells,
+        out.z_nk,
+        decoder._tables.weight_kg,
+        *logit_offsets(decoder, prepared.batch_n[at], design_nc),
+        np.searchsorted(at_n, np.arange(n_cells + 1)),
+        plain(at_g, np.int64),
+        counts.value,
+        plain(prepared.library_n[at], np.float64),
+        theta_rg,
+        theta_n,
+        decoder.likelihood == "poisson",
+        prepared.precision_kk,
+        max_iterations,
+        tolerance,
+        out.value_n,
+        out.hessian_nkk,
+        state_n,
+    )
+    # Gamma functions of counts of zero cancel.
+    constant = -gammaln(counts.value + 1.0)
+    if decoder.likelihood == "nb":
+        theta = theta_rg[theta_n[at_n], at_g]
+        constant += gammaln(counts.value + theta) - gammaln(theta)
+        out.value_n[:] += (theta_rg * np.log(theta_rg + EPS)).sum(axis=1)[theta_n]
+    out.value_n[:] += np.bincount(at_n, constant, n_cells)
+    out.converged_n[:] = state_n == posterior.CONVERGED
+    (left,) = np.nonzero(state_n == posterior.INDEFINITE)
+    if len(left):
+        others = _modes(prepared, x_ng[left], at[left], out.z_nk[left], max_iterations, tolerance)
+        for values, found in zip(out, others, strict=True):
+            values[left] = found
+    return out
+
+
+def _theta_rows(prepared: Prepared, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Dispersions of batches or labels, and each cell's row of them."""
+    theta_bg, row_n = prepared.decoder.theta_bg, np.zeros(len(at), dtype=np.int64)
+    if theta_bg is None:
+        return np.ones((1, len(prepared.decoder.genes))), row_n
+    if len(theta_bg) > 1:
+        row_n = prepared.batch_n[at] if prepared.label_n is None else prepared.label_n[at]
+    return plain(theta_bg, np.float64), plain(row_n, np.int64)
 
 
 def _newton_step(gradient_nk: np.ndarray, hessian_nkk: np.ndarray) -> np.ndarray:

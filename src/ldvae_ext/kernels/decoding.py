@@ -50,7 +50,7 @@ def weighted_rows(value_k: FloatArray, weight_kg: FloatArray, out_g: FloatArray)
 
 
 @njit(**LOOP)
-def _softmax64(z_k: Float64Array, weight_kg: Float64Array, offset_g: Float64Array, out_g: Float64Array) -> float:
+def softmax64(z_k: Float64Array, weight_kg: Float64Array, offset_g: Float64Array, out_g: Float64Array) -> float:
     """Write the numerators of the softmax of a cell over genes; return its denominator."""
     weighted_rows(z_k, weight_kg, out_g)
     for g in range(out_g.size):
@@ -103,7 +103,7 @@ def decode(
     """
     e_g = np.empty(weight_kg.shape[1])
     for n in range(start, stop):
-        factor = share * library_n[n] / _softmax64(z_nk[n], weight_kg, offset_rg[row_n[n]], e_g)
+        factor = share * library_n[n] / softmax64(z_nk[n], weight_kg, offset_rg[row_n[n]], e_g)
         out_g = out_ng[n]
         if share < 1:
             for j in range(genes.size):
@@ -155,7 +155,7 @@ def decode_groups(
         for n in range(bounds[i], bounds[i + 1]):
             if group_n[n] < 0:
                 continue
-            factor = library_n[n] / _softmax64(z_nk[n], weight_kg, offset_rg[row_n[n]], e_g)
+            factor = library_n[n] / softmax64(z_nk[n], weight_kg, offset_rg[row_n[n]], e_g)
             out_g = out_ipg[i, group_n[n]]
             for g in range(e_g.size):
                 out_g[g] += factor * e_g[g]

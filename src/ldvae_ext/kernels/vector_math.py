@@ -29,6 +29,15 @@ _LN2_HIGH_64, _LN2_LOW_64 = 6.93147180369123816490e-01, 1.90821492927058770002e-
 # 1 / 12!, then 1 / 11!, ..., 1 / 1!, 1
 _TAYLOR_12, *_REST = (1.0 / math.factorial(i) for i in range(12, -1, -1))
 _TAYLOR = tuple(_REST)
+_ROOT_HALF_BITS_64, _ONE_BITS_64, _MANTISSA_64 = (
+    np.int64(0x3FE6A09E667F3BCD),
+    np.int64(0x3FF0000000000000),
+    np.int64(52),
+)
+_LN2_64 = math.log(2)
+# 2 / 21, then 2 / 19, ..., 2 / 3
+_SERIES_21, *_SERIES_REST = (2.0 / i for i in range(21, 1, -2))
+_SERIES = tuple(_SERIES_REST)
 
 
 @njit(**EXACT)
@@ -145,3 +154,19 @@ def exp64(x: float) -> float:
         p = p * r + c
     bits = np.float64(shifted).view(np.int64) + np.int64(1023)
     return p * np.int64(bits << np.int64(52)).view(np.float64)
+
+
+@njit(**EXACT)
+def log64(x: float) -> float:
+    """Natural logarithm of a normal, positive float64, to 1e-15 (absolutely where it is near 0)."""
+    exponent = np.int64((np.float64(x).view(np.int64) - _ROOT_HALF_BITS_64) >> _MANTISSA_64)
+    m = x * np.int64(_ONE_BITS_64 - np.int64(exponent << _MANTISSA_64)).view(np.float64)
+    # log m = 2 artanh(s)
+    s = (m - 1.0) / (m + 1.0)
+    square = s * s
+    p = _SERIES_21
+    for c in _SERIES:
+        p = p * square + c
+    # The bits of 1.5 2^52 + exponent: conversions of integers do not vectorise everywhere.
+    count = np.int64(exponent + np.float64(_ROUND_64).view(np.int64)).view(np.float64) - _ROUND_64
+    return count * _LN2_64 + (2.0 * s + s * square * p)
