@@ -28,6 +28,10 @@ class ExportKeys:
     """``var``: True for the genes of the model."""
     library: str
     """``obs``: library size of each cell, or its size factor."""
+    fit: str
+    """``obs``: deviance of each cell relative to its expectation, in a projection."""
+    converged: str
+    """``obs``: True for cells whose posterior mode was found, in a projection."""
     logits: str
     """``obsm``: posterior means of u under ``"ln"``, cells x factors."""
     network_variance: str
@@ -56,6 +60,8 @@ def export_keys(key_added: str | None = None) -> ExportKeys:
         errors=f"{key}_scores_error",
         genes=key,
         library=f"{key}_library",
+        fit=f"{key}_fit",
+        converged=f"{key}_converged",
         logits=f"X_{key}_u",
         network_variance=f"X_{key}_network_var",
         info=key,

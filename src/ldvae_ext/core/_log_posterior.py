@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from scipy.special import softmax
 
-from ldvae_ext.core._design import level_codes
+from ldvae_ext.core._design import design_matrix, level_codes
 from ldvae_ext.core.cells import at_rows
-from ldvae_ext.core.decoder import LinearDecoder
 from ldvae_ext.core.derivatives import DROPOUT, LOG_MEAN, LOG_THETA, derivatives, softplus_slope
 from ldvae_ext.core.heads import heads_at
 from ldvae_ext.core.likelihood import constant_part, log_likelihood, mean_dependent_part
+
+if TYPE_CHECKING:
+    from ldvae_ext.core.decoder import LinearDecoder
 
 # Weights of the affine maps that the derivatives belong to.
 _WEIGHTS = {LOG_MEAN: "weight_gk", DROPOUT: "dropout_weight_gk", LOG_THETA: "dispersion_weight_gk"}
@@ -79,6 +81,8 @@ class Prepared:
         label: Any,
     ) -> Prepared:
         """The shared parts; names of batches and labels are checked."""
+        if decoder.covariates or covariates is not None:
+            design_matrix(decoder.covariates, covariates, n_cells)  # raises if one is missing or unknown
         names = [LOG_MEAN] + [DROPOUT] * (decoder.likelihood == "zinb") + [LOG_THETA] * is_theta_of_cell(decoder)
         weights = {name: getattr(decoder, _WEIGHTS[name]) for name in names}
         squares = {(a, b): Squares.of(weights[a], weights[b], is_same=a == b) for a in names for b in names}

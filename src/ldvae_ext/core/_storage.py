@@ -48,6 +48,62 @@ class FromArrays:
         raw = {name: RawLinear.from_arrays(arrays, f"{name}_") for name in _RAW}
         return cls(**{**values, **raw, "covariates": covariates_from_arrays(arrays)})
 
+    @classmethod
+    def from_loadings(
+        cls,
+        loadings: Any,
+        intercept: Any = None,
+        *,
+        counts: Any = None,
+        genes: Any = None,
+        factors: Any = None,
+        likelihood: str | None = None,
+        rescale: bool = True,
+    ) -> Self:
+        """A decoder from any table of genes x factors: a published signature, principal components, another model's loadings.
+
+        Loadings are effects on the log of expression: take the logarithm of what is on the scale of expression, such as the
+        spectra of cNMF. Intercept and dispersions are fitted to counts by Newton steps, in turn with the cells' posteriors
+        (:func:`ldvae_ext.core.posterior_of`). All cells are one batch, under a softmax.
+
+        Parameters
+        ----------
+        loadings
+            Shape (genes, factors). The index and the columns of a DataFrame are the names of genes and factors.
+        intercept
+            Log-rate of each gene at z = 0, shape (genes,); fitted if None.
+        counts
+            Raw counts, dense or sparse, shape (cells, genes), columns in the order of ``loadings``. A few thousand cells suffice.
+        genes, factors
+            Names, where ``loadings`` has none; factors are ``Z_0``, ``Z_1``, ... by default.
+        likelihood
+            ``"nb"``, the default with counts, or ``"poisson"``.
+        rescale
+            True to multiply each column by a number such that its factor has a mean square of 1 in these cells, as the prior has.
+            Most tables leave this number open. Not without counts.
+
+        Returns
+        -------
+        The decoder.
+
+        Raises
+        ------
+        ValueError
+            If shapes do not agree, values are not finite, or neither counts nor an intercept are given.
+        """
+        from ldvae_ext.core.refitting import decoder_from_loadings
+
+        return decoder_from_loadings(  # type: ignore[return-value]
+            cls,  # type: ignore[arg-type]
+            loadings,
+            intercept,
+            counts=counts,
+            genes=genes,
+            factors=factors,
+            likelihood=likelihood,
+            rescale=rescale,
+        )
+
     def save(self, path: str | Path) -> None:
         """Write the decoder to one ``.npz`` file, without pickle."""
         with Path(path).open("wb") as file:

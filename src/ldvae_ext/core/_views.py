@@ -9,6 +9,8 @@ from typing import Any, Self
 
 import numpy as np
 
+from ldvae_ext.core._design import level_codes
+
 # Affine maps that a decoder can have: log-rate, logits of zero inflation, log of the dispersion.
 HEADS = ("", "dropout_", "dispersion_")
 # Condition number of oblique axes at which rounding to float32 would show in decoded expression.
@@ -25,6 +27,9 @@ class DecoderViews:
     factors: np.ndarray
     latent_distribution: str
     link: str
+    batches: np.ndarray
+    dispersion: str
+    theta_bg: np.ndarray | None
 
     def _with(self, **parts: Any) -> Self:
         return replace(self, **parts)  # type: ignore[type-var]
@@ -161,6 +166,30 @@ class DecoderViews:
             msg = f"`genes` must be different genes of the decoder; got {wrong[0]!r}."
             raise ValueError(msg)
         return self._genes_at(np.array([known[name] for name in wanted], dtype=np.int64))
+
+    def with_batches(self, batches: Sequence[str], source: str | None = None) -> Self:
+        """The same decoder for other batches, each with the intercepts of one batch, or with the mean over all of them.
+
+        Parameters
+        ----------
+        batches
+            Names of the new batches.
+        source
+            The batch whose intercepts (and dispersions) all of them have; if None, the mean of the intercepts and of the log of
+            the dispersions.
+
+        Raises
+        ------
+        ValueError
+            If there is no such batch.
+        """
+        rows = np.arange(len(self.batches)) if source is None else level_codes(self.batches, str(source), 1)
+        names = [f"{head}intercept_bg" for head in HEADS if getattr(self, f"{head}intercept_bg") is not None]
+        parts = {name: getattr(self, name)[rows].mean(axis=0) for name in names}
+        if self.theta_bg is not None and self.dispersion == "gene-batch":
+            parts["theta_bg"] = np.exp(np.log(self.theta_bg[rows]).mean(axis=0))
+        repeated = {name: np.tile(value_g, (len(batches), 1)) for name, value_g in parts.items()}
+        return self._with(**repeated, batches=np.array(batches, dtype=str), raw=None, raw_dropout=None)
 
     def _genes_at(self, at: np.ndarray) -> Self:
         first = ["genes", *(f"{head}weight_gk" for head in HEADS)]

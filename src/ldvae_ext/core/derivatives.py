@@ -68,10 +68,13 @@ def _of_negative_binomial(x_ng: np.ndarray, mu_ng: np.ndarray, theta: Any, *, of
     }
     if of_theta:
         excess_ng = (mu_ng + EPS - x_ng) / sum_ng
-        slope_ng = digamma(count_ng) - digamma(theta) + np.log((theta + EPS) / sum_ng) + theta / (theta + EPS)
-        slope_ng -= count_ng / sum_ng
-        curvature_ng = polygamma(1, count_ng) - polygamma(1, theta) + (theta + 2 * EPS) / np.square(theta + EPS)
-        curvature_ng -= (1 + excess_ng) / sum_ng
+        slope_ng = np.log((theta + EPS) / sum_ng) + theta / (theta + EPS) - count_ng / sum_ng
+        curvature_ng = (theta + 2 * EPS) / np.square(theta + EPS) - (1 + excess_ng) / sum_ng
+        # The gamma functions of a count of zero cancel.
+        at = np.nonzero(x_ng)
+        theta_at, count_at = np.broadcast_to(theta, x_ng.shape)[at], count_ng[at]
+        slope_ng[at] += digamma(count_at) - digamma(theta_at)
+        curvature_ng[at] += polygamma(1, count_at) - polygamma(1, theta_at)
         first[LOG_THETA] = theta * slope_ng
         second[LOG_MEAN, LOG_THETA] = -theta * share_ng * excess_ng
         second[LOG_THETA, LOG_THETA] = first[LOG_THETA] + theta**2 * curvature_ng

@@ -5,7 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 # Purposes of draws; two purposes never use the same number.
-POSTERIOR, PRIOR = 0, 1
+POSTERIOR, PRIOR, COUNTS = 0, 1, 2
+
+
+def generator_of(seed: int, purpose: int, position: int) -> np.random.Generator:
+    """The random numbers of a cell, see :func:`normal_draws`."""
+    return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, 0, 0, position]))
 
 
 def normal_draws(seed: int, purpose: int, position_n: np.ndarray, n_latent: int, n_samples: int = 1) -> np.ndarray:
@@ -31,8 +36,7 @@ def normal_draws(seed: int, purpose: int, position_n: np.ndarray, n_latent: int,
     """
     out = np.empty((n_samples, len(position_n), n_latent))
     for n, position in enumerate(position_n):
-        generator = np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[0, 0, 0, position]))
-        out[:, n] = generator.standard_normal((n_samples, n_latent))
+        out[:, n] = generator_of(seed, purpose, position).standard_normal((n_samples, n_latent))
     return out
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ldvae_ext.core.cells import EncodedCells
-from ldvae_ext.core.decoder import LinearDecoder
+
+if TYPE_CHECKING:
+    from ldvae_ext.core.decoder import LinearDecoder
 
 
 def heads_at(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from scipy import sparse
@@ -14,11 +14,13 @@ from ldvae_ext.core._design import design_matrix
 from ldvae_ext.core._log_posterior import Prepared, is_theta_of_cell
 from ldvae_ext.core._tables import plain
 from ldvae_ext.core.cells import EncodedCells, at_rows, dense, nonzero, values_of
-from ldvae_ext.core.decoder import LinearDecoder
 from ldvae_ext.core.heads import parameters_given
 from ldvae_ext.core.likelihood import EPS, log_likelihood
 from ldvae_ext.core.posterior import deterministic_latent
 from ldvae_ext.kernels.threads import is_compiled, over_rows
+
+if TYPE_CHECKING:
+    from ldvae_ext.core.decoder import LinearDecoder
 
 # Fewer counts than these are numpy's, since compiled loops take a second to load.
 _FEW = 2**16

@@ -51,7 +51,19 @@ def weighted_rows(value_k: FloatArray, weight_kg: FloatArray, out_g: FloatArray)
 
 @njit(**LOOP)
 def softmax64(z_k: Float64Array, weight_kg: Float64Array, offset_g: Float64Array, out_g: Float64Array) -> float:
-    """Write the numerators of the softmax of a cell over genes; return its denominator."""
+    """Write the numerators of the softmax of a cell over genes; return its denominator.
+
+    Parameters
+    ----------
+    z_k
+        Latents, (latents,), float64.
+    weight_kg
+        Loadings, (latents, genes), float64.
+    offset_g
+        Offsets of the logits, (genes,), float64.
+    out_g
+        Output, (genes,), float64.
+    """
     weighted_rows(z_k, weight_kg, out_g)
     for g in range(out_g.size):
         out_g[g] += offset_g[g]

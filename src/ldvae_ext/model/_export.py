@@ -10,12 +10,11 @@ import scvi
 from anndata import AnnData
 
 import ldvae_ext
-from ldvae_ext._keys import PCA_INFO, PCA_LATENT, PCA_LOADINGS, export_keys
 from ldvae_ext._scvi import ADATA_MINIFY_TYPE
 from ldvae_ext._stats import MEASURES
-from ldvae_ext._validate import check_one_of, listed, warn
+from ldvae_ext._validate import check_one_of, warn
+from ldvae_ext._writing import Export, check_can_write, write_export
 from ldvae_ext.core import kl_per_dimension
-from ldvae_ext.core._arrays import at_positions
 from ldvae_ext.core.posterior import deterministic_latent
 from ldvae_ext.core.scores import GeneScores, SlopeSums
 from ldvae_ext.model._axes import canonical_signs, factor_decoder, factor_stream
@@ -155,50 +154,11 @@ class ExportMixin(LDVAEBase):
             order_by = "network" if self._has_own_order else "kl"
         check_one_of("order_by", order_by, ORDERS)
         check_is_anndata(adata)
-        keys = export_keys(key_added)
         target = self.adata if adata is None else adata
         if target is None:
             msg = "This model was loaded without data: give `adata`."
             raise ValueError(msg)
-        if keys.info == PCA_INFO:
-            msg = f"`key_added={key_added!r}` would replace scanpy's PCA; use `as_pca=True` to write a PCA with the export."
-            raise ValueError(msg)
-        if not overwrite and keys.genes in target.var and "decoder" not in target.uns.get(keys.info, {}):
-            msg = f"`adata.var[{keys.genes!r}]` exists and is no export's; choose another `key_added`, or `overwrite=True`."
-            raise ValueError(msg)
-        library = target.obs.get(keys.library)
-        if not overwrite and library is not None and not pd.api.types.is_float_dtype(library):
-            msg = f"`adata.obs[{keys.library!r}]` exists and is no library size; choose another `key_added`, or `overwrite=True`."
-            raise ValueError(msg)
-        if not overwrite and "decoder" not in target.uns.get(keys.info, {}):
-            foreign = [
-                f"{slot}[{key!r}]"
-                for slot, key in (
-                    ("obsm", keys.latent),
-                    ("obsm", keys.variance),
-                    ("varm", keys.loadings),
-                    ("varm", keys.loadings_error),
-                    ("varm", keys.scores),
-                    ("varm", keys.errors),
-                    ("uns", keys.info),
-                )
-                if key in getattr(target, slot)
-            ]
-            if foreign:
-                msg = (
-                    f"`adata` has {', '.join(foreign)}, which no export describes and which would be replaced; choose another "
-                    "`key_added`, or `overwrite=True`."
-                )
-                raise ValueError(msg)
-        if as_pca and not overwrite:
-            taken = [
-                k
-                for k, slot in ((PCA_LATENT, target.obsm), (PCA_LOADINGS, target.varm), (PCA_INFO, target.uns))
-                if k in slot
-            ]
-            if taken:
-                msg = f"`as_pca`: {listed(taken)} would be replaced; `overwrite=True` does that."
-                raise ValueError(msg)
+        keys = check_can_write(target, key_added, overwrite=overwrite, as_pca=as_pca)
         cells = _cells_for_export(self, adata, batch_size)
         mean_nk, variance_nk = cells.mean, cells.variance
         kl_k = kl_per_dimension(mean_nk, variance_nk).mean(axis=0)
@@ -217,66 +177,33 @@ class ExportMixin(LDVAEBase):
         if order_by != "network":
             order = np.argsort(-statistics[order_by], kind="stable")
         signs = canonical_signs(self, decoder)[order]
-        canonical = decoder.reordered(order, signs).centered()
-        position = pd.Index(target.var_names.astype(str)).get_indexer(decoder.genes)
-        loadings = at_positions(canonical.weight_gk, position, target.n_vars)
-        statistics = {name: value_k[order] for name, value_k in statistics.items()}
-        latent_nk = deterministic_latent(mean_nk, decoder.latent_distribution)
-
-        target.obsm[keys.latent] = (latent_nk[:, order] * signs).astype(np.float32)
-        target.obsm[keys.variance] = variance_nk[:, order].astype(np.float32)
-        if decoder.latent_distribution == "ln":
-            target.obsm[keys.logits] = mean_nk[:, order].astype(np.float32)
-        elif keys.logits in target.obsm:
-            del target.obsm[keys.logits]
-        if cells.network_variance is not None:
-            target.obsm[keys.network_variance] = cells.network_variance.astype(np.float32)
-        elif keys.network_variance in target.obsm:
-            del target.obsm[keys.network_variance]
-        target.obs[keys.library] = cells.library
-        target.varm[keys.loadings] = loadings
-        target.varm.pop(keys.loadings_error, None)
-        if error_gk is not None:
-            target.varm[keys.loadings_error] = at_positions(error_gk[:, order], position, target.n_vars)
-        if cells.scores is not None:
-            target.varm[keys.scores] = at_positions(cells.scores.score_gk[:, order] * signs, position, target.n_vars)
-            target.varm[keys.errors] = at_positions(cells.scores.error_gk[:, order], position, target.n_vars)
-        else:
-            for key in (keys.scores, keys.errors):
-                target.varm.pop(key, None)
-        target.var[keys.genes] = np.isin(np.arange(target.n_vars), position)
-        target.uns[keys.info] = {
-            "names": canonical.factors.copy(),
-            "order": order,
-            "signs": signs,
-            "order_by": order_by,
-            "statistics": statistics,
-            "decoder": decoder.to_arrays(),
-            "likelihood": decoder.likelihood,
-            "latent_distribution": decoder.latent_distribution,
+        description: dict[str, Any] = {
             "setup": _setup_keys(self),
             "kl_weight": self.final_kl_weight,
-            "n_cells": target.n_obs,
             "versions": {"ldvae_ext": ldvae_ext.__version__, "scvi-tools": scvi.__version__},
         }
         if self.rotation is not None:
-            target.uns[keys.info]["rotation"] = {
+            description["rotation"] = {
                 "method": self.rotation.method,
                 "matrix": self.rotation.matrix_kk,
                 "latents": np.array(self.latent_names),
             }
-        if as_pca:
-            target.obsm[PCA_LATENT] = target.obsm[keys.latent].copy()
-            target.varm[PCA_LOADINGS] = np.nan_to_num(loadings)
-            target.uns[PCA_INFO] = {
-                "variance": statistics["kl"],
-                "variance_ratio": statistics["kl_share"],
-                "params": {
-                    "source": f"ldvae_ext export {keys.info!r}",
-                    "variance": "KL in nats",
-                    "variance_ratio": "share of KL",
-                },
-            }
+        export = Export(
+            decoder=decoder,
+            mean_nk=mean_nk,
+            variance_nk=variance_nk,
+            library_n=cells.library,
+            statistics=statistics,
+            order=order,
+            signs=signs,
+            names=decoder.factors[order],
+            order_by=order_by,
+            network_variance_nk=cells.network_variance,
+            scores=cells.scores,
+            error_gk=error_gk,
+            description=description,
+        )
+        write_export(target, keys, export, as_pca=as_pca)
 
 
 def _setup_keys(model: LDVAEBase) -> dict[str, str]:

@@ -7,6 +7,7 @@ from ldvae_ext.tl._expression import population_expression
 from ldvae_ext.tl._groups import rank_factors_groups
 from ldvae_ext.tl._matching import FactorMatch, match_factors
 from ldvae_ext.tl._populations import population_loadings
+from ldvae_ext.tl._project import project
 
 __all__ = [
     "FactorMatch",
@@ -15,5 +16,6 @@ __all__ = [
     "match_factors",
     "population_expression",
     "population_loadings",
+    "project",
     "rank_factors_groups",
 ]

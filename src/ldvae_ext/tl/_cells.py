@@ -18,39 +18,23 @@ from ldvae_ext.core.levels import match_levels
 from ldvae_ext.get._export import export_of, latents_of
 
 
-class ExportedCells:
-    """Exported latents of each cell, converted back to the order and signs of the network, and its counts.
+class CellReader:
+    """Counts and conditions of cells, as a decoder needs them.
 
-    Random draws, sets and sums are then the same as in the model.
+    Parameters
+    ----------
+    adata
+        The cells.
+    decoder
+        The decoder, whose genes they have.
+    setup
+        Columns of ``obs`` with batches and labels, and the layer with the counts; only those that there are.
     """
 
-    def __init__(self, adata: AnnData, key: str) -> None:
-        keys, info = export_of(adata, key)
-        self.decoder = LinearDecoder.from_arrays(info["decoder"])
-        is_ln = self.decoder.latent_distribution == "ln"
-        if keys.library not in adata.obs or (is_ln and keys.logits not in adata.obsm):
-            missing = f"obs[{keys.library!r}]" if keys.library not in adata.obs else f"obsm[{keys.logits!r}]"
-            msg = f"This export lacks `adata.{missing}`; export again with `LDVAE.export_to_anndata`."
-            raise KeyError(msg)
-        self.names = strings(info["names"]).tolist()
-        self.order, self.signs = np.asarray(info["order"]), np.asarray(info["signs"])
-        self._back = np.argsort(self.order)
-        latent_nk = latents_of(adata, key)
-        self._latent_nk = np.asarray(adata.obsm[keys.logits]) if is_ln else latent_nk
-        self._variance_nk = np.asarray(adata.obsm[keys.variance])
-        self._axes = None
-        if "rotation" in info:
-            if keys.network_variance not in adata.obsm:
-                msg = f"This export lacks `adata.obsm[{keys.network_variance!r}]`; export again with `LDVAE.export_to_anndata`."
-                raise KeyError(msg)
-            self._axes = PosteriorAxes(
-                np.asarray(adata.obsm[keys.network_variance]), np.asarray(info["rotation"]["matrix"])
-            )
-        self.library_n = np.asarray(adata.obs[keys.library], dtype=np.float64)
-        self._adata = adata
-        self._setup = dict(info.get("setup", {}))
-        self.batch_n = self._codes("batch_key", self.decoder.batches)
-        labels = self.decoder.labels
+    def __init__(self, adata: AnnData, decoder: LinearDecoder, setup: dict[str, str]) -> None:
+        self.decoder, self._adata, self._setup = decoder, adata, setup
+        self.batch_n = self._codes("batch_key", decoder.batches)
+        labels = decoder.labels
         self.label_n = np.zeros(adata.n_obs, dtype=np.int64) if labels is None else self._codes("labels_key", labels)
         self.covariates = self._covariates()
 
@@ -93,32 +77,6 @@ class ExportedCells:
             }
         )
 
-    def mean(self, at: Any = slice(None)) -> np.ndarray:
-        """Posterior means (of u under ``"ln"``) of some cells, float64."""
-        return (self._latent_nk[at].astype(np.float64) * self.signs)[:, self._back]
-
-    def variance(self, at: Any = slice(None)) -> np.ndarray:
-        """Posterior variances of some cells, float64."""
-        return self._variance_nk[at].astype(np.float64)[:, self._back]
-
-    def axes(self, at: Any = slice(None)) -> PosteriorAxes | None:
-        """Variances and rotation that make up the posterior covariances of some cells; None without a rotation."""
-        if self._axes is None:
-            return None
-        return self._axes._replace(variance_nk=self._axes.variance_nk[at].astype(np.float64))
-
-    def batch_codes(self, transform_batch: Any) -> tuple[int | None, ...]:
-        """Codes of the batches in which cells are decoded; None for each cell's own batch."""
-        if transform_batch is None:
-            return (None,)
-        known = self.decoder.batches.tolist()
-        given = given_names("transform_batch", transform_batch)
-        codes = [int(match_levels("transform_batch", [batch], known)[0]) for batch in given]
-        if min(codes) < 0:
-            msg = f"`transform_batch` must name batches of the decoder, {listed(known)}; got {listed(given)}."
-            raise ValueError(msg)
-        return tuple(codes)
-
     def counts(self, layer: str | None) -> Any:
         """Count matrix with all genes of the AnnData."""
         if self._adata.uns.get(MINIFIED_INFO) == MINIFIED_WITHOUT_COUNTS:
@@ -149,35 +107,98 @@ class ExportedCells:
             raise ValueError(msg)
         return None if np.array_equal(position, np.arange(self._adata.n_vars)) else position
 
+    def count_chunks(
+        self, positions: np.ndarray, chunk_size: int, layer: str | None
+    ) -> Iterator[tuple[Any, np.ndarray]]:
+        """Counts of the decoder's genes, with positions of cells. Layer and genes are checked at the call, before the first chunk."""
+        counts, genes = self.counts(layer), self._gene_positions()
+        return self._read_counts(counts, genes, positions, chunk_size)
+
+    def _read_counts(
+        self, counts: Any, genes: np.ndarray | None, positions: np.ndarray, chunk_size: int
+    ) -> Iterator[tuple[Any, np.ndarray]]:
+        has_warned = False
+        for i, chunk in enumerate(row_chunks(counts, positions, chunk_size)):
+            x_ng = chunk if genes is None else chunk[:, genes]
+            has_warned = _check_counts(x_ng, has_warned=has_warned)
+            yield x_ng, positions[i * chunk_size : (i + 1) * chunk_size]
+
+
+class ExportedCells(CellReader):
+    """Exported latents of each cell, converted back to the order and signs of the network, and its counts.
+
+    Random draws, sets and sums are then the same as in the model.
+    """
+
+    def __init__(self, adata: AnnData, key: str) -> None:
+        keys, info = export_of(adata, key)
+        decoder = LinearDecoder.from_arrays(info["decoder"])
+        is_ln = decoder.latent_distribution == "ln"
+        if keys.library not in adata.obs or (is_ln and keys.logits not in adata.obsm):
+            missing = f"obs[{keys.library!r}]" if keys.library not in adata.obs else f"obsm[{keys.logits!r}]"
+            msg = f"This export lacks `adata.{missing}`; export again with `LDVAE.export_to_anndata`."
+            raise KeyError(msg)
+        self.names = strings(info["names"]).tolist()
+        self.order, self.signs = np.asarray(info["order"]), np.asarray(info["signs"])
+        self._back = np.argsort(self.order)
+        latent_nk = latents_of(adata, key)
+        self._latent_nk = np.asarray(adata.obsm[keys.logits]) if is_ln else latent_nk
+        self._variance_nk = np.asarray(adata.obsm[keys.variance])
+        self._axes = None
+        if "rotation" in info:
+            if keys.network_variance not in adata.obsm:
+                msg = f"This export lacks `adata.obsm[{keys.network_variance!r}]`; export again with `LDVAE.export_to_anndata`."
+                raise KeyError(msg)
+            self._axes = PosteriorAxes(
+                np.asarray(adata.obsm[keys.network_variance]), np.asarray(info["rotation"]["matrix"])
+            )
+        self.library_n = np.asarray(adata.obs[keys.library], dtype=np.float64)
+        super().__init__(adata, decoder, dict(info.get("setup", {})))
+
+    def mean(self, at: Any = slice(None)) -> np.ndarray:
+        """Posterior means (of u under ``"ln"``) of some cells, float64."""
+        return (self._latent_nk[at].astype(np.float64) * self.signs)[:, self._back]
+
+    def variance(self, at: Any = slice(None)) -> np.ndarray:
+        """Posterior variances of some cells, float64."""
+        return self._variance_nk[at].astype(np.float64)[:, self._back]
+
+    def axes(self, at: Any = slice(None)) -> PosteriorAxes | None:
+        """Variances and rotation that make up the posterior covariances of some cells; None without a rotation."""
+        if self._axes is None:
+            return None
+        return self._axes._replace(variance_nk=self._axes.variance_nk[at].astype(np.float64))
+
+    def batch_codes(self, transform_batch: Any) -> tuple[int | None, ...]:
+        """Codes of the batches in which cells are decoded; None for each cell's own batch."""
+        if transform_batch is None:
+            return (None,)
+        known = self.decoder.batches.tolist()
+        given = given_names("transform_batch", transform_batch)
+        codes = [int(match_levels("transform_batch", [batch], known)[0]) for batch in given]
+        if min(codes) < 0:
+            msg = f"`transform_batch` must name batches of the decoder, {listed(known)}; got {listed(given)}."
+            raise ValueError(msg)
+        return tuple(codes)
+
     def chunks(
         self, positions: np.ndarray, chunk_size: int, layer: str | None
     ) -> Iterator[tuple[EncodedCells, np.ndarray]]:
         """Chunks of cells with their positions. Layer and genes are checked at the call, before the first chunk."""
-        counts, genes = self.counts(layer), self._gene_positions()
-        return self._read_chunks(counts, genes, positions, chunk_size)
+        chunks = self.count_chunks(positions, chunk_size, layer)
+        return ((self._encoded(x_ng, at), at) for x_ng, at in chunks)
 
-    def _read_chunks(
-        self, counts: Any, genes: np.ndarray | None, positions: np.ndarray, chunk_size: int
-    ) -> Iterator[tuple[EncodedCells, np.ndarray]]:
-        has_warned = False
-        for i, chunk in enumerate(row_chunks(counts, positions, chunk_size)):
-            at = positions[i * chunk_size : (i + 1) * chunk_size]
-            x_ng = chunk if genes is None else chunk[:, genes]
-            has_warned = _check_counts(x_ng, has_warned=has_warned)
-            covariates = None if self.covariates is None else self.covariates.iloc[at]
-            yield (
-                EncodedCells(
-                    mean=self.mean(at),
-                    variance=self.variance(at),
-                    library=self.library_n[at],
-                    batch=self.batch_n[at],
-                    label=self.label_n[at],
-                    covariates=covariates,
-                    counts=x_ng,
-                    axes=self.axes(at),
-                ),
-                at,
-            )
+    def _encoded(self, x_ng: Any, at: np.ndarray) -> EncodedCells:
+        return EncodedCells(
+            mean=self.mean(at),
+            variance=self.variance(at),
+            library=self.library_n[at],
+            batch=self.batch_n[at],
+            label=self.label_n[at],
+            covariates=None if self.covariates is None else self.covariates.iloc[at],
+            counts=x_ng,
+            axes=self.axes(at),
+        )
 
 
 def _check_counts(x_ng: Any, *, has_warned: bool) -> bool:
