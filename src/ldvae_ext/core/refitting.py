@@ -70,6 +70,8 @@ def refit(
         As in :func:`posterior_of`.
     """
     check_positive_int("max_rounds", max_rounds)
+    k = len(decoder.factors)
+    precision_kk = np.eye(k) if prior_covariance_kk is None else np.linalg.inv(prior_covariance_kk)
     z_nk, steps = None, _Steps(decoder, _WIDE if offset_sd is None else offset_sd, with_intercept=with_intercept)
     for _ in range(max_rounds):
         found = posterior_of(
@@ -81,6 +83,8 @@ def refit(
             decoder, z_nk = decoder._with(weight_gk=decoder.weight_gk * scale_k), z_nk / scale_k
             change = np.abs(np.log(scale_k)).max()
         before_bg = decoder.intercept_bg
+        if with_intercept and decoder.latent_distribution == "normal":
+            decoder, z_nk = steps.with_means_of_zero(decoder, z_nk, decoder.batch_codes(batch, len(z_nk)), precision_kk)
         for i in range(_STEPS):
             decoder = steps.take(
                 decoder,
@@ -116,6 +120,26 @@ class _Steps:
     def __init__(self, decoder: LinearDecoder, sd: float, *, with_intercept: bool) -> None:
         self._start_bg, self._sd, self._with_intercept = decoder.intercept_bg, sd, with_intercept
         self._damped, self._theta_damped = _Damped(self._start_bg.shape), _Damped(self._start_bg.shape[1:])
+
+    def with_means_of_zero(
+        self, decoder: LinearDecoder, z_nk: np.ndarray, batch_n: np.ndarray, precision_kk: np.ndarray
+    ) -> tuple[LinearDecoder, np.ndarray]:
+        """The decoder and the latents after a shift between latents and intercepts, which changes no rate.
+
+        Steps of one and of the other in turn would take long to come to it.
+        """
+        intercept_bg, z_nk, weight_gk = decoder.intercept_bg.copy(), z_nk.copy(), decoder.weight_gk
+        if decoder.link == "softmax":
+            weight_gk = weight_gk - weight_gk.mean(axis=0)
+        for b in range(len(intercept_bg)):
+            (rows,) = np.nonzero(batch_n == b)
+            pull_kk = len(rows) * precision_kk
+            off_k = weight_gk.T @ (intercept_bg[b] - self._start_bg[b]) / self._sd**2
+            mean_k = z_nk[rows].mean(axis=0) if len(rows) else np.zeros(len(pull_kk))
+            shift_k = np.linalg.solve(pull_kk + weight_gk.T @ weight_gk / self._sd**2, pull_kk @ mean_k - off_k)
+            intercept_bg[b] += weight_gk @ shift_k
+            z_nk[rows] -= shift_k
+        return decoder._with(intercept_bg=intercept_bg), z_nk
 
     def take(
         self, decoder: LinearDecoder, x_ng: Any, cells: tuple[np.ndarray, Any, Any, Any, Any], *, with_dispersion: bool
