@@ -5,7 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from scipy.special import logsumexp, softmax
+from scipy.stats import nbinom, norm
 
+from ldvae_ext import get, tl
 from ldvae_ext.core import kl_per_dimension, posterior_of
 from ldvae_ext.core.draws import POSTERIOR, normal_draws
 from tests.helpers import counts, untrained
@@ -143,3 +146,77 @@ def test_refined_modes_explain_the_counts_better(model):
     refined = model.get_refined_posterior().mean.to_numpy()
     encoder = model.get_latent_representation().astype(float)
     assert (log_posterior(refined) >= log_posterior(encoder) - 1e-6).all()
+
+
+@pytest.mark.parametrize("method", ["none", "promax"])
+def test_readers_take_refined_posteriors(model, method):
+    model.rotate(method)
+    refined, adata = model.get_refined_posterior(), model.adata.copy()
+    model.export_to_anndata(adata, use_posterior="refined", order_by="network")
+    signs = get.factors(adata)["sign"].to_numpy()
+    np.testing.assert_allclose(adata.obsm["X_ldvae"], refined.mean * signs, atol=1e-5)
+    assert adata.uns["ldvae"]["posterior"] == "refined"
+    if method == "none":
+        np.testing.assert_allclose(adata.obsm["X_ldvae_var"], refined.variance, atol=1e-5)
+        kl = model.get_latent_kl(use_posterior="refined")
+        np.testing.assert_allclose(kl, kl_per_dimension(refined.mean, refined.variance))
+    # What reads the export knows nothing of posteriors.
+    for mode in ({}, {"mode": "mean"}, {"mode": "permute", "seed": 3}):
+        of_model = model.ablate(use_posterior="refined", **mode)
+        np.testing.assert_allclose(of_model.X, tl.ablate(adata, **mode).X, rtol=1e-4, atol=1e-3)
+        assert of_model.uns["ldvae_ablation"]["use_posterior"] == "refined"
+        assert np.abs(of_model.X - model.ablate(**mode).X).max() > 0.1
+    genes = model.ablate_genes("type", use_posterior="refined")
+    np.testing.assert_allclose(genes.X, tl.ablate_genes(adata, "type").X, rtol=1e-4, atol=1e-4)
+    tl.population_loadings(adata, "type")
+    loadings = model.get_population_loadings("type", use_posterior="refined")
+    for group, table in loadings.items():
+        long = get.population_loadings_df(adata, group=group)
+        ours = long.pivot(index="gene", columns="factor", values="value")
+        np.testing.assert_allclose(ours.loc[table.index, table.columns] * signs, table, atol=1e-6)
+
+
+def test_statistics_of_refined_posteriors_and_the_gap(model):
+    refined = model.get_refined_posterior()
+    stats = model.get_factor_stats(use_posterior="refined", amortization_gap=True, seed=2)
+    table = stats.table()
+    np.testing.assert_allclose(table["kl"], kl_per_dimension(refined.mean, refined.variance).mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(table["active_unit"], refined.mean.var(axis=0, ddof=0), rtol=1e-4)
+    np.testing.assert_allclose(table["ablation_zero"], model.ablate(use_posterior="refined").X.mean(axis=0), rtol=1e-5)
+    assert (table["explained_deviance"] > model.get_factor_stats().table()["explained_deviance"]).mean() > 0.5
+    np.testing.assert_allclose(stats.totals["amortization_gap"], model.get_amortization_gap(seed=2)["gap"].mean())
+    by_type = model.get_factor_stats("type", amortization_gap=True, seed=2).totals.set_index("group")
+    expected = model.get_amortization_gap(groupby="type", seed=2)["gap"]
+    np.testing.assert_allclose(by_type["amortization_gap"], expected[by_type.index])
+    assert "amortization_gap" not in model.get_factor_stats().totals
+
+
+@pytest.mark.parametrize("latent", ["normal", "ln"])
+def test_the_marginal_likelihood_is_that_of_a_sum_over_a_grid(latent):
+    model = untrained(counts(n_cells=5), use_observed_lib_size=True, latent_distribution=latent, n_latent=2)
+    axis = np.linspace(-6, 6, 201)
+    u = np.stack([side.ravel() for side in np.meshgrid(axis, axis)], axis=1)
+    z = softmax(u, axis=1) if latent == "ln" else u
+    decoder, x, expected = model.get_decoder(), model.adata.X.toarray(), []
+    for cell in x:
+        mu = decoder.rate(z, library=cell.sum())
+        value = nbinom.logpmf(cell, decoder.theta_bg, decoder.theta_bg / (decoder.theta_bg + mu)).sum(axis=1)
+        expected.append(logsumexp(value + norm.logpdf(u).sum(axis=1)) + 2 * np.log(axis[1] - axis[0]))
+    got = model.get_marginal_ll(n_mc_samples=2000, use_posterior="refined", return_mean=False).numpy()
+    np.testing.assert_allclose(got, expected, atol=0.1)
+    np.testing.assert_allclose(model.get_marginal_ll(n_mc_samples=2000, use_posterior="refined"), got.mean())
+
+
+def test_refined_posteriors_are_refused_where_they_have_no_meaning(model):
+    for method in ("get_latent_kl", "ablate", "export_to_anndata", "get_factor_stats", "get_marginal_ll"):
+        with pytest.raises(ValueError, match="`use_posterior` must be one of"):
+            getattr(model, method)(use_posterior="guessed")
+    other = untrained(counts(n_cells=12))
+    with pytest.raises(ValueError, match="needs observed library sizes"):
+        other.get_marginal_ll(use_posterior="refined")
+    with pytest.raises(ValueError, match="takes `adata`, `indices`, `n_mc_samples` and `batch_size` only"):
+        model.get_marginal_ll(use_posterior="refined", data_loader_kwargs={"num_workers": 0})
+    with pytest.raises(ValueError, match="`use_posterior` must be one of 'mean', 'samples'"):
+        adata = model.adata.copy()
+        model.export_to_anndata(adata)
+        tl.ablate(adata, use_posterior="refined")

@@ -13,10 +13,8 @@ from ldvae_ext.core._decode import logit_offsets
 from ldvae_ext.core._design import design_matrix
 from ldvae_ext.core._log_posterior import Prepared, is_theta_of_cell
 from ldvae_ext.core._tables import plain
-from ldvae_ext.core.cells import EncodedCells, at_rows, dense, nonzero, values_of
-from ldvae_ext.core.heads import parameters_given
-from ldvae_ext.core.likelihood import EPS, log_likelihood
-from ldvae_ext.core.posterior import deterministic_latent
+from ldvae_ext.core.cells import at_rows, dense, nonzero, values_of
+from ldvae_ext.core.likelihood import EPS
 from ldvae_ext.kernels.threads import is_compiled, over_rows
 
 if TYPE_CHECKING:
@@ -331,41 +329,3 @@ def _positive(hessian_nkk: np.ndarray) -> np.ndarray:
         hessian_nkk = hessian_nkk.copy()
         hessian_nkk[wrong] = (vector_nkk[wrong] * value_nk[:, None, :]) @ vector_nkk[wrong].transpose(0, 2, 1)
     return hessian_nkk
-
-
-def evidence_bound(
-    decoder: LinearDecoder,
-    cells: EncodedCells,
-    mean_nk: np.ndarray,
-    covariance_nkk: np.ndarray,
-    noise_snk: np.ndarray,
-) -> np.ndarray:
-    """ELBO of normal posteriors, given the library sizes: mean log-likelihood of draws less the KL from the prior N(0, I).
-
-    Parameters
-    ----------
-    decoder
-        The decoder, on orthogonal axes.
-    cells
-        Counts, batches, covariates and library sizes of the cells; their posteriors are not used.
-    mean_nk, covariance_nkk
-        Means and covariances of the posteriors (of u under ``"ln"``), shapes (cells, factors) and (cells, factors, factors).
-    noise_snk
-        Standard normal draws, shape (samples, cells, factors).
-
-    Returns
-    -------
-    Shape (cells,), in nats.
-    """
-    counts_ng, root_nkk = dense(cells.counts), np.linalg.cholesky(covariance_nkk)
-    log_det_n = 2 * np.log(np.diagonal(root_nkk, axis1=1, axis2=2)).sum(axis=1)
-    kl_n = 0.5 * (
-        np.trace(covariance_nkk, axis1=1, axis2=2) + np.square(mean_nk).sum(axis=1) - mean_nk.shape[1] - log_det_n
-    )
-    value_n = -kl_n
-    for noise_nk in noise_snk:
-        u_nk = mean_nk + (root_nkk @ noise_nk[:, :, None])[:, :, 0]
-        z_nk = deterministic_latent(u_nk, decoder.latent_distribution)
-        mu_ng, theta, dropout_ng = parameters_given(decoder, z_nk, cells, cells.library)
-        value_n += log_likelihood(decoder.likelihood, counts_ng, mu_ng, theta, dropout_ng).sum(axis=1) / len(noise_snk)
-    return value_n

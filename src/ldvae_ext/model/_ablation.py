@@ -16,7 +16,7 @@ from ldvae_ext._keys import ABLATION_INFO
 from ldvae_ext._validate import check_one_of
 from ldvae_ext.core.explained import ExplainedSums, PooledProfile, explained_sets
 from ldvae_ext.core.plan import MODES, RANDOM_MODES, Mode, Scheme
-from ldvae_ext.model._axes import factor_stream
+from ldvae_ext.model._axes import ENCODER, REFINED, factor_stream
 from ldvae_ext.model._base import LDVAEBase
 from ldvae_ext.model._cells import with_positions
 from ldvae_ext.model._expression import posterior_mean_expression
@@ -46,7 +46,7 @@ class AblationMixin(LDVAEBase):
         groupby: str | None = None,
         scheme: Scheme = "leave_out",
         refit_heads: bool = False,
-        use_posterior: Literal["mean", "samples"] = "mean",
+        use_posterior: Literal["mean", "samples", "refined"] = "mean",
         n_samples: int | None = None,
         seed: int | None = None,
         transform_batch: Any = None,
@@ -74,6 +74,7 @@ class AblationMixin(LDVAEBase):
         %(scheme)s
         %(refit_heads)s
         %(use_posterior)s
+            ``"refined"``: latents are the modes of :meth:`get_refined_posterior`.
         %(n_samples)s
         %(seed)s
             The seed is ``scvi.settings.seed`` if None, and 0 if that is None, too.
@@ -108,14 +109,15 @@ class AblationMixin(LDVAEBase):
             value=value,
             scheme=scheme,
             refit_heads=refit_heads,
-            use_posterior=use_posterior,
+            use_posterior="mean" if use_posterior == REFINED else use_posterior,
             n_samples=n_samples,
             seed=seed,
         )
         request.reject_unused_groups()
         _, code_n = groups_of_cells(self, adata, groupby)
-        plan = ablation_plan(self, request, adata, code_n, batch_size, dataloader)
-        with factor_stream(self, adata, indices, batch_size, dataloader) as cells:
+        source = REFINED if use_posterior == REFINED else ENCODER
+        plan = ablation_plan(self, request, adata, code_n, batch_size, dataloader, use_posterior=source)
+        with factor_stream(self, adata, indices, batch_size, dataloader, use_posterior=source) as cells:
             parts = [
                 plan.effects(request.decoder, chunk, at, codes_at(code_n, at))
                 for chunk, at in with_positions(
@@ -133,7 +135,7 @@ class AblationMixin(LDVAEBase):
             X=np.concatenate(parts) if parts else np.empty((0, len(plan.sets))),
             obs=obs,
             var=pd.DataFrame(index=plan.names),
-            uns={ABLATION_INFO: request.description(plan, groupby)},
+            uns={ABLATION_INFO: {**request.description(plan, groupby), "use_posterior": use_posterior}},
         )
 
     @with_torch_threads
@@ -149,7 +151,7 @@ class AblationMixin(LDVAEBase):
         value: Any = None,
         scheme: Scheme = "leave_out",
         refit_heads: bool = False,
-        use_posterior: Literal["mean", "samples"] = "mean",
+        use_posterior: Literal["mean", "samples", "refined"] = "mean",
         n_samples: int | None = None,
         seed: int | None = None,
         transform_batch: Any = None,
@@ -176,6 +178,7 @@ class AblationMixin(LDVAEBase):
         %(scheme)s
         %(refit_heads)s
         %(use_posterior)s
+            ``"refined"``: latents are the modes of :meth:`get_refined_posterior`.
         %(n_samples)s
         %(seed)s
             The seed is ``scvi.settings.seed`` if None, and 0 if that is None, too.
@@ -207,14 +210,15 @@ class AblationMixin(LDVAEBase):
             value=value,
             scheme=scheme,
             refit_heads=refit_heads,
-            use_posterior=use_posterior,
+            use_posterior="mean" if use_posterior == REFINED else use_posterior,
             n_samples=n_samples,
             seed=seed,
         )
         groups, code_n = groups_of_cells(self, adata, groupby)
-        plan, genes = ablation_plan(self, request, adata, code_n, batch_size, dataloader), request.decoder.genes
+        source, genes = REFINED if use_posterior == REFINED else ENCODER, request.decoder.genes
+        plan = ablation_plan(self, request, adata, code_n, batch_size, dataloader, use_posterior=source)
         total_pgs, n_p = np.zeros((len(groups), len(genes), len(plan.sets))), np.zeros(len(groups), dtype=np.int64)
-        with factor_stream(self, adata, indices, batch_size, dataloader) as cells:
+        with factor_stream(self, adata, indices, batch_size, dataloader, use_posterior=source) as cells:
             chunks = track(
                 with_fraction_warning(self, cells.chunks), description="Ablating", total=cells.n_chunks, disable=silent
             )
@@ -222,7 +226,8 @@ class AblationMixin(LDVAEBase):
                 group_n = codes_at(code_n, at)
                 plan.add_gene_effects(total_pgs, request.decoder, chunk, at, group_n)
                 n_p += np.bincount(group_n[group_n >= 0], minlength=len(groups))
-        return gene_ablation(total_pgs, n_p, groups, genes, plan.names, request.description(plan, groupby))
+        description = {**request.description(plan, groupby), "use_posterior": use_posterior}
+        return gene_ablation(total_pgs, n_p, groups, genes, plan.names, description)
 
     @with_torch_threads
     @fill_docstring

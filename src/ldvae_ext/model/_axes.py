@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import numpy as np
 from anndata import AnnData
 from scvi import REGISTRY_KEYS
 
-from ldvae_ext._validate import listed
+from ldvae_ext._validate import check_one_of, listed
 from ldvae_ext.core import LinearDecoder
 from ldvae_ext.core.cells import EncodedCells
 from ldvae_ext.core.levels import match_levels
+from ldvae_ext.core.projection import CellPosteriors, posterior_of
 from ldvae_ext.core.rotation import CONSENSUS, Rotation, with_signs
 from ldvae_ext.model._base import LDVAEBase
 from ldvae_ext.model._bridge import linear_decoder
 from ldvae_ext.model._cells import CellStream, stream_cells
 from ldvae_ext.model._registry import covariates_of, level_names
+
+# Where posteriors come from: the network, or the decoder and the counts of a cell.
+ENCODER, REFINED = "encoder", "refined"
+UsePosterior = Literal["encoder", "refined"]
 
 
 def network_decoder(model: LDVAEBase) -> LinearDecoder:
@@ -51,11 +56,59 @@ def put_in_force(model: LDVAEBase, rotation: Rotation) -> None:
     model.rotation_ = {"matrix": matrix_kk, "method": rotation.method}
 
 
+@contextmanager
 def factor_stream(
-    model: LDVAEBase, adata: AnnData | None, indices: Any, batch_size: int | None, dataloader: Any = None
-) -> AbstractContextManager[CellStream]:
-    """Cells on the axes of the rotation in force, or on the network's."""
-    return stream_cells(model, adata, indices, batch_size, dataloader, rotation=model.rotation)
+    model: LDVAEBase,
+    adata: AnnData | None,
+    indices: Any,
+    batch_size: int | None,
+    dataloader: Any = None,
+    *,
+    use_posterior: str = ENCODER,
+) -> Iterator[CellStream]:
+    """Cells on the axes of the rotation in force, or on the network's, with the encoder's posteriors or refined ones."""
+    with network_stream(model, adata, indices, batch_size, dataloader, use_posterior=use_posterior) as cells:
+        rotation = model.rotation
+        yield cells if rotation is None else cells._replace(chunks=(rotation.cells(chunk) for chunk in cells.chunks))
+
+
+@contextmanager
+def network_stream(
+    model: LDVAEBase,
+    adata: AnnData | None,
+    indices: Any,
+    batch_size: int | None,
+    dataloader: Any = None,
+    *,
+    use_posterior: str = ENCODER,
+) -> Iterator[CellStream]:
+    """Cells on the network's axes, with the encoder's posteriors or refined ones."""
+    check_one_of("use_posterior", use_posterior, (ENCODER, REFINED))
+    is_refined = use_posterior == REFINED
+    if is_refined:
+        model._check_has_counts("use_posterior='refined'")
+    with stream_cells(model, adata, indices, batch_size, dataloader) as cells:
+        decoder = network_decoder(model) if is_refined else None
+        yield cells if decoder is None else cells._replace(chunks=(refined(decoder, chunk) for chunk in cells.chunks))
+
+
+def refine(decoder: LinearDecoder, cells: EncodedCells) -> CellPosteriors:
+    """Posteriors of encoded cells from the decoder, on the network's axes, searched from the encoder's means."""
+    return posterior_of(
+        decoder,
+        cells.counts,
+        decoder.batches[cells.batch],
+        cells.covariates,
+        cells.library,
+        None if decoder.labels is None else decoder.labels[cells.label],
+        start_nk=cells.mean,
+    )
+
+
+def refined(decoder: LinearDecoder, cells: EncodedCells) -> EncodedCells:
+    """The cells with the modes and marginal variances of refined posteriors."""
+    found = refine(decoder, cells)
+    return cells._replace(mean=found.mean_nk, variance=found.variance_nk)
 
 
 def network_posterior(

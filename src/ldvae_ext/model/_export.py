@@ -17,9 +17,17 @@ from ldvae_ext._writing import Export, check_can_write, write_export
 from ldvae_ext.core import kl_per_dimension
 from ldvae_ext.core.posterior import deterministic_latent
 from ldvae_ext.core.scores import GeneScores, SlopeSums
-from ldvae_ext.model._axes import canonical_signs, factor_decoder, factor_stream
+from ldvae_ext.model._axes import (
+    ENCODER,
+    REFINED,
+    UsePosterior,
+    canonical_signs,
+    factor_decoder,
+    factor_stream,
+    network_stream,
+)
 from ldvae_ext.model._base import LDVAEBase
-from ldvae_ext.model._cells import shared_counts_agree, stream_cells
+from ldvae_ext.model._cells import shared_counts_agree
 from ldvae_ext.model._counts import check_is_anndata
 from ldvae_ext.model._fingerprint import check_unchanged
 from ldvae_ext.model._shrinkage import loading_errors
@@ -55,6 +63,7 @@ class ExportMixin(LDVAEBase):
         *,
         batch_size: int | None = None,
         dataloader: Any = None,
+        use_posterior: UsePosterior = "encoder",
     ) -> pd.DataFrame | np.ndarray:
         """KL divergence of each cell's posterior from the prior, per latent dimension.
 
@@ -66,12 +75,15 @@ class ExportMixin(LDVAEBase):
         ----------
         adata, indices, batch_size, dataloader
             Cells, as in :meth:`get_latent_representation`.
+        use_posterior
+            ``"encoder"``: posteriors are those of the network's encoder. ``"refined"``: modes and marginal variances of
+            :meth:`get_refined_posterior`, from the decoder and the counts of each cell.
 
         Returns
         -------
         Cells x ``Z_i`` in the network's order, float64, in nats; an array if ``dataloader`` is given.
         """
-        with stream_cells(self, adata, indices, batch_size, dataloader) as cells:
+        with network_stream(self, adata, indices, batch_size, dataloader, use_posterior=use_posterior) as cells:
             kl = [kl_per_dimension(chunk.mean, chunk.variance) for chunk in cells.chunks]
             kl_nk = np.concatenate(kl) if kl else np.empty((0, self.n_latent))
             return kl_nk if cells.obs is None else pd.DataFrame(kl_nk, index=cells.obs.index, columns=self.latent_names)
@@ -86,6 +98,7 @@ class ExportMixin(LDVAEBase):
         as_pca: bool = False,
         overwrite: bool = False,
         batch_size: int | None = None,
+        use_posterior: UsePosterior = "encoder",
     ) -> None:
         """Write latents, loadings and decoder to an AnnData, in order of information.
 
@@ -116,6 +129,10 @@ class ExportMixin(LDVAEBase):
             True to replace an existing PCA, or columns of ``var`` and ``obs`` with a name of the export.
         batch_size
             Cells per minibatch; ``scvi.settings.batch_size`` if None.
+        use_posterior
+            ``"encoder"``: posteriors are those of the network's encoder. ``"refined"``: modes and marginal variances of
+            :meth:`get_refined_posterior`, from the decoder and the counts of each cell. A posterior of factors is then
+            described by the variances of the network's latents alone, as an encoder's is.
 
         Raises
         ------
@@ -144,7 +161,7 @@ class ExportMixin(LDVAEBase):
         * ``uns["ldvae"]``: ``names``, ``order`` and ``signs`` of the factors, ``statistics`` (``kl`` in nats, ``kl_share``,
           ``active_unit``: the variance of the posterior mean; with ``stats`` the other measures), ``order_by``, under a rotation
           ``rotation`` (``method``, ``matrix``: network's latents x factors as numbered, and ``latents``), ``decoder`` (arrays, in the network's order),
-          ``likelihood``, ``latent_distribution``, ``setup`` (names of the layer and of the columns of obs that the model was
+          ``likelihood``, ``latent_distribution``, ``posterior`` (``use_posterior``), ``setup`` (names of the layer and of the columns of obs that the model was
           set up with), ``kl_weight`` at the end of training (NaN if not known), ``n_cells``,
           ``versions``;
         * with ``as_pca``: ``obsm["X_pca"]``, ``varm["PCs"]`` (0 for other genes) and ``uns["pca"]``; its ``variance`` and
@@ -159,25 +176,31 @@ class ExportMixin(LDVAEBase):
             msg = "This model was loaded without data: give `adata`."
             raise ValueError(msg)
         keys = check_can_write(target, key_added, overwrite=overwrite, as_pca=as_pca)
-        cells = _cells_for_export(self, adata, batch_size)
+        check_one_of("use_posterior", use_posterior, (ENCODER, REFINED))
+        cells = _cells_for_export(self, adata, batch_size, use_posterior)
         mean_nk, variance_nk = cells.mean, cells.variance
         kl_k = kl_per_dimension(mean_nk, variance_nk).mean(axis=0)
         statistics = {"kl": kl_k, "kl_share": kl_k / kl_k.sum(), "active_unit": mean_nk.var(axis=0, dtype=np.float64)}
         if stats or order_by not in ("network", *statistics):
             # The cells of the model are read from its data, whatever else `adata` contains.
-            table = factor_stats(self, None, cells.source, cells.rows, batch_size=batch_size).table()
+            table = factor_stats(
+                self, None, cells.source, cells.rows, batch_size=batch_size, use_posterior=use_posterior
+            ).table()
             statistics |= {name: table[name].to_numpy() for name in MEASURES if name not in statistics}
         if order_by != "network" and not np.isfinite(statistics[order_by]).all():
             msg = f"`order_by={order_by!r}` needs counts, which data minified without them do not have."
             raise ValueError(msg)
         decoder, error_gk = factor_decoder(self), None
         if decoder.latent_distribution != "ln":
-            error_gk = loading_errors(self, decoder, cells.source, cells.rows, seed=0, batch_size=batch_size)
+            error_gk = loading_errors(
+                self, decoder, cells.source, cells.rows, seed=0, batch_size=batch_size, use_posterior=use_posterior
+            )
         order = np.arange(self.n_latent)
         if order_by != "network":
             order = np.argsort(-statistics[order_by], kind="stable")
         signs = canonical_signs(self, decoder)[order]
         description: dict[str, Any] = {
+            "posterior": use_posterior,
             "setup": _setup_keys(self),
             "kl_weight": self.final_kl_weight,
             "versions": {"ldvae_ext": ldvae_ext.__version__, "scvi-tools": scvi.__version__},
@@ -212,13 +235,15 @@ def _setup_keys(model: LDVAEBase) -> dict[str, str]:
     return {name: given[name] for name in ("layer", "batch_key", "labels_key") if given.get(name) is not None}
 
 
-def _cells_for_export(model: LDVAEBase, adata: AnnData | None, batch_size: int | None) -> _ExportedCells:
+def _cells_for_export(
+    model: LDVAEBase, adata: AnnData | None, batch_size: int | None, use_posterior: str
+) -> _ExportedCells:
     """Cells of ``adata`` on the axes in force, encoded or, for the model's cells, found by name."""
     rows = None if adata is None or adata is model.adata else _own_rows(model, adata)
     source = adata if rows is None else None
     has_counts = model.minified_data_type != ADATA_MINIFY_TYPE.LATENT_POSTERIOR
     encoded, slopes = [], SlopeSums(len(model.get_var_names()), model.n_latent)
-    with factor_stream(model, source, rows, batch_size) as cells:
+    with factor_stream(model, source, rows, batch_size, use_posterior=use_posterior) as cells:
         for chunk in cells.chunks:
             encoded.append((chunk.mean, chunk.variance, chunk.library.ravel(), chunk.axes))
             if has_counts:

@@ -13,7 +13,7 @@ from ldvae_ext._validate import cell_positions
 from ldvae_ext.core._expression import GroupExpression, check_library_size, gene_positions
 from ldvae_ext.core.populations import GroupMoments, PopulationLoadings, PopulationRequest
 from ldvae_ext.core.posterior import deterministic_latent
-from ldvae_ext.model._axes import factor_decoder, factor_stream, network_decoder, transform_batch_codes
+from ldvae_ext.model._axes import UsePosterior, factor_decoder, factor_stream, network_decoder, transform_batch_codes
 from ldvae_ext.model._base import LDVAEBase
 from ldvae_ext.model._cells import stream_cells, with_positions
 from ldvae_ext.model._counts import check_is_anndata
@@ -33,6 +33,7 @@ class PopulationsMixin(LDVAEBase):
         reference: str = "rest",
         scale: Literal["log", "expression"] | None = None,
         batch_size: int | None = None,
+        use_posterior: UsePosterior = "encoder",
     ) -> dict[str, pd.DataFrame]:
         """Effect of each factor on each gene in each population, without retraining.
 
@@ -66,6 +67,9 @@ class PopulationsMixin(LDVAEBase):
             For ``"gradient"``; ``"expression"`` if None.
         batch_size
             Cells per minibatch; the result does not depend on it.
+        use_posterior
+            ``"encoder"``: posteriors are those of the network's encoder. ``"refined"``: modes and marginal variances of
+            :meth:`get_refined_posterior`, from the decoder and the counts of each cell.
 
         Returns
         -------
@@ -87,7 +91,9 @@ class PopulationsMixin(LDVAEBase):
         otherwise on the log scale too; ``"contribution"`` and ``"within"`` are in units of the argument of the softplus, which is the
         log-rate only where expression is low.
         """
-        loadings, groups = _population_loadings(self, groupby, kind, adata, indices, reference, scale, batch_size)
+        loadings, groups = _population_loadings(
+            self, groupby, kind, adata, indices, reference, scale, batch_size, use_posterior
+        )
         names = self.get_var_names()
         return {
             groups[p]: pd.DataFrame(value_gk, index=names, columns=loadings.columns)
@@ -95,7 +101,13 @@ class PopulationsMixin(LDVAEBase):
         }
 
     def get_population_directions(
-        self, groupby: str, adata: AnnData | None = None, indices: Any = None, *, batch_size: int | None = None
+        self,
+        groupby: str,
+        adata: AnnData | None = None,
+        indices: Any = None,
+        *,
+        batch_size: int | None = None,
+        use_posterior: UsePosterior = "encoder",
     ) -> pd.DataFrame:
         """Share of each factor in the directions of variation inside each population.
 
@@ -103,6 +115,8 @@ class PopulationsMixin(LDVAEBase):
         ----------
         groupby, adata, indices, batch_size
             As in :meth:`get_population_loadings`, whose ``kind="within"`` gives the genes.
+        use_posterior
+            As there.
 
         Returns
         -------
@@ -110,7 +124,9 @@ class PopulationsMixin(LDVAEBase):
         the direction (adding up to 1; negative if it opposes the others), ``variance`` of the log-rates along the
         direction, summed over genes, and ``variance_share``, its part in the variance of all directions of the group.
         """
-        loadings, groups = _population_loadings(self, groupby, "within", adata, indices, "rest", None, batch_size)
+        loadings, groups = _population_loadings(
+            self, groupby, "within", adata, indices, "rest", None, batch_size, use_posterior
+        )
         return directions_table(
             [groups[p] for p in loadings.groups],
             loadings.columns,
@@ -192,12 +208,13 @@ def _population_loadings(
     reference: str,
     scale: str | None,
     batch_size: int | None,
+    use_posterior: str,
 ) -> tuple[PopulationLoadings, list[str]]:
     positions, groups, chosen_n = _chosen_groups(model, groupby, adata, indices)
     request = PopulationRequest(groups=groups, kind=kind, reference=str(reference), scale=scale)
     decoder = factor_decoder(model)
     moments = GroupMoments(decoder, len(groups), request.summed_scale)
-    with factor_stream(model, adata, positions, batch_size) as cells:
+    with factor_stream(model, adata, positions, batch_size, use_posterior=use_posterior) as cells:
         for chunk, at in with_positions(cells.chunks, None):
             z_nk = deterministic_latent(chunk.mean.astype(np.float64), decoder.latent_distribution)
             moments.add(z_nk, chunk.batch, chunk.covariates, chosen_n[at])

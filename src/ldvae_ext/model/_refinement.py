@@ -11,14 +11,13 @@ import scvi
 from anndata import AnnData
 
 from ldvae_ext._groups import codes_at
-from ldvae_ext._validate import check_positive_int
-from ldvae_ext.core.cells import EncodedCells
-from ldvae_ext.core.decoder import LinearDecoder
+from ldvae_ext._validate import cell_positions, check_positive_int
 from ldvae_ext.core.draws import POSTERIOR, normal_draws
-from ldvae_ext.core.projection import CellPosteriors, evidence_bound, posterior_of
-from ldvae_ext.model._axes import network_decoder
+from ldvae_ext.core.evidence import evidence_bound, sampled_evidence
+from ldvae_ext.model._axes import network_decoder, refine
 from ldvae_ext.model._base import LDVAEBase
 from ldvae_ext.model._cells import stream_cells, with_positions
+from ldvae_ext.model._registry import has_size_factors
 from ldvae_ext.model._requests import groups_of_cells
 from ldvae_ext.model._threads import with_torch_threads
 
@@ -73,7 +72,7 @@ class RefinementMixin(LDVAEBase):
         self._check_has_counts("get_refined_posterior")
         decoder, parts = network_decoder(self), []
         with stream_cells(self, adata, indices, batch_size) as cells:
-            parts = [_posterior_of(decoder, chunk) for chunk in cells.chunks]
+            parts = [refine(decoder, chunk) for chunk in cells.chunks]
             names = None if cells.obs is None else cells.obs.index
         if not parts:
             msg = "There are no cells to look at."
@@ -135,40 +134,60 @@ class RefinementMixin(LDVAEBase):
         check_positive_int("n_samples", n_samples)
         groups, code_n = groups_of_cells(self, adata, groupby)
         seed = (scvi.settings.seed or 0) if seed is None else seed
-        decoder, encoder, refined, codes = network_decoder(self), [], [], []
-        with stream_cells(self, adata, indices, batch_size) as cells:
-            for chunk, at in with_positions(cells.chunks, cells.positions):
-                noise_snk = normal_draws(seed, POSTERIOR, at, self.n_latent, n_samples)
-                found = _posterior_of(decoder, chunk)
-                diagonal_nkk = np.asarray(chunk.variance, dtype=np.float64)[:, :, None] * np.eye(self.n_latent)
-                encoder.append(evidence_bound(decoder, chunk, chunk.mean.astype(np.float64), diagonal_nkk, noise_snk))
-                refined.append(
-                    evidence_bound(decoder, chunk, found.mean_nk, np.asarray(found.covariance_nkk), noise_snk)
-                )
-                codes.append(codes_at(code_n, at))
-            names = None if cells.obs is None else cells.obs.index
-        if not encoder:
-            msg = "There are no cells to look at."
-            raise ValueError(msg)
-        table = pd.DataFrame({"encoder": np.concatenate(encoder), "refined": np.concatenate(refined)}, index=names)
-        table["gap"] = table["refined"] - table["encoder"]
+        table = cell_bounds(self, adata, indices, n_samples=n_samples, seed=seed, batch_size=batch_size)
         if groupby is None:
             return table
-        group_n = np.concatenate(codes)
+        source = self.adata if adata is None else adata
+        group_n = codes_at(code_n, cell_positions(indices, source.n_obs))
         inside = group_n >= 0
         label = pd.Categorical(np.asarray(groups)[group_n[inside]], categories=groups)
         grouped = table[inside].groupby(pd.Series(label, index=table.index[inside]), observed=True)
         return grouped.mean().assign(n_cells=grouped.size()).rename_axis("group")
 
 
-def _posterior_of(decoder: LinearDecoder, cells: EncodedCells) -> CellPosteriors:
-    """Posteriors of encoded cells on the network's axes, searched from the encoder's means."""
-    return posterior_of(
-        decoder,
-        cells.counts,
-        decoder.batches[cells.batch],
-        cells.covariates,
-        cells.library,
-        None if decoder.labels is None else decoder.labels[cells.label],
-        start_nk=cells.mean,
-    )
+def cell_bounds(
+    model: LDVAEBase,
+    adata: AnnData | None = None,
+    indices: Any = None,
+    *,
+    n_samples: int = 10,
+    seed: int = 0,
+    batch_size: int | None = None,
+) -> pd.DataFrame:
+    """ELBO of each cell under the encoder's posterior and the refined one; see :meth:`LDVAE.get_amortization_gap`."""
+    decoder, encoder, refined = network_decoder(model), [], []
+    with stream_cells(model, adata, indices, batch_size) as cells:
+        for chunk, at in with_positions(cells.chunks, cells.positions):
+            noise_snk = normal_draws(seed, POSTERIOR, at, model.n_latent, n_samples)
+            found = refine(decoder, chunk)
+            diagonal_nkk = np.asarray(chunk.variance, dtype=np.float64)[:, :, None] * np.eye(model.n_latent)
+            encoder.append(evidence_bound(decoder, chunk, chunk.mean.astype(np.float64), diagonal_nkk, noise_snk))
+            refined.append(evidence_bound(decoder, chunk, found.mean_nk, np.asarray(found.covariance_nkk), noise_snk))
+        names = None if cells.obs is None else cells.obs.index
+    if not encoder:
+        msg = "There are no cells to look at."
+        raise ValueError(msg)
+    table = pd.DataFrame({"encoder": np.concatenate(encoder), "refined": np.concatenate(refined)}, index=names)
+    return table.assign(gap=table["refined"] - table["encoder"])
+
+
+def sampled_marginals(
+    model: LDVAEBase, adata: AnnData | None, indices: Any, n_samples: int, batch_size: int | None
+) -> np.ndarray:
+    """Log marginal likelihood of each cell by importance sampling from refined posteriors, shape (cells,)."""
+    check_positive_int("n_mc_samples", n_samples)
+    model._check_has_counts("use_posterior='refined'")
+    if not (model.module.use_observed_lib_size or has_size_factors(model.registry)):
+        msg = (
+            "`use_posterior='refined'` needs observed library sizes, or size factors: refined posteriors are given the library "
+            "size of a cell, and this model has a prior of it."
+        )
+        raise ValueError(msg)
+    decoder, seed, parts = network_decoder(model), scvi.settings.seed or 0, []
+    with stream_cells(model, adata, indices, batch_size) as cells:
+        for chunk, at in with_positions(cells.chunks, cells.positions):
+            found = refine(decoder, chunk)
+            noise_snk = normal_draws(seed, POSTERIOR, at, model.n_latent, n_samples)
+            covariance_nkk = np.asarray(found.covariance_nkk)
+            parts.append(sampled_evidence(decoder, chunk, found.mean_nk, covariance_nkk, noise_snk))
+    return np.concatenate(parts) if parts else np.empty(0)

@@ -13,7 +13,7 @@ from ldvae_ext._groups import groups_of
 from ldvae_ext._validate import warn
 from ldvae_ext.core.cells import EncodedCells, has_fractions
 from ldvae_ext.core.plan import AblationPlan, AblationRequest, LatentSummary
-from ldvae_ext.model._axes import factor_decoder, factor_stream, transform_batch_codes
+from ldvae_ext.model._axes import ENCODER, factor_decoder, factor_stream, transform_batch_codes
 from ldvae_ext.model._base import LDVAEBase
 from ldvae_ext.model._cells import with_positions
 from ldvae_ext.model._counts import check_is_anndata
@@ -74,6 +74,8 @@ def ablation_plan(
     code_n: np.ndarray | None,
     batch_size: int | None,
     dataloader: Any,
+    *,
+    use_posterior: str = ENCODER,
 ) -> AblationPlan:
     """Plan of the replacements, from the latents of all cells if they are needed."""
     default_seed = 0 if scvi.settings.seed is None else scvi.settings.seed
@@ -81,7 +83,7 @@ def ablation_plan(
         return request.plan(default_seed=default_seed)
     n_groups = 0 if code_n is None else code_n.max() + 1
     seen = LatentSummary(model.n_latent, n_groups, keep=request.mode == "permute")
-    with factor_stream(model, adata, None, batch_size, dataloader) as cells:
+    with factor_stream(model, adata, None, batch_size, dataloader, use_posterior=use_posterior) as cells:
         for chunk, at in with_positions(cells.chunks, cells.positions):
             seen.add(chunk.mean, chunk.variance, None if code_n is None else code_n[at], chunk.axes)
     return request.plan(seen, default_seed=default_seed)

@@ -13,7 +13,7 @@ from anndata import AnnData
 from ldvae_ext._validate import cell_positions, check_positive_int, listed, warn
 from ldvae_ext.core.decoder import LinearDecoder
 from ldvae_ext.core.shrinkage import LoadingInformation, shrink
-from ldvae_ext.model._axes import factor_decoder, factor_stream
+from ldvae_ext.model._axes import ENCODER, factor_decoder, factor_stream
 from ldvae_ext.model._base import LDVAEBase
 
 # Share of the largest loading below which all shrunken loadings of a factor count as 0.
@@ -109,6 +109,7 @@ def loading_errors(
     max_cells: int = 2000,
     seed: int | None = None,
     batch_size: int | None = None,
+    use_posterior: str = ENCODER,
 ) -> np.ndarray:
     """Standard errors of the loadings on the axes in force, shape (genes, factors); see :meth:`LDVAE.get_shrunken_loadings`."""
     if decoder.latent_distribution == "ln":
@@ -127,7 +128,7 @@ def loading_errors(
         seed = (scvi.settings.seed or 0) if seed is None else seed
         some = np.sort(np.random.default_rng(seed).choice(positions, max_cells, replace=False))
     information = LoadingInformation(decoder)
-    with factor_stream(model, adata, some, batch_size) as cells:
+    with factor_stream(model, adata, some, batch_size, use_posterior=use_posterior) as cells:
         for chunk in cells.chunks:
             information.add(chunk)
     return information.errors(len(positions))

@@ -20,9 +20,10 @@ from ldvae_ext.core.cells import indicator
 from ldvae_ext.core.explained import PooledProfile, is_explained, null_deviance
 from ldvae_ext.core.ledger import information_ledger
 from ldvae_ext.core.plan import LatentSummary
-from ldvae_ext.model._axes import factor_decoder, factor_stream
+from ldvae_ext.model._axes import ENCODER, UsePosterior, factor_decoder, factor_stream
 from ldvae_ext.model._base import LDVAEBase
 from ldvae_ext.model._cells import with_positions
+from ldvae_ext.model._refinement import cell_bounds
 from ldvae_ext.model._requests import ablation_request, groups_of_cells, with_fraction_warning
 
 # An ablation of each kind that a factor's weight is measured by.
@@ -44,6 +45,8 @@ class StatsMixin(LDVAEBase):
         seed: int | None = None,
         batch_size: int | None = None,
         silent: bool = True,
+        use_posterior: UsePosterior = "encoder",
+        amortization_gap: bool = False,
     ) -> FactorStats:
         """Statistics of each factor by all measures, for all cells or for each group.
 
@@ -71,6 +74,12 @@ class StatsMixin(LDVAEBase):
             Of that draw, of the samples of the posterior and of the permutation; ``scvi.settings.seed`` if None, or 0.
         batch_size, silent
             As in :meth:`ablate`.
+        use_posterior
+            ``"encoder"``: posteriors are those of the network's encoder. ``"refined"``: modes and marginal variances of
+            :meth:`get_refined_posterior`, from the decoder and the counts of each cell.
+        amortization_gap
+            True to add ``amortization_gap`` to ``totals``: the mean over the cells of each group, see
+            :meth:`get_amortization_gap`.
 
         Returns
         -------
@@ -94,7 +103,16 @@ class StatsMixin(LDVAEBase):
             If there is no such column, or no cells.
         """
         return factor_stats(
-            self, groupby, adata, indices, max_cells=max_cells, seed=seed, batch_size=batch_size, silent=silent
+            self,
+            groupby,
+            adata,
+            indices,
+            max_cells=max_cells,
+            seed=seed,
+            batch_size=batch_size,
+            silent=silent,
+            use_posterior=use_posterior,
+            amortization_gap=amortization_gap,
         )
 
 
@@ -108,6 +126,8 @@ def factor_stats(
     seed: int | None = None,
     batch_size: int | None = None,
     silent: bool = True,
+    use_posterior: str = ENCODER,
+    amortization_gap: bool = False,
 ) -> FactorStats:
     """See :meth:`ldvae_ext.model.LDVAE.get_factor_stats`."""
     check_positive_int("max_cells", max_cells)
@@ -127,7 +147,7 @@ def factor_stats(
     positions = cell_positions(indices, n_all)
     times_n = np.bincount(positions, minlength=n_all).astype(np.float64)
     seen, profile = LatentSummary(model.n_latent, keep=True), PooledProfile(*factor_decoder(model).intercept_bg.shape)
-    with factor_stream(model, adata, None, batch_size) as cells:
+    with factor_stream(model, adata, None, batch_size, use_posterior=use_posterior) as cells:
         for chunk, at in with_positions(cells.chunks, cells.positions):
             seen.add(chunk.mean, chunk.variance, axes=chunk.axes)
             if has_counts:
@@ -149,9 +169,25 @@ def factor_stats(
     )
     if has_counts:
         needing_counts = _measures_of_counts(
-            model, seen, profile, adata, positions, groups, code_n, seed, batch_size, silent
+            model, seen, profile, adata, positions, groups, code_n, seed, batch_size, silent, use_posterior
         )
-    return FactorStats(factors.assign(**needing_counts), pd.DataFrame(totals))
+    table = pd.DataFrame(totals)
+    if amortization_gap:
+        table["amortization_gap"] = _mean_gaps(model, adata, positions, group_n, batch_size, seed)
+    return FactorStats(factors.assign(**needing_counts), table)
+
+
+def _mean_gaps(
+    model: LDVAEBase,
+    adata: AnnData | None,
+    positions: np.ndarray,
+    group_n: np.ndarray,
+    batch_size: int | None,
+    seed: int,
+) -> np.ndarray:
+    """Mean amortization gap of the cells of each group that has any."""
+    gap_n = cell_bounds(model, adata, positions, seed=seed, batch_size=batch_size)["gap"].to_numpy()
+    return np.array([gap_n[group_n == p].mean() for p in np.unique(group_n[group_n >= 0])])
 
 
 def _measures_of_counts(
@@ -165,6 +201,7 @@ def _measures_of_counts(
     seed: int,
     batch_size: int | None,
     silent: bool,
+    use_posterior: str,
 ) -> dict[str, np.ndarray]:
     """Explained deviance and mean effects of ablation, one value for each group and factor, groups first."""
     requests = {
@@ -177,7 +214,7 @@ def _measures_of_counts(
     null_p, counts_p = np.zeros(len(groups)), np.zeros(len(groups))
     total_mpk = {mode: np.zeros((len(groups), model.n_latent)) for mode in _ABLATIONS}
     n_p = np.zeros(len(groups))
-    with factor_stream(model, adata, positions, batch_size) as cells:
+    with factor_stream(model, adata, positions, batch_size, use_posterior=use_posterior) as cells:
         chunks = track(
             with_fraction_warning(model, cells.chunks), description="Ablating", total=cells.n_chunks, disable=silent
         )

@@ -19,11 +19,12 @@ from ldvae_ext.core import LinearDecoder, log_likelihood
 from ldvae_ext.core.cells import EncodedCells, dense
 from ldvae_ext.core.heads import parameters_given
 from ldvae_ext.core.posterior import deterministic_latent
-from ldvae_ext.model._axes import network_decoder
+from ldvae_ext.model._axes import ENCODER, REFINED, UsePosterior, network_decoder
 from ldvae_ext.model._base import LDVAEBase
 from ldvae_ext.model._cells import stream_cells
 from ldvae_ext.model._counts import has_counts
 from ldvae_ext.model._fingerprint import note_change
+from ldvae_ext.model._refinement import sampled_marginals
 from ldvae_ext.model._stock import minibatches_of, reads_cells, sampled_distribution
 
 
@@ -51,6 +52,8 @@ class TasksMixin(LDVAEBase):
         return_mean: bool = True,
         dataloader: Iterator[dict[str, torch.Tensor | None]] | None = None,
         data_loader_kwargs: dict | None = None,
+        *,
+        use_posterior: UsePosterior = "encoder",
         **kwargs: Any,
     ) -> np.float64 | torch.Tensor:
         """Marginal log-likelihood by importance sampling, in nats per cell: higher is better.
@@ -63,11 +66,26 @@ class TasksMixin(LDVAEBase):
             True to return the mean over cells. (scvi-tools averages the means of minibatches, so that a cell in a small last
             minibatch has a larger weight.) For a normal latent the estimate of a cell is scvi-tools', which is off by
             log(samples drawn / n_mc_samples) if ``n_mc_samples`` is no multiple of ``n_mc_samples_per_pass``.
+        use_posterior
+            Posteriors from which latents are drawn: ``"encoder"``, or ``"refined"`` (:meth:`get_refined_posterior`, which needs
+            observed library sizes). Refined ones need far fewer draws. Their draws have the seed ``scvi.settings.seed``, or 0.
 
         Returns
         -------
         The mean, or shape (cells,).
+
+        Raises
+        ------
+        ValueError
+            If refined posteriors are requested without observed library sizes or size factors, or from a data loader.
         """
+        check_one_of("use_posterior", use_posterior, (ENCODER, REFINED))
+        if use_posterior == REFINED:
+            if dataloader is not None or data_loader_kwargs or kwargs:
+                msg = "`use_posterior='refined'` takes `adata`, `indices`, `n_mc_samples` and `batch_size` only."
+                raise ValueError(msg)
+            refined = sampled_marginals(self, adata, indices, n_mc_samples, batch_size)
+            return refined.mean() if return_mean else torch.as_tensor(refined)
         of_cells = super().get_marginal_ll(
             adata=adata,
             indices=indices,
