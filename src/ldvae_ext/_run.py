@@ -16,13 +16,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from anndata import AnnData, read_h5ad
+from anndata import AnnData
 
 from ldvae_ext import datasets, get, pl
+from ldvae_ext._command import (
+    InputError,
+    check_names,
+    check_out,
+    data_errors_as_input_errors,
+    read_as_native_float,
+    read_h5ad_file,
+)
 from ldvae_ext._folder import (
     FolderError,
     check_anndata_can_be_written,
-    check_can_be_written,
     discard,
     keep_incomplete,
     put_in_place,
@@ -45,10 +52,6 @@ MIN_CELLS, MIN_GENES = 3, 2
 N_TABLE_GENES = 20
 N_SUMMARY_GENES = 5
 N_FIGURE_GENES = 8
-
-
-class InputError(Exception):
-    """Problem with the input that the user can solve, described in one sentence."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +86,7 @@ def run(job: Job, echo: Callable[[str], None]) -> None:
         If the input or the folder is not usable. Nothing is written then.
     """
     out = job.out.absolute()
-    _check_out(out, job)
+    check_out(out, job.source, overwrite=job.overwrite)
     adata = _read(job)
     groupby = "bulk_labels" if job.source is None and job.groupby is None else job.groupby
     model = _set_up(adata, job, echo)
@@ -115,43 +118,17 @@ def run(job: Job, echo: Callable[[str], None]) -> None:
         echo(f"{description:<24}{job.out / name}")
 
 
-def _check_out(out: Path, job: Job) -> None:
-    try:
-        check_can_be_written(out, overwrite=job.overwrite)
-    except FolderError as error:
-        msg = f"{error} Name another folder with --out."
-        raise InputError(msg) from error
-    kept = [Path.cwd(), Path.home(), *([] if job.source is None else [job.source.absolute()])]
-    inside = [path for path in kept if path.resolve().is_relative_to(out.resolve())]
-    if inside:
-        msg = f"{job.out} cannot be replaced, since it contains {inside[0]}; name another folder with --out."
-        raise InputError(msg)
-
-
 def _read(job: Job) -> AnnData:
     """Read and check the input or the bundled example, without loading scvi-tools."""
-    if job.source is None:
-        adata = datasets.pbmc68k()
-    elif not job.source.is_file():
-        msg = f"There is no file {job.source}; give the path of an .h5ad file."
-        raise InputError(msg)
-    else:
-        try:
-            adata = read_h5ad(job.source)
-        except Exception as error:
-            msg = f"{job.source} cannot be read as an .h5ad file ({error}); write it with `adata.write_h5ad`."
-            raise InputError(msg) from error
+    adata = datasets.pbmc68k() if job.source is None else read_h5ad_file(job.source)
     if adata.n_obs < MIN_CELLS or adata.n_vars < MIN_GENES:
         msg = f"The input has {adata.n_obs} cells and {adata.n_vars} genes; at least {MIN_CELLS} and {MIN_GENES} are needed."
         raise InputError(msg)
-    _read_as_native_float(adata, job.layer)
-    for names, what in ((adata.obs_names, "cell"), (adata.var_names, "gene")):
-        if not names.is_unique:
-            msg = f"The {what} name {names[names.duplicated()][0]!r} occurs more than once; make {what} names unique first."
-            raise InputError(msg)
+    read_as_native_float(adata, job.layer)
+    check_names(adata)
     for option, key in (("--batch-key", job.batch_key), ("--groupby", job.groupby)):
         if key is not None:
-            with _data_errors_as_input_errors():
+            with data_errors_as_input_errors():
                 check_column(adata.obs.columns, option, key)
     if job.groupby is not None:
         n_groups = adata.obs[job.groupby].nunique()
@@ -159,26 +136,6 @@ def _read(job: Job) -> AnnData:
             msg = f"`--groupby`: {job.groupby!r} has {n_groups} different values; name a column of 1 to {MANY_GROUPS} groups."
             raise InputError(msg)
     return adata
-
-
-def _read_as_native_float(adata: AnnData, layer: str | None) -> None:
-    """Convert float16 and the other byte order, which scanpy's selection of genes cannot read."""
-    counts = adata.X if layer is None else adata.layers.get(layer)
-    if isinstance(counts, np.ndarray) and (counts.dtype == np.float16 or not counts.dtype.isnative):
-        counts = counts.astype(np.float32)
-        if layer is None:
-            adata.X = counts
-        else:
-            adata.layers[layer] = counts
-
-
-@contextmanager
-def _data_errors_as_input_errors() -> Iterator[None]:
-    """Raise errors of the package about the data as InputError."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(str(error.args[0] if error.args else error)) from error
 
 
 def _set_up(adata: AnnData, job: Job, echo: Callable[[str], None]) -> LDVAE:
@@ -191,7 +148,7 @@ def _set_up(adata: AnnData, job: Job, echo: Callable[[str], None]) -> LDVAE:
 
     # Importing Lightning sets a level that lets its notices on accelerators and other products through.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    with _data_errors_as_input_errors():
+    with data_errors_as_input_errors():
         check_counts(adata, job.layer)
     n_top = job.n_top_genes
     if n_top is None:
@@ -211,7 +168,7 @@ def _set_up(adata: AnnData, job: Job, echo: Callable[[str], None]) -> LDVAE:
         chosen = table["highly_variable"].to_numpy()
     echo(f"{adata.n_obs:,} cells, {chosen.sum():,} of {adata.n_vars:,} genes, {job.n_latent} latents")
     scvi.settings.seed = job.seed
-    with _data_errors_as_input_errors():
+    with data_errors_as_input_errors():
         selected = adata[:, chosen].copy()
         LDVAE.setup_anndata(selected, layer=job.layer, batch_key=job.batch_key)
         return LDVAE(selected, n_latent=job.n_latent)
@@ -219,7 +176,7 @@ def _set_up(adata: AnnData, job: Job, echo: Callable[[str], None]) -> LDVAE:
 
 def _rehearse(model: LDVAE, adata: AnnData, groupby: str | None, layer: str | None) -> None:
     """Write the results of a few cells before the training, so that a problem of the input does not cost the training."""
-    with _data_errors_as_input_errors():
+    with data_errors_as_input_errors():
         check_anndata_can_be_written(adata)
     from ldvae_ext.model._counts import counts_of, totals_of
 

@@ -1,9 +1,11 @@
-"""``ldvae-ext``: the main job from a shell."""
+"""``ldvae-ext``: the main jobs from a shell."""
 
 from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -65,7 +67,7 @@ def run(
     ] = False,
 ) -> None:
     """Train an LDVAE, export it in order of information, ablate it, and draw it."""
-    from ldvae_ext._run import InputError, Job, run
+    from ldvae_ext._run import Job, run
 
     job = Job(
         source=source,
@@ -79,6 +81,68 @@ def run(
         out=out,
         overwrite=overwrite,
     )
+    with _errors_and_warnings_as_text():
+        run(job, typer.echo)
+
+
+@app.command()
+def project(
+    source: Annotated[Path, typer.Argument(metavar="QUERY.h5ad", help="Cells with raw counts.", show_default=False)],
+    reference: Annotated[
+        Path,
+        typer.Option(
+            help="An .h5ad file with an export, such as that of `ldvae-ext run`, or an .npz file with a decoder.",
+            show_default=False,
+        ),
+    ],
+    layer: Annotated[str | None, typer.Option(help="Layer with the counts; X by default.", show_default=False)] = None,
+    batch: Annotated[
+        str | None,
+        typer.Option(
+            help="Intercepts of the cells: 'mean' over the batches of the reference, 'fit' to these cells, or those of a "
+            "batch of the reference. By default, those of each cell's own batch.",
+            show_default=False,
+        ),
+    ] = None,
+    batch_key: Annotated[
+        str | None, typer.Option(help="Column of obs with the batch of each cell.", show_default=False)
+    ] = None,
+    size_factor_key: Annotated[
+        str | None,
+        typer.Option(help="Column of obs with size factors, for models with size factors.", show_default=False),
+    ] = None,
+    min_share: Annotated[
+        float, typer.Option(min=0, max=1, help="Least share of the reference's genes that the cells must have.")
+    ] = 0.5,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("ldvae-ext-project"),
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the folder if it has results of this command and nothing else.")
+    ] = False,
+) -> None:
+    """Score cells with the factors of a reference, without the network."""
+    from ldvae_ext._projection import ProjectionJob
+    from ldvae_ext._projection import project as run_projection
+
+    job = ProjectionJob(
+        source=source,
+        reference=reference,
+        layer=layer,
+        batch=batch,
+        batch_key=batch_key,
+        size_factor_key=size_factor_key,
+        min_share=min_share,
+        out=out,
+        overwrite=overwrite,
+    )
+    with _errors_and_warnings_as_text():
+        run_projection(job, typer.echo)
+
+
+@contextmanager
+def _errors_and_warnings_as_text() -> Iterator[None]:
+    """Print errors of the input and warnings as sentences; end with status 1 after an error."""
+    from ldvae_ext._command import InputError
+
     with warnings.catch_warnings():
         warnings.simplefilter("default")
         # Lightning's warnings about data loaders and loggers are of no use on the command line.
@@ -87,7 +151,7 @@ def run(
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         warnings.showwarning = lambda message, *_, **__: typer.echo(f"Warning: {message}", err=True)
         try:
-            run(job, typer.echo)
+            yield
         except InputError as error:
             typer.echo(f"Error: {error}", err=True)
             raise typer.Exit(1) from None

@@ -216,7 +216,7 @@ def test_refined_posteriors_are_refused_where_they_have_no_meaning(model):
         other.get_marginal_ll(use_posterior="refined")
     with pytest.raises(ValueError, match="takes `adata`, `indices`, `n_mc_samples` and `batch_size` only"):
         model.get_marginal_ll(use_posterior="refined", data_loader_kwargs={"num_workers": 0})
+    adata = model.adata.copy()
+    model.export_to_anndata(adata)
     with pytest.raises(ValueError, match="`use_posterior` must be one of 'mean', 'samples'"):
-        adata = model.adata.copy()
-        model.export_to_anndata(adata)
         tl.ablate(adata, use_posterior="refined")

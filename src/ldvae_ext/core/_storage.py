@@ -112,5 +112,6 @@ class FromArrays:
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read a decoder that :meth:`save` wrote. No pickles are loaded."""
-        with np.load(Path(path), allow_pickle=False) as arrays:
+        # numpy leaves a file open that it cannot read.
+        with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return cls.from_arrays({name: arrays[name] for name in arrays.files})

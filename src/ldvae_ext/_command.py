@@ -1,0 +1,80 @@
+"""What the commands share: errors for users, files of cells, and the folder of results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from anndata import AnnData, read_h5ad
+
+from ldvae_ext._folder import FolderError, check_can_be_written
+
+
+class InputError(Exception):
+    """Problem with the input that the user can solve, described in one sentence."""
+
+
+def check_out(out: Path, *sources: Path | None, overwrite: bool) -> None:
+    """Raise unless results can be put in a folder, which must not contain what is read.
+
+    Parameters
+    ----------
+    out
+        Absolute path of the folder.
+    *sources
+        Files that are read.
+    overwrite
+        True if a folder with results may be replaced.
+    """
+    try:
+        check_can_be_written(out, overwrite=overwrite)
+    except FolderError as error:
+        msg = f"{error} Name another folder with --out."
+        raise InputError(msg) from error
+    kept = [Path.cwd(), Path.home(), *(source.absolute() for source in sources if source is not None)]
+    inside = [path for path in kept if path.resolve().is_relative_to(out.resolve())]
+    if inside:
+        msg = f"{out} cannot be replaced, since it contains {inside[0]}; name another folder with --out."
+        raise InputError(msg)
+
+
+def read_h5ad_file(path: Path) -> AnnData:
+    """The AnnData in a file, or an error that says what to do."""
+    if not path.is_file():
+        msg = f"There is no file {path}; give the path of an .h5ad file."
+        raise InputError(msg)
+    try:
+        return read_h5ad(path)
+    except Exception as error:
+        msg = f"{path} cannot be read as an .h5ad file ({error}); write it with `adata.write_h5ad`."
+        raise InputError(msg) from error
+
+
+def check_names(adata: AnnData) -> None:
+    """Raise unless names of cells and of genes are unique."""
+    for names, what in ((adata.obs_names, "cell"), (adata.var_names, "gene")):
+        if not names.is_unique:
+            msg = f"The {what} name {names[names.duplicated()][0]!r} occurs more than once; make {what} names unique first."
+            raise InputError(msg)
+
+
+def read_as_native_float(adata: AnnData, layer: str | None) -> None:
+    """Convert float16 and the other byte order, which scanpy's selection of genes cannot read."""
+    counts = adata.X if layer is None else adata.layers.get(layer)
+    if isinstance(counts, np.ndarray) and (counts.dtype == np.float16 or not counts.dtype.isnative):
+        counts = counts.astype(np.float32)
+        if layer is None:
+            adata.X = counts
+        else:
+            adata.layers[layer] = counts
+
+
+@contextmanager
+def data_errors_as_input_errors() -> Iterator[None]:
+    """Raise errors of the package about the data as InputError."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(str(error.args[0] if error.args else error)) from error
