@@ -12,7 +12,7 @@ NOTEBOOKS = sorted((Path(__file__).parents[1] / "tutorials").glob("*.ipynb"))
 
 
 def test_there_are_tutorials():
-    assert [path.name for path in NOTEBOOKS] == ["drop_in.ipynb", "factors.ipynb"]
+    assert [path.name for path in NOTEBOOKS] == ["drop_in.ipynb", "factors.ipynb", "projection.ipynb"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

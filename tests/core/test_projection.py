@@ -133,7 +133,7 @@ def test_evidence_is_that_of_importance_sampling(likelihood):
     got, rng = posterior_of(decoder, x, **arguments), np.random.default_rng(0)
     for n in range(4):
         proposal = multivariate_normal(got.mean_nk[n], 1.5 * got.covariance_nkk[n])
-        u = proposal.rvs(20_000, random_state=rng)
+        u = proposal.rvs(100_000, random_state=rng)
         log_weight = log_joint(decoder, x, arguments, n, u) - proposal.logpdf(u)
         np.testing.assert_allclose(got.log_evidence_n[n], logsumexp(log_weight) - np.log(len(u)), atol=0.05)
 
