@@ -21,7 +21,7 @@ def invoke(*arguments):
 def files(tmp_path):
     adata = counts(n_cells=40, n_batches=2)
     query = ad.AnnData(adata.X.copy(), obs=adata.obs[["batch"]].copy(), var=pd.DataFrame(index=adata.var_names))
-    untrained(adata).export_to_anndata()
+    untrained(adata, use_observed_lib_size=True).export_to_anndata(use_posterior="refined")
     adata.write_h5ad(tmp_path / "reference.h5ad")
     query.write_h5ad(tmp_path / "query.h5ad")
     get.decoder(adata).save(tmp_path / "decoder.npz")

@@ -133,6 +133,6 @@ def _summary(adata: AnnData) -> list[str]:
     ]
     if "fit_range" in info:
         low, _, high = info["fit_range"]
-        share = np.nanmean(fit_n > high)
+        share = np.mean(fit_n[np.isfinite(fit_n)] > high)
         lines[-1] += f"; {low:.2f} to {high:.2f} in 90 % of the reference's cells, above that in {share:.0%} of these"
     return [*lines, ""]

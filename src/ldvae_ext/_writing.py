@@ -12,7 +12,6 @@ from anndata import AnnData
 from ldvae_ext._keys import PCA_INFO, PCA_LATENT, PCA_LOADINGS, ExportKeys, export_keys
 from ldvae_ext._validate import listed
 from ldvae_ext.core import LinearDecoder
-from ldvae_ext.core._arrays import at_positions
 from ldvae_ext.core.posterior import deterministic_latent
 from ldvae_ext.core.scores import GeneScores
 
@@ -68,10 +67,14 @@ def check_can_write(target: AnnData, key_added: str | None, *, overwrite: bool, 
     slots = (
         ("obsm", keys.latent),
         ("obsm", keys.variance),
+        ("obsm", keys.logits),
+        ("obsm", keys.network_variance),
         ("varm", keys.loadings),
         ("varm", keys.loadings_error),
         ("varm", keys.scores),
         ("varm", keys.errors),
+        ("obs", keys.fit),
+        ("obs", keys.converged),
         ("uns", keys.info),
     )
     foreign = [f"{slot}[{key!r}]" for slot, key in slots if key in getattr(target, slot)]
@@ -92,10 +95,12 @@ def check_can_write(target: AnnData, key_added: str | None, *, overwrite: bool, 
 def write_export(target: AnnData, keys: ExportKeys, export: Export, *, as_pca: bool = False) -> None:
     """Write an export; fields of an earlier one under these keys that it lacks are removed."""
     decoder, order, signs = export.decoder, export.order, export.signs
-    position = pd.Index(target.var_names.astype(str)).get_indexer(decoder.genes)
+    row_g = pd.Index(decoder.genes).get_indexer(target.var_names.astype(str))
 
     def by_gene(value_gk: np.ndarray) -> np.ndarray:
-        return at_positions(value_gk, position, target.n_vars)
+        out = np.full((target.n_vars, value_gk.shape[1]), np.nan, dtype=np.float32)
+        out[row_g >= 0] = value_gk[row_g[row_g >= 0]]
+        return out
 
     loadings = by_gene(decoder.reordered(order, signs).centered().weight_gk)
     statistics = {name: value_k[order] for name, value_k in export.statistics.items()}
@@ -126,7 +131,7 @@ def write_export(target: AnnData, keys: ExportKeys, export: Export, *, as_pca: b
                 slot[key] = value
             elif key in slot:
                 del slot[key]
-    target.var[keys.genes] = np.isin(np.arange(target.n_vars), position)
+    target.var[keys.genes] = row_g >= 0
     target.uns[keys.info] = {
         "names": export.names.copy(),
         "order": order,
@@ -151,3 +156,8 @@ def write_export(target: AnnData, keys: ExportKeys, export: Export, *, as_pca: b
                 "variance_ratio": "share of KL",
             },
         }
+
+
+def add_statistic(adata: AnnData, keys: ExportKeys, name: str, value_k: np.ndarray) -> None:
+    """Add a measure of the factors, in the exported order."""
+    adata.uns[keys.info]["statistics"][name] = np.asarray(value_k, dtype=np.float64)

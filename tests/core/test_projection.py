@@ -220,6 +220,35 @@ def test_iterations_that_do_not_suffice_are_reported():
     for on in (False, True):
         with compiled(on=on):
             assert not posterior_of(decoder, x, **arguments, max_iterations=1).converged_n.any()
+    start = posterior_of(decoder, x, **arguments).mean_nk + 0.1
+    results = []
+    for on in (False, True):
+        with compiled(on=on):
+            results.append(posterior_of(decoder, x, **arguments, start_nk=start, max_iterations=1, tolerance=1e-12))
+    assert not results[0].converged_n.any()
+    # Variance and evidence are those at the point that was reached.
+    for n in range(3):
+        u = results[1].mean_nk[n]
+        step = 1e-3
+        hessian = -hessian_by_differences(lambda p, n=n: log_joint(decoder, x, arguments, n, p), u, step)
+        np.testing.assert_allclose(
+            np.linalg.inv(results[1].covariance_nkk[n]), hessian, rtol=1e-3, atol=1e-2 * hessian.max()
+        )
+
+
+def test_cells_with_several_modes_do_not_depend_on_the_others():
+    rng = np.random.default_rng(0)
+    decoder, x, arguments = problem({**KINDS[0], "dispersion": "gene"}, 3, n_cells=300, n_factors=8, n_genes=150)
+    weight = rng.normal(scale=1.5, size=decoder.weight_gk.shape)
+    decoder = decoder._with(weight_gk=weight)
+    ends = rng.normal(size=(2, 300, 8)) * 2
+    x = rng.poisson(0.5 * (rate(decoder, ends[0], arguments) + rate(decoder, ends[1], arguments))).astype(float)
+    whole = posterior_of(decoder, x, **arguments).mean_nk
+    for at in (slice(0, 3), slice(10, 60)):
+        some = {
+            name: v[at] if name != "covariates" else {c: w[at] for c, w in v.items()} for name, v in arguments.items()
+        }
+        np.testing.assert_allclose(posterior_of(decoder, x[at], **some, chunk_size=7).mean_nk, whole[at], atol=1e-6)
 
 
 def test_genes_that_were_not_measured_are_left_out():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+from anndata import AnnData
 from scipy import sparse
 from scipy.special import softmax
 
@@ -110,17 +111,51 @@ def test_a_strong_prior_keeps_the_intercepts_of_each_batch(link):
         ({"counts": None}, "`counts` is needed to fit the intercept"),
         ({"counts": None, "intercept": np.zeros(150), "likelihood": "nb"}, "`counts` is needed to fit the intercept"),
         ({"intercept": np.zeros(3)}, "`intercept` must have the 150 genes of `loadings`; got 3"),
-        ({"counts": np.ones((4, 3))}, "`counts` must have the 150 genes of `loadings`; got 3"),
+        ({"counts": np.ones((4, 3))}, r"`counts` must be cells x the 150 genes of `loadings`; got shape \(4, 3\)"),
+        ({"counts": np.ones((0, 150))}, r"`counts` must be cells x the 150 genes of `loadings`; got shape \(0, 150\)"),
+        ({"counts": np.full((4, 150), np.nan)}, "`counts` holds values that are negative or not finite"),
         ({"likelihood": "zinb"}, "`likelihood` must be one of 'nb', 'poisson'"),
         ({"loadings": np.full((150, 2), np.nan)}, "`loadings` must be genes x factors, finite"),
         ({"loadings": np.ones((150, 2))}, "`loadings` must differ between genes; those of factor 0 do not"),
         ({"factors": ["a"]}, "`factors` must hold 3 names; got 1"),
-        ({"counts": np.full((4, 150), -1.0)}, "`x_ng` holds values that are not finite, or negative"),
+        ({"counts": np.full((4, 150), -1.0)}, "`counts` holds values that are negative or not finite"),
     ],
     ids=lambda value: str(value)[:40],
 )
 def test_bad_input_is_named(arguments, match):
     truth, _, x = drawn(n_cells=20)
     given = {"loadings": truth.weight_gk, "counts": x, "genes": truth.genes, **arguments}
-    with pytest.raises(ValueError, match=match), np.errstate(invalid="ignore"):
+    with pytest.raises(ValueError, match=match):
         LinearDecoder.from_loadings(**given)
+
+
+def test_counts_that_are_none_are_named():
+    truth, _, x = drawn(n_cells=20)
+    with pytest.warns(UserWarning, match="`counts` holds values that are not integers"):
+        LinearDecoder.from_loadings(truth.weight_gk, truth.intercept_bg[0], counts=np.log1p(x), genes=truth.genes)
+    with pytest.raises(TypeError, match="`counts` must be a matrix, such as"):
+        LinearDecoder.from_loadings(truth.weight_gk, counts=AnnData(x), genes=truth.genes)
+
+
+def test_what_cannot_be_fitted_is_refused():
+    decoder = full_decoder(0, n_genes=30, n_factors=2, likelihood="nb", dispersion="gene-batch", covariates=())
+    x, batch = np.ones((4, 30)), decoder.batches[:1].repeat(4)
+    with pytest.raises(
+        ValueError, match="`with_dispersion` is for negative binomials with one dispersion for each gene"
+    ):
+        refit(decoder, x, batch, with_dispersion=True)
+    with pytest.raises(ValueError, match="`offset_sd` must be a finite number of at least 1e-06; got 0"):
+        refit(decoder, x, batch, offset_sd=0)
+    logistic = full_decoder(0, n_genes=30, n_factors=2, latent_distribution="ln", dispersion="gene", covariates=())
+    with pytest.raises(ValueError, match="`with_scale` is not for a logistic-normal latent"):
+        refit(logistic, x, batch, with_scale=True)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.int32, np.uint8])
+def test_totals_are_summed_in_float64(dtype):
+    truth, _, x = drawn(n_cells=60, n_genes=150)
+    x = np.minimum(x, 250).astype(dtype)
+    found = LinearDecoder.from_loadings(truth.weight_gk, counts=x, genes=truth.genes)
+    expected = LinearDecoder.from_loadings(truth.weight_gk, counts=x.astype(float), genes=truth.genes)
+    np.testing.assert_allclose(found.intercept_bg, expected.intercept_bg, atol=1e-6)
+    np.testing.assert_allclose(posterior_of(found, x).mean_nk, posterior_of(found, x.astype(float)).mean_nk, atol=1e-6)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -156,8 +158,8 @@ def test_readers_take_refined_posteriors(model, method):
     signs = get.factors(adata)["sign"].to_numpy()
     np.testing.assert_allclose(adata.obsm["X_ldvae"], refined.mean * signs, atol=1e-5)
     assert adata.uns["ldvae"]["posterior"] == "refined"
+    np.testing.assert_allclose(adata.obsm["X_ldvae_var"], refined.variance, atol=1e-5)
     if method == "none":
-        np.testing.assert_allclose(adata.obsm["X_ldvae_var"], refined.variance, atol=1e-5)
         kl = model.get_latent_kl(use_posterior="refined")
         np.testing.assert_allclose(kl, kl_per_dimension(refined.mean, refined.variance))
     # What reads the export knows nothing of posteriors.
@@ -220,3 +222,16 @@ def test_refined_posteriors_are_refused_where_they_have_no_meaning(model):
     model.export_to_anndata(adata)
     with pytest.raises(ValueError, match="`use_posterior` must be one of 'mean', 'samples'"):
         tl.ablate(adata, use_posterior="refined")
+
+
+def test_a_cell_without_counts_has_a_refined_posterior():
+    adata = counts(n_cells=12)
+    x = adata.X.toarray()
+    x[3] = 0
+    adata.X = x
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = untrained(adata, use_observed_lib_size=True)
+        assert np.isfinite(model.get_refined_posterior().mean).all(axis=None)
+        model.export_to_anndata(use_posterior="refined")
+    assert np.isfinite(adata.obsm["X_ldvae"]).all()

@@ -37,7 +37,8 @@ def reference(n_cells=60, covariates="none", labels=False, size_factor=False, n_
     if not size_factor:
         options["use_observed_lib_size"] = True
     model = untrained(adata, setup=setup, n_latent=3, **options)
-    model.export_to_anndata()
+    # The encoder of an untrained network knows nothing of its decoder.
+    model.export_to_anndata(use_posterior="refined")
     return model, adata
 
 
@@ -72,7 +73,7 @@ def test_posteriors_are_those_that_the_model_refines(kind):
 def test_oblique_factors_have_their_prior_and_the_variances_of_the_network():
     model, adata = reference()
     model.rotation_ = {"matrix": oblique(3), "method": "promax"}
-    model.export_to_anndata()
+    model.export_to_anndata(use_posterior="refined")
     query = stripped(adata)
     tl.project(query, adata)
     expected, factors = model.get_refined_posterior(), get.factors(adata)
@@ -85,6 +86,7 @@ def test_oblique_factors_have_their_prior_and_the_variances_of_the_network():
     assert np.isfinite(tl.ablate(query, use_posterior="samples", n_samples=2).X).all()
 
 
+@pytest.mark.filterwarnings("ignore:From these genes, the decoder")
 def test_genes_are_matched_by_name_and_no_zeros_are_invented():
     _, adata = reference()
     query = stripped(adata)
@@ -265,6 +267,16 @@ def test_tools_and_files_take_a_projection(tmp_path):
         (None, {"size_factor_key": "size"}, ValueError, "`size_factor_key` is for models with size factors"),
         (None, {"min_share": 2}, ValueError, "`min_share`"),
         (None, {"offset_sd": 0}, ValueError, "`offset_sd`"),
+        (None, {"offset_sd": 1.0}, ValueError, "`offset_sd` is for `batch='fit'`"),
+        (None, {"batch_key": "lane"}, ValueError, "`batch_key` has no use: the reference has a single batch"),
+        (
+            None,
+            {"batch_key": "lane", "batch": "mean"},
+            ValueError,
+            "`batch_key` has no use: all cells have the intercepts",
+        ),
+        (None, {"reference": "reference.h5ad"}, ValueError, "a path must be that of an .npz file"),
+        (lambda q: q[:0], {}, ValueError, "`adata` has no cells"),
         (None, {"seed": -1}, ValueError, "`seed`"),
         (None, {"chunk_size": 0}, ValueError, "`chunk_size`"),
         (None, {"batch_key": "day"}, KeyError, "`batch_key`: 'day' is not a column"),
@@ -336,3 +348,108 @@ def test_backed_and_chunked_cells_give_the_same(tmp_path):
     backed = ad.read_h5ad(tmp_path / "query.h5ad", backed="r")
     tl.project(backed, adata)
     np.testing.assert_allclose(backed.obsm["X_ldvae"], plain.obsm["X_ldvae"], atol=2e-5)
+
+
+def test_small_batches_have_offsets_of_their_own(monkeypatch):
+    from ldvae_ext.tl import _project
+
+    decoder, _, _, query = shifted_cells(n_cells=120)
+    query.obs["day"] = ["many"] * 117 + ["a", "b", "c"]
+    monkeypatch.setattr(_project, "N_CELLS_TO_FIT", 40)
+    tl.project(query, decoder, batch="fit", batch_key="day")
+    fitted = get.decoder(query)
+    off = np.abs(fitted.intercept_bg - decoder.centered().intercept_bg)
+    assert (off.max(axis=1) > 0.1).all()
+    # A factor that the panel lacks does not stop that.
+    weight = decoder.weight_gk * [1, 0, 1]
+    with pytest.warns(UserWarning, match="'B'"):
+        tl.project(query, decoder._with(weight_gk=weight), batch="fit", batch_key="day")
+
+
+def test_columns_of_somebody_else_are_kept():
+    model, adata = reference()
+    for column in ("ldvae_fit", "ldvae_converged"):
+        query = stripped(adata)
+        query.obs[column] = "mine"
+        with pytest.raises(ValueError, match=rf"`adata` has obs\['{column}'\], which no export describes"):
+            tl.project(query, adata)
+        with pytest.raises(ValueError, match="which no export describes"):
+            model.export_to_anndata(query)
+        assert (query.obs[column] == "mine").all()
+    query = stripped(adata)
+    query.obsm["X_ldvae_u"] = np.ones((query.n_obs, 2))
+    with pytest.raises(ValueError, match=r"obsm\['X_ldvae_u'\]"):
+        tl.project(query, adata)
+
+
+@pytest.mark.filterwarnings("ignore:Variable names are not unique")
+def test_other_genes_may_have_a_name_twice():
+    _, adata = reference()
+    query = stripped(adata)
+    extra = ad.AnnData(np.ones((query.n_obs, 2)), obs=query.obs[[]], var=pd.DataFrame(index=["other", "other"]))
+    both = ad.AnnData(
+        sparse.hstack([query.X, sparse.csr_matrix(extra.X)]).tocsr(),
+        obs=query.obs,
+        var=pd.DataFrame(index=[*query.var_names, "other", "other"]),
+    )
+    tl.project(both, adata)
+    expected = tl.project(query, adata, copy=True)
+    np.testing.assert_allclose(both.obsm["X_ldvae"], expected.obsm["X_ldvae"])
+    assert both.var["ldvae"].tolist() == [True] * 20 + [False] * 2
+
+
+@pytest.mark.parametrize("form", ["csc", "float16", "int", "dense"])
+def test_counts_of_any_form_give_the_same(form):
+    _, adata = reference()
+    expected = tl.project(stripped(adata), adata, copy=True)
+    query, x = stripped(adata), adata.X.toarray()
+    forms = {"csc": sparse.csc_matrix(x), "float16": x.astype(np.float16), "int": x.astype(np.int64), "dense": x}
+    query.X = forms[form]
+    tl.project(query, adata)
+    np.testing.assert_allclose(query.obsm["X_ldvae"], expected.obsm["X_ldvae"], atol=1e-6)
+    np.testing.assert_allclose(query.obs["ldvae_library"], expected.obs["ldvae_library"])
+
+
+def test_backed_cells_are_not_copied(tmp_path):
+    _, adata = reference()
+    stripped(adata).write_h5ad(tmp_path / "query.h5ad")
+    with pytest.raises(ValueError, match="`copy=True` needs cells in memory"):
+        tl.project(ad.read_h5ad(tmp_path / "query.h5ad", backed="r"), adata, copy=True)
+
+
+def test_a_reference_whose_decoder_and_export_disagree_is_named():
+    _, adata = reference(n_cells=80)
+    adata.obsm["X_ldvae"][:, 1] += 2
+    name = get.factors(adata).index[1]
+    query = stripped(adata)
+    with pytest.warns(UserWarning, match=rf"'{name}'.* shifted by up to .* prior standard deviations"):
+        tl.project(query, adata)
+    shift = query.uns["ldvae"]["projection"]["shift"]
+    expected = query.obsm["X_ldvae"].mean(axis=0) - adata.obsm["X_ldvae"].mean(axis=0)
+    np.testing.assert_allclose(shift, expected, atol=1e-5)
+
+
+def test_cells_that_are_not_described_are_reported():
+    decoder, _, _, query = shifted_cells(n_cells=150)
+    x = query.X.toarray()
+    own = ad.AnnData(sparse.csr_matrix(x), var=pd.DataFrame(index=decoder.genes))
+    tl.project(own, decoder, batch="fit")
+    # Its decoder describes these cells, so that they can be a reference.
+    del own.uns["ldvae"]["projection"]
+    wrong = ad.AnnData(own.X.copy(), var=pd.DataFrame(index=np.random.default_rng(0).permutation(decoder.genes)))
+    with pytest.warns(UserWarning, match=r"of the cells fit worse than 95 % of the reference's"):
+        tl.project(wrong, own)
+
+
+@pytest.mark.filterwarnings("ignore:From these genes, the decoder", "ignore:.*of the cells fit worse")
+def test_normalised_counts_are_named_once():
+    _, adata = reference()
+    query = stripped(adata)
+    x = query.X.toarray()
+    query.X = np.rint(x / x.sum(axis=1, keepdims=True) * 1e6)
+    with pytest.warns(UserWarning, match="All cells have the same sum of counts, 1e\\+06"):
+        tl.project(query, adata, copy=True)
+    query.X = np.log1p(x)
+    with pytest.warns(UserWarning, match="not integers") as caught:
+        tl.project(query, adata)
+    assert sum("not integers" in str(w.message) for w in caught) == 1

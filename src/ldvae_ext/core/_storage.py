@@ -80,7 +80,7 @@ class FromArrays:
             ``"nb"``, the default with counts, or ``"poisson"``.
         rescale
             True to multiply each column by a number such that its factor has a mean square of 1 in these cells, as the prior has.
-            Most tables leave this number open. Not without counts.
+            Most tables leave this number open. No effect without counts.
 
         Returns
         -------
@@ -90,6 +90,8 @@ class FromArrays:
         ------
         ValueError
             If shapes do not agree, values are not finite, or neither counts nor an intercept are given.
+        TypeError
+            If ``counts`` is no matrix.
         """
         from ldvae_ext.core.refitting import decoder_from_loadings
 

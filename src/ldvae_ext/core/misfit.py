@@ -46,10 +46,10 @@ def deviance_ratio(decoder: LinearDecoder, cells: EncodedCells, position_n: np.n
     for n, position in enumerate(position_n):
         generator = generator_of(seed, COUNTS, position)
         at = slice(n, n + 1)
-        row = (mu_ng[at], None if theta is None else theta[at] if len(theta) > 1 else theta)
+        theta_of_cell = theta if theta is None or len(theta) == 1 else theta[at]
+        parts = (mu_ng[at], theta_of_cell, None if dropout_ng is None else dropout_ng[at])
         for _ in range(n_draws):
-            drawn_g = draw_counts(decoder.likelihood, generator, *row, None if dropout_ng is None else dropout_ng[at])
-            parts = (row[0], row[1], None if dropout_ng is None else dropout_ng[at])
+            drawn_g = draw_counts(decoder.likelihood, generator, *parts)
             drawn_n[n] += deviance(decoder.likelihood, drawn_g, *parts).sum() / n_draws
     observed_n = deviance(decoder.likelihood, x_ng, mu_ng, theta, dropout_ng).sum(axis=1)
     has_counts = (x_ng != 0).any(axis=1) & (drawn_n > 0)

@@ -20,8 +20,9 @@ from ldvae_ext.kernels.threads import is_compiled, over_rows
 if TYPE_CHECKING:
     from ldvae_ext.core.decoder import LinearDecoder
 
-# Fewer counts than these are numpy's, since compiled loops take a second to load.
-_FEW = 2**16
+# Small decoders are left to numpy, since compiled loops take a second to load. Not the number of cells decides it: where there are
+# several modes, the two searches can find different ones.
+_FEW_GENES = 100
 # Cells that compiled loops are given at a time.
 _COMPILED_CELLS = 4096
 _HALVINGS = 30
@@ -160,7 +161,7 @@ def _libraries(decoder: LinearDecoder, x_ng: Any, library: Any) -> np.ndarray:
         if decoder.link == "softplus":
             msg = "`library` is needed: this decoder has size factors, which counts do not give."
             raise ValueError(msg)
-        total_n = np.asarray(x_ng.sum(axis=1), dtype=np.float64).ravel()
+        total_n = np.asarray(x_ng.sum(axis=1, dtype=np.float64)).ravel()
         return np.where(total_n > 0, total_n, 1.0)
     library_n = np.asarray(library, dtype=np.float64).ravel()
     if library_n.size not in (1, n_cells):
@@ -241,7 +242,7 @@ def _is_for_loops(prepared: Prepared) -> bool:
         and decoder.link == "softmax"
         and decoder.latent_distribution == "normal"
         and (decoder.likelihood == "poisson" or (decoder.likelihood == "nb" and not is_theta_of_cell(decoder)))
-        and len(prepared.library_n) * len(decoder.genes) >= _FEW
+        and len(decoder.genes) >= _FEW_GENES
     )
 
 

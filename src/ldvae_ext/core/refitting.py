@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from scipy import sparse
 
-from ldvae_ext._validate import check_one_of, check_positive_int
+from ldvae_ext._validate import check_number, check_one_of, check_positive_int, warn
 from ldvae_ext.core._arrays import names_array
-from ldvae_ext.core.cells import at_rows, dense, indicator
+from ldvae_ext.core.cells import at_rows, dense, has_fractions, indicator, values_of
 from ldvae_ext.core.derivatives import LOG_MEAN, LOG_THETA, derivatives, softplus_slope
 from ldvae_ext.core.heads import heads_at
 from ldvae_ext.core.posterior import deterministic_latent
@@ -67,9 +68,17 @@ def refit(
     Raises
     ------
     ValueError
-        As in :func:`posterior_of`.
+        As in :func:`posterior_of`, or if dispersions or scales cannot be fitted to this decoder.
     """
     check_positive_int("max_rounds", max_rounds)
+    if offset_sd is not None:
+        check_number("offset_sd", offset_sd, least=1e-6)
+    if with_dispersion and (decoder.likelihood != "nb" or decoder.dispersion != "gene"):
+        msg = f"`with_dispersion` is for negative binomials with one dispersion for each gene; got {decoder!r}."
+        raise ValueError(msg)
+    if with_scale and decoder.latent_distribution == "ln":
+        msg = "`with_scale` is not for a logistic-normal latent, whose points are on the simplex."
+        raise ValueError(msg)
     k = len(decoder.factors)
     precision_kk = np.eye(k) if prior_covariance_kk is None else np.linalg.inv(prior_covariance_kk)
     z_nk, steps = None, _Steps(decoder, _WIDE if offset_sd is None else offset_sd, with_intercept=with_intercept)
@@ -133,10 +142,12 @@ class _Steps:
             weight_gk = weight_gk - weight_gk.mean(axis=0)
         for b in range(len(intercept_bg)):
             (rows,) = np.nonzero(batch_n == b)
+            if not len(rows):
+                continue
             pull_kk = len(rows) * precision_kk
             off_k = weight_gk.T @ (intercept_bg[b] - self._start_bg[b]) / self._sd**2
-            mean_k = z_nk[rows].mean(axis=0) if len(rows) else np.zeros(len(pull_kk))
-            shift_k = np.linalg.solve(pull_kk + weight_gk.T @ weight_gk / self._sd**2, pull_kk @ mean_k - off_k)
+            pulled_k = pull_kk @ z_nk[rows].mean(axis=0) - off_k
+            shift_k = np.linalg.solve(pull_kk + weight_gk.T @ weight_gk / self._sd**2, pulled_k)
             intercept_bg[b] += weight_gk @ shift_k
             z_nk[rows] -= shift_k
         return decoder._with(intercept_bg=intercept_bg), z_nk
@@ -176,7 +187,7 @@ def _sums(
     """Sums over cells of first and second derivatives in the intercepts, by batch, and in the log dispersions."""
     n_cells, shape = len(u_nk), decoder.intercept_bg.shape
     batch_n = decoder.batch_codes(batch, n_cells)
-    total_n = np.asarray(x_ng.sum(axis=1) if library is None else library, dtype=np.float64).ravel()
+    total_n = np.asarray(x_ng.sum(axis=1, dtype=np.float64) if library is None else library, dtype=np.float64).ravel()
     library_n = np.broadcast_to(np.where(total_n > 0, total_n, 1.0), (n_cells,))
     z_nk = deterministic_latent(u_nk, decoder.latent_distribution)
     first_bg, second_bg, theta_first_g, theta_second_g = (np.zeros(s) for s in (shape, shape, shape[1], shape[1]))
@@ -216,11 +227,13 @@ def decoder_from_loadings(
     rescale: bool = True,
 ) -> LinearDecoder:
     """See :meth:`LinearDecoder.from_loadings`."""
-    genes = getattr(loadings, "index", None) if genes is None else genes
-    factors = getattr(loadings, "columns", None) if factors is None else factors
+    if hasattr(loadings, "columns"):
+        genes = loadings.index if genes is None else genes
+        factors = loadings.columns if factors is None else factors
     weight_gk = np.array(loadings, dtype=np.float64)
     if weight_gk.ndim != 2 or not np.isfinite(weight_gk).all():
-        msg = f"`loadings` must be genes x factors, finite; got shape {weight_gk.shape}."
+        n_wrong = int((~np.isfinite(weight_gk)).sum())
+        msg = f"`loadings` must be genes x factors, finite; got shape {weight_gk.shape}, {n_wrong} values not finite."
         raise ValueError(msg)
     if genes is None:
         msg = "`genes` must name the rows of `loadings`, which are no table with names."
@@ -231,13 +244,14 @@ def decoder_from_loadings(
     if counts is None and (intercept is None or likelihood == "nb"):
         msg = "`counts` is needed to fit the intercept and the dispersions; without it, give `intercept` and `likelihood='poisson'`."
         raise ValueError(msg)
-    constant = np.ptp(weight_gk, axis=0) == 0
+    counts = None if counts is None else _checked_counts(counts, n_genes)
+    constant = np.ptp(weight_gk, axis=0) <= 1e-9 * np.abs(weight_gk).max(axis=0)
     if rescale and counts is not None and constant.any():
         msg = f"`loadings` must differ between genes; those of factor {int(np.flatnonzero(constant)[0])} do not."
         raise ValueError(msg)
     start_g = _log_shares(counts) if intercept is None else np.array(intercept, dtype=np.float64).ravel()
     if start_g.size != n_genes:
-        msg = f"`{'counts' if intercept is None else 'intercept'}` must have the {n_genes} genes of `loadings`; got {start_g.size}."
+        msg = f"`intercept` must have the {n_genes} genes of `loadings`; got {start_g.size}."
         raise ValueError(msg)
     if rescale and counts is not None:
         # A standard deviation of log-rates over genes near those of trained models; the fit goes on from there.
@@ -263,7 +277,26 @@ def decoder_from_loadings(
     )
 
 
+def _checked_counts(counts: Any, n_genes: int) -> Any:
+    """Counts as an array or sparse matrix, or an error that names the argument."""
+    if hasattr(counts, "X"):
+        msg = f"`counts` must be a matrix, such as `adata[:, genes].X`; got {type(counts).__name__}."
+        raise TypeError(msg)
+    counts = counts.tocsr() if sparse.issparse(counts) else np.asarray(counts)
+    if counts.ndim != 2 or counts.shape[1] != n_genes or not len(values_of(counts)):
+        msg = f"`counts` must be cells x the {n_genes} genes of `loadings`; got shape {counts.shape}."
+        raise ValueError(msg)
+    values = values_of(counts)
+    # Both comparisons are false for NaN.
+    if not (values.min() >= 0 and values.max() < np.inf):
+        msg = "`counts` holds values that are negative or not finite."
+        raise ValueError(msg)
+    if has_fractions(counts):
+        warn("`counts` holds values that are not integers; dispersions and posteriors are those of raw counts.")
+    return counts
+
+
 def _log_shares(counts: Any) -> np.ndarray:
     """Log of the share of each gene in all counts, with a pseudocount of 1/2."""
-    total_g = np.asarray(counts.sum(axis=0), dtype=np.float64).ravel() + 0.5
+    total_g = np.asarray(counts.sum(axis=0, dtype=np.float64)).ravel() + 0.5
     return np.log(total_g / total_g.sum())

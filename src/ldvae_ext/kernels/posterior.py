@@ -66,7 +66,7 @@ def _slopes(
     mu_g: Float64Array,
     first_g: Float64Array,
     second_g: Float64Array,
-    is_clamped: bool,
+    is_clamped: int,
 ) -> float:
     """Write first derivatives in the log-mean, and weights of the negative Hessian; return the sum of the first.
 
@@ -334,7 +334,7 @@ def modes(
         value += _prior(z_k, precision_kk, pulled_k)
         state_n[n], is_near, n_failed, near = STOPPED, False, 0, _NEAR
         for _ in range(max_iterations):
-            total = _slopes(some, x_i, library, theta_g, is_poisson, mu_g, first_g, second_g, not is_near)
+            total = _slopes(some, x_i, library, theta_g, is_poisson, mu_g, first_g, second_g, 0 if is_near else 1)
             _gradient_and_hessian(weight_kg, library, mu_g, first_g, second_g, total, gradient_k, hessian_kk)
             for i in range(n_latent):
                 gradient_k[i] -= pulled_k[i]
@@ -371,4 +371,12 @@ def modes(
             value, is_near = found, largest <= near
             for i in range(n_latent):
                 z_k[i] = trial_k[i]
+        if state_n[n] == STOPPED:
+            # The exact Hessian at the last point, whose means a rejected trial may have replaced.
+            _value(z_k, weight_kg, offset_g, some, x_i, library, theta_g, is_poisson, mu_g)
+            total = _slopes(some, x_i, library, theta_g, is_poisson, mu_g, first_g, second_g, 0)
+            _gradient_and_hessian(weight_kg, library, mu_g, first_g, second_g, total, gradient_k, hessian_kk)
+            for i in range(n_latent):
+                for j in range(n_latent):
+                    hessian_kk[i, j] += precision_kk[i, j]
         value_n[n] = value

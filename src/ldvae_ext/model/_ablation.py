@@ -15,7 +15,7 @@ from ldvae_ext._groups import codes_at, gene_ablation
 from ldvae_ext._keys import ABLATION_INFO
 from ldvae_ext._validate import check_one_of
 from ldvae_ext.core.explained import ExplainedSums, PooledProfile, explained_sets
-from ldvae_ext.core.plan import MODES, RANDOM_MODES, Mode, Scheme
+from ldvae_ext.core.plan import MODES, POSTERIORS, RANDOM_MODES, Mode, Scheme
 from ldvae_ext.model._axes import ENCODER, REFINED, factor_stream
 from ldvae_ext.model._base import LDVAEBase
 from ldvae_ext.model._cells import with_positions
@@ -98,6 +98,7 @@ class AblationMixin(LDVAEBase):
         TypeError
             If ``adata`` is no AnnData, or ``dataloader`` an iterator that would have to be read twice.
         """
+        check_one_of("use_posterior", use_posterior, (*POSTERIORS, REFINED))
         self._check_has_counts("ablate")
         request = ablation_request(
             self,
@@ -199,6 +200,7 @@ class AblationMixin(LDVAEBase):
         ValueError, TypeError
             As for :meth:`ablate`.
         """
+        check_one_of("use_posterior", use_posterior, (*POSTERIORS, REFINED))
         self._check_has_counts("ablate_genes")
         request = ablation_request(
             self,

@@ -67,8 +67,14 @@ def factor_stream(
     use_posterior: str = ENCODER,
 ) -> Iterator[CellStream]:
     """Cells on the axes of the rotation in force, or on the network's, with the encoder's posteriors or refined ones."""
+    rotation = model.rotation
+    if use_posterior == REFINED and rotation is not None:
+        model._check_has_counts("use_posterior='refined'")
+        decoder = network_decoder(model)
+        with stream_cells(model, adata, indices, batch_size, dataloader) as cells:
+            yield cells._replace(chunks=(refined(decoder, chunk, rotation) for chunk in cells.chunks))
+        return
     with network_stream(model, adata, indices, batch_size, dataloader, use_posterior=use_posterior) as cells:
-        rotation = model.rotation
         yield cells if rotation is None else cells._replace(chunks=(rotation.cells(chunk) for chunk in cells.chunks))
 
 
@@ -99,16 +105,22 @@ def refine(decoder: LinearDecoder, cells: EncodedCells) -> CellPosteriors:
         cells.counts,
         decoder.batches[cells.batch],
         cells.covariates,
-        cells.library,
+        # A cell without counts has an observed library of 0.
+        np.where(cells.library > 0, cells.library, 1.0),
         None if decoder.labels is None else decoder.labels[cells.label],
         start_nk=cells.mean,
     )
 
 
-def refined(decoder: LinearDecoder, cells: EncodedCells) -> EncodedCells:
-    """The cells with the modes and marginal variances of refined posteriors."""
+def refined(decoder: LinearDecoder, cells: EncodedCells, rotation: Rotation | None = None) -> EncodedCells:
+    """The cells with the modes and marginal variances of refined posteriors, on the network's axes or on rotated ones."""
     found = refine(decoder, cells)
-    return cells._replace(mean=found.mean_nk, variance=found.variance_nk)
+    encoded = cells._replace(mean=found.mean_nk, variance=found.variance_nk)
+    if rotation is None:
+        return encoded
+    matrix_kk = rotation.matrix_kk
+    marginal_nk = np.einsum("ik,nij,jk->nk", matrix_kk, np.asarray(found.covariance_nkk), matrix_kk)
+    return rotation.cells(encoded)._replace(variance=marginal_nk)
 
 
 def network_posterior(

@@ -131,8 +131,8 @@ class ExportMixin(LDVAEBase):
             Cells per minibatch; ``scvi.settings.batch_size`` if None.
         use_posterior
             ``"encoder"``: posteriors are those of the network's encoder. ``"refined"``: modes and marginal variances of
-            :meth:`get_refined_posterior`, from the decoder and the counts of each cell. A posterior of factors is then
-            described by the variances of the network's latents alone, as an encoder's is.
+            :meth:`get_refined_posterior`, from the decoder and the counts of each cell. Draws of rotated factors take the
+            network's latents as independent, as an encoder's are.
 
         Raises
         ------

@@ -33,6 +33,7 @@ class CellReader:
 
     def __init__(self, adata: AnnData, decoder: LinearDecoder, setup: dict[str, str]) -> None:
         self.decoder, self._adata, self._setup = decoder, adata, setup
+        self._has_warned = False
         self.batch_n = self._codes("batch_key", decoder.batches)
         labels = decoder.labels
         self.label_n = np.zeros(adata.n_obs, dtype=np.int64) if labels is None else self._codes("labels_key", labels)
@@ -117,10 +118,9 @@ class CellReader:
     def _read_counts(
         self, counts: Any, genes: np.ndarray | None, positions: np.ndarray, chunk_size: int
     ) -> Iterator[tuple[Any, np.ndarray]]:
-        has_warned = False
         for i, chunk in enumerate(row_chunks(counts, positions, chunk_size)):
             x_ng = chunk if genes is None else chunk[:, genes]
-            has_warned = _check_counts(x_ng, has_warned=has_warned)
+            self._has_warned = _check_counts(x_ng, has_warned=self._has_warned)
             yield x_ng, positions[i * chunk_size : (i + 1) * chunk_size]
 
 

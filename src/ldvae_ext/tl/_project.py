@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -31,6 +31,9 @@ CHUNK_SIZE = 1024
 N_CELLS_TO_FIT, N_REFERENCE_CELLS = 4000, 1000
 # Share of the prior variance that is left of a factor about which the counts say next to nothing.
 _UNSEEN = 0.9
+# Mean difference between the decoder's factors and the exported ones, in prior standard deviations, and share of cells that fit badly,
+# from which on there is a warning.
+_SHIFT, _MISFIT = 0.5, 0.5
 
 
 def project(
@@ -42,7 +45,7 @@ def project(
     layer: str | None = None,
     size_factor_key: str | None = None,
     min_share: float = 0.5,
-    offset_sd: float = 1.0,
+    offset_sd: float | None = None,
     seed: int = 0,
     key: str = DEFAULT_KEY,
     key_added: str | None = None,
@@ -63,7 +66,8 @@ def project(
         Cells with raw counts. Genes are matched by ``var_names``.
     reference
         AnnData that :meth:`ldvae_ext.model.LDVAE.export_to_anndata` wrote to, a decoder, or the path of one that
-        :meth:`ldvae_ext.core.LinearDecoder.save` wrote.
+        :meth:`ldvae_ext.core.LinearDecoder.save` wrote. The factors of a decoder are independent under the prior: of oblique
+        factors (``rotate("promax")``) give the AnnData, which holds their correlations.
     batch
         Intercepts that the cells have, if the reference has several batches:
 
@@ -83,8 +87,8 @@ def project(
     min_share
         Least share of the reference's genes that must be in ``adata``.
     offset_sd
-        Prior standard deviation of the differences from the reference under ``batch="fit"``, in log-rate. It matters for
-        genes with few counts.
+        Prior standard deviation of the differences from the reference under ``batch="fit"``, in log-rate; 1 if None. It matters
+        for genes with few counts.
     seed
         Seed of the counts that ``obs["ldvae_fit"]`` is relative to.
     key
@@ -107,8 +111,8 @@ def project(
     KeyError
         If there is no such export, layer or column.
     ValueError
-        If too few genes are shared, fewer than factors, a batch is unknown, or the matrix does not hold counts. Nothing is
-        written.
+        If too few genes are shared, fewer than factors, a batch is unknown, or counts are negative or not finite. Nothing is
+        written. (Of values that are not integers, and of library sizes that are all equal, there is a warning.)
 
     Notes
     -----
@@ -124,11 +128,25 @@ def project(
     * ``varm["ldvae_loadings"]`` and, if the reference has them, ``varm["ldvae_loadings_error"]``; ``varm["ldvae_scores"]`` and
       ``varm["ldvae_scores_error"]`` of these cells; ``var["ldvae"]``: True for the shared genes;
     * ``uns["ldvae"]``: as there, with the decoder of the shared genes, and ``projection``: ``n_genes``, ``n_reference_genes``,
-      ``batch``, ``unseen`` (names of factors about which the counts say next to nothing), and, if the reference has counts,
-      ``fit_range``: 5, 50 and 95 % quantiles of ``ldvae_fit`` in up to 1,000 of its cells, from the same genes.
+      ``batch``, ``unseen`` (names of factors about which the counts say next to nothing), and, if the reference has counts and
+      nothing is fitted, of up to 1,000 of its cells projected in the same way, ``fit_range``: 5, 50 and 95 % quantiles of ``ldvae_fit``, and
+      ``shift``: mean difference of each factor from the export.
+
+    An export under the same key is replaced. The order of the factors is the reference's, whatever their KL is in these cells.
     """
     check_number("min_share", min_share, least=0, most=1)
-    check_number("offset_sd", offset_sd, least=1e-6)
+    is_fitted = batch == FIT
+    if offset_sd is not None:
+        check_number("offset_sd", offset_sd, least=1e-6)
+        if not is_fitted:
+            msg = "`offset_sd` is for `batch='fit'`."
+            raise ValueError(msg)
+    if not adata.n_obs:
+        msg = "`adata` has no cells."
+        raise ValueError(msg)
+    if copy and adata.isbacked:
+        msg = "`copy=True` needs cells in memory; `adata.to_memory()` reads them."
+        raise ValueError(msg)
     check_positive_int("seed", seed, least=0)
     check_positive_int("chunk_size", chunk_size)
     known = reference_of(reference, key)
@@ -140,8 +158,8 @@ def project(
     setup |= {} if layer is None else {"layer": layer}
     cells = CellReader(adata, panel, setup)
     library_n = _libraries(adata, cells, panel, size_factor_key, layer, chunk_size)
-    if batch == FIT and FIT not in source.batches:
-        panel = _fitted(panel, cells, library_n, known, offset_sd, layer, seed)
+    if is_fitted and FIT not in source.batches:
+        panel = _fitted(panel, cells, library_n, known, 1.0 if offset_sd is None else offset_sd, layer, seed)
         cells = CellReader(adata, panel, setup)
     found = _posteriors(panel, cells, library_n, known, layer, chunk_size, np.arange(adata.n_obs), seed)
     unseen = _unseen(known, found.variance_nk)
@@ -151,9 +169,11 @@ def project(
         "batch": "own" if batch is None else batch,
         "unseen": strings(unseen),
     }
-    fit_range = _fit_range(known, source, size_factor_key, seed)
-    if fit_range is not None:
-        projection["fit_range"] = fit_range
+    # With offsets of its own the query has another decoder than the reference's cells.
+    checked = None if is_fitted else _checked_on_reference(known, source, seed)
+    if checked is not None:
+        projection["fit_range"], projection["shift"] = checked.fit_range, checked.shift_k
+        _warn_of_misfit(known, checked, found.fit_n)
     if unseen:
         warn(
             f"The counts of these {len(panel.genes)} genes say next to nothing about {listed(unseen)}: more than "
@@ -175,7 +195,7 @@ def project(
         library_n=library_n,
         statistics={
             "kl": kl_k,
-            "kl_share": kl_k / kl_k.sum(),
+            "kl_share": kl_k / (kl_k.sum() or 1.0),
             "active_unit": found.mean_nk.var(axis=0, dtype=np.float64),
         },
         order=known.order,
@@ -212,7 +232,12 @@ def _libraries(
         raise ValueError(msg)
     total_n = np.empty(adata.n_obs)
     for x_ng, at in cells.count_chunks(np.arange(adata.n_obs), chunk_size, layer):
-        total_n[at] = np.asarray(x_ng.sum(axis=1), dtype=np.float64).ravel()
+        total_n[at] = np.asarray(x_ng.sum(axis=1, dtype=np.float64)).ravel()
+    if len(total_n) > 2 and np.ptp(total_n) <= 1e-3 * total_n.max() and total_n.max() > 0:
+        warn(
+            f"All cells have the same sum of counts, {total_n.max():g}: the counts look normalised, and posteriors need raw ones. `layer` "
+            "names a layer with raw counts."
+        )
     return np.where(total_n > 0, total_n, 1.0)
 
 
@@ -226,8 +251,10 @@ def _fitted(
     seed: int,
 ) -> LinearDecoder:
     """The decoder with intercepts that are fitted to some of the cells."""
-    n_cells = len(library_n)
-    some = np.sort(np.random.default_rng(seed).permutation(n_cells)[:N_CELLS_TO_FIT])
+    # The same number of cells of each batch, or all of a small one.
+    order, of_batch = np.random.default_rng(seed).permutation(len(library_n)), -(-N_CELLS_TO_FIT // len(panel.batches))
+    chosen = [order[cells.batch_n[order] == b][:of_batch] for b in range(len(panel.batches))]
+    some = np.sort(np.concatenate(chosen))
     ((x_ng, at),) = cells.count_chunks(some, len(some), layer)
     return refit(
         panel,
@@ -314,22 +341,54 @@ def _unseen(known: Reference, variance_nk: np.ndarray) -> list[str]:
     return known.names[is_unseen].tolist()
 
 
-def _fit_range(known: Reference, panel: LinearDecoder, size_factor_key: str | None, seed: int) -> np.ndarray | None:
-    """Quantiles of the fit of cells of the reference, from the same genes; None if it has no counts."""
+class _Checked(NamedTuple):
+    """The reference's own cells, projected."""
+
+    fit_range: np.ndarray
+    """5, 50 and 95 % quantiles of their fit."""
+    shift_k: np.ndarray
+    """Mean difference of each factor from the export, in the exported order."""
+
+
+def _checked_on_reference(known: Reference, panel: LinearDecoder, seed: int) -> _Checked | None:
+    """Fit and shift of some cells of the reference; None if it lacks counts or columns of ``obs``."""
     if known.adata is None:
         return None
+    layer, n_all = known.setup.get("layer"), known.adata.n_obs
+    some = np.sort(np.random.default_rng(seed).permutation(n_all)[:N_REFERENCE_CELLS])
     try:
         own = ExportedCells(known.adata, known.key)
-        layer = known.setup.get("layer")
-        own.counts(layer)
-        cells = CellReader(known.adata, panel, known.setup)
-        some = np.sort(np.random.default_rng(seed).permutation(known.adata.n_obs)[:N_REFERENCE_CELLS])
-        library_n = own.library_n
-        if panel.link == "softmax":
-            library_n = _libraries(known.adata, cells, panel, None, layer, CHUNK_SIZE)
-        found = _posteriors(panel, cells, library_n, known, layer, CHUNK_SIZE, some, seed)
+        chunks = list(own.count_chunks(some, CHUNK_SIZE, layer))
     except (KeyError, ValueError):
-        # Without counts or columns of obs, the reference has no fit.
         return None
+    cells, library_n = CellReader(known.adata, panel, known.setup), own.library_n
+    if panel.link == "softmax":
+        inside = np.isin(own.decoder.genes, panel.genes)
+        library_n = np.ones(n_all)
+        for x_ng, at in chunks:
+            library_n[at] = np.maximum(np.asarray(x_ng[:, inside].sum(axis=1, dtype=np.float64)).ravel(), 1.0)
+    found = _posteriors(panel, cells, library_n, known, layer, CHUNK_SIZE, some, seed)
     fit_n = found.fit_n[np.isfinite(found.fit_n)]
-    return np.quantile(fit_n, [0.05, 0.5, 0.95]) if len(fit_n) else None
+    if not len(fit_n):
+        return None
+    shift_k = (found.mean_nk - own.mean(some)).mean(axis=0)
+    return _Checked(np.quantile(fit_n, [0.05, 0.5, 0.95]), shift_k[known.order] * known.signs)
+
+
+def _warn_of_misfit(known: Reference, checked: _Checked, fit_n: np.ndarray) -> None:
+    """Warn if the reference's decoder and encoder disagree, or if most cells are not described."""
+    is_shifted = np.abs(checked.shift_k) > _SHIFT
+    if is_shifted.any():
+        largest = np.abs(checked.shift_k).max()
+        warn(
+            "From these genes, the decoder of the reference does not give its own cells the factors of the export: "
+            f"{listed(known.names[is_shifted])} are "
+            f"shifted by up to {largest:.1f} prior standard deviations. A model that was trained for longer, and with "
+            "`use_observed_lib_size=True`, agrees better."
+        )
+    share = np.mean(fit_n[np.isfinite(fit_n)] > checked.fit_range[2])
+    if share > _MISFIT:
+        warn(
+            f"{share:.0%} of the cells fit worse than 95 % of the reference's: genes may be named wrongly, counts may be "
+            "normalised, or the factors do not describe these cells."
+        )

@@ -61,6 +61,9 @@ class Reference:
 def reference_of(reference: Any, key: str) -> Reference:
     """The reference from what a user gives."""
     if isinstance(reference, (str, Path)):
+        if Path(reference).suffix != ".npz":
+            msg = f"`reference`: a path must be that of an .npz file that `LinearDecoder.save` wrote; read {str(reference)!r} first."
+            raise ValueError(msg)
         reference = LinearDecoder.load(reference)
     if isinstance(reference, LinearDecoder):
         k = len(reference.factors)
@@ -91,7 +94,7 @@ def shared_genes(decoder: LinearDecoder, adata: AnnData, min_share: float) -> np
     if len(genes) < max(min_share * n_all, 1):
         msg = (
             f"`adata` has {len(genes)} of the {n_all} genes of the reference, less than `min_share={min_share:g}`; the reference's are "
-            f"{listed(decoder.genes, 3)}, those of `adata` {listed(names, 3)}."
+            f"{listed(decoder.genes, 3)}, those of `adata` {listed(names, 3)}. A lower `min_share` allows it."
         )
         raise ValueError(msg)
     if len(genes) < len(decoder.factors):
@@ -112,6 +115,14 @@ def with_batches(
     known = panel.batches.tolist()
     if batch_key is not None:
         check_column(adata.obs.columns, "batch_key", batch_key)
+        if (batch is not None and (batch != FIT or batch in known)) or (batch is None and len(known) == 1):
+            why = (
+                "the reference has a single batch"
+                if batch is None
+                else f"all cells have the intercepts of `batch={batch!r}`"
+            )
+            msg = f"`batch_key` has no use: {why}."
+            raise ValueError(msg)
     if batch is not None and batch in known:
         return panel.with_batches([batch], batch), columns
     if batch == MEAN:
