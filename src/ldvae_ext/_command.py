@@ -52,6 +52,33 @@ def read_h5ad_file(path: Path) -> AnnData:
         raise InputError(msg) from error
 
 
+def read_cells(path: Path) -> AnnData:
+    """Cells from an ``.h5ad`` or ``.zarr``, from a ``.h5`` of 10x Genomics, or from a folder with a ``matrix.mtx``."""
+    if path.suffix == ".h5ad" or not path.exists():
+        return read_h5ad_file(path)
+    import anndata
+    import scanpy as sc
+
+    try:
+        if path.suffix == ".zarr":
+            return anndata.read_zarr(path)
+        if path.suffix in (".h5", ".hdf5"):
+            adata = sc.read_10x_h5(path)
+        elif path.is_dir():
+            adata = sc.read_10x_mtx(path)
+        else:
+            return read_h5ad_file(path)
+    except Exception as error:
+        msg = (
+            f"{path} cannot be read ({error}); give an .h5ad or .zarr of anndata, a .h5 of 10x Genomics, or a folder with matrix.mtx, "
+            "features.tsv and barcodes.tsv."
+        )
+        raise InputError(msg) from error
+    # Names of genes occur more than once in these files.
+    adata.var_names_make_unique()
+    return adata
+
+
 def check_names(adata: AnnData) -> None:
     """Raise unless names of cells and of genes are unique."""
     for names, what in ((adata.obs_names, "cell"), (adata.var_names, "gene")):

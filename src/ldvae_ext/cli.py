@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -31,19 +33,50 @@ def _app(
     """Interpret linearly decoded VAEs of single-cell counts."""
 
 
+class Rotation(StrEnum):
+    """Axes of the factors."""
+
+    varimax = "varimax"
+    promax = "promax"
+    none = "none"
+
+
 @app.command()
 def run(
     source: Annotated[
         Path | None,
-        typer.Argument(metavar="INPUT.h5ad", help="Raw counts; without it, the bundled example.", show_default=False),
+        typer.Argument(
+            metavar="INPUT",
+            help="Raw counts: .h5ad, .zarr, .h5 of 10x Genomics, or a folder with matrix.mtx; without it, the bundled example.",
+            show_default=False,
+        ),
     ] = None,
     layer: Annotated[str | None, typer.Option(help="Layer with the counts; X by default.", show_default=False)] = None,
     batch_key: Annotated[
         str | None, typer.Option(help="Column of obs with the batch of each cell.", show_default=False)
     ] = None,
+    covariates: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Column of obs with a covariate: continuous if it has numbers. May be given several times.",
+            show_default=False,
+        ),
+    ] = None,
+    size_factor: Annotated[
+        str | None, typer.Option(help="Column of obs with size factors.", show_default=False)
+    ] = None,
     groupby: Annotated[
         str | None,
-        typer.Option(help="Column of obs with populations, for the ablation and the figures.", show_default=False),
+        typer.Option(
+            "--groupby",
+            "--labels",
+            help="Column of obs with populations, for the ablation, the annotation and the report.",
+            show_default=False,
+        ),
+    ] = None,
+    gene_sets: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.gmt", help="Gene sets; the best one is named for each factor.", show_default=False),
     ] = None,
     n_top_genes: Annotated[
         int | None,
@@ -53,11 +86,18 @@ def run(
             show_default=False,
         ),
     ] = None,
-    n_latent: Annotated[int, typer.Option(min=1, help="Number of latent dimensions.")] = 10,
+    n_latent: Annotated[int, typer.Option(min=1, help="Number of factors.")] = 10,
+    runs: Annotated[
+        int, typer.Option(min=1, help="Number of trainings whose consensus gives the factors; 1 to be quick.")
+    ] = 3,
+    rotation: Annotated[
+        Rotation,
+        typer.Option(help="Axes of the factors; 'none' gives the network's own, which differ between trainings."),
+    ] = Rotation.varimax,
     max_epochs: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Number of epochs; scvi-tools decides by default (the example: 250).", show_default=False
+            min=1, help="Largest number of epochs; 400 by default, and fewer if that is enough.", show_default=False
         ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of all random numbers.")] = 0,
@@ -65,24 +105,35 @@ def run(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the folder if it has results of this command and nothing else.")
     ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show the messages of scvi-tools.")] = False,
 ) -> None:
-    """Train an LDVAE, export it in order of information, ablate it, and draw it."""
-    from ldvae_ext._run import Job, run
+    """Find the factors of single-cell counts that several trainings agree on, and report them."""
+    from ldvae_ext._run import Options
+    from ldvae_ext._run_command import Job, run_command
 
     job = Job(
         source=source,
-        layer=layer,
-        batch_key=batch_key,
-        groupby=groupby,
-        n_top_genes=n_top_genes,
-        n_latent=n_latent,
-        max_epochs=max_epochs,
-        seed=seed,
+        gene_sets=gene_sets,
         out=out,
         overwrite=overwrite,
+        silent=quiet,
+        options=Options(
+            layer=layer,
+            batch_key=batch_key,
+            covariates=tuple(covariates or ()),
+            size_factor_key=size_factor,
+            groupby=groupby,
+            n_top_genes=n_top_genes,
+            n_latent=n_latent,
+            n_runs=runs,
+            rotation=rotation.value,
+            max_epochs=max_epochs,
+            seed=seed,
+        ),
     )
-    with _errors_and_warnings_as_text():
-        run(job, typer.echo)
+    with _errors_and_warnings_as_text(verbose=verbose):
+        run_command(job, typer.echo)
 
 
 @app.command()
@@ -139,10 +190,12 @@ def project(
 
 
 @contextmanager
-def _errors_and_warnings_as_text() -> Iterator[None]:
+def _errors_and_warnings_as_text(*, verbose: bool = False) -> Iterator[None]:
     """Print errors of the input and warnings as sentences; end with status 1 after an error."""
     from ldvae_ext._command import InputError
 
+    if not verbose:
+        logging.getLogger("scvi").setLevel(logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("default")
         # Lightning's warnings about data loaders and loggers are of no use on the command line.

@@ -14,6 +14,7 @@ from ldvae_ext._keys import DEFAULT_KEY, ExportKeys, check_key_added, export_key
 from ldvae_ext._validate import listed, warn
 from ldvae_ext.core import LinearDecoder
 from ldvae_ext.core._arrays import strings
+from ldvae_ext.core.matching import flags
 
 
 def check_is_annotated(adata: Any) -> None:
@@ -24,6 +25,7 @@ def check_is_annotated(adata: Any) -> None:
 
 
 STATISTICS = ("kl", "kl_share", "active_unit")
+REPRODUCIBILITY = "reproducibility"
 
 
 def export_mark(info: Any) -> int:
@@ -132,7 +134,8 @@ def factors(adata: AnnData, *, key: str = DEFAULT_KEY) -> pd.DataFrame:
     Returns
     -------
     Index: names. Columns: ``dimension`` (0-based, of the network), ``sign`` (+1 or -1, applied to loadings and latents),
-    and the statistics of the export: ``kl`` (nats, mean over cells), ``kl_share``, ``active_unit``.
+    and the statistics of the export: ``kl`` (nats, mean over cells), ``kl_share``, ``active_unit``; of :func:`ldvae_ext.run` also
+    ``reproducibility`` (0 to 1) and ``flag`` (``"stable"``, ``"uncertain"``, ``"unstable"``).
     """
     _, info = export_of(adata, key)
     table = {"dimension": np.asarray(info["order"]), "sign": np.asarray(info["signs"])}
@@ -140,4 +143,6 @@ def factors(adata: AnnData, *, key: str = DEFAULT_KEY) -> pd.DataFrame:
     first = [name for name in STATISTICS if name in info["statistics"]]
     for name in (*first, *sorted(set(info["statistics"]) - set(first))):
         table[name] = np.asarray(info["statistics"][name])
+    if REPRODUCIBILITY in table:
+        table["flag"] = flags(table[REPRODUCIBILITY])
     return pd.DataFrame(table, index=pd.Index(strings(info["names"]), name="factor"))

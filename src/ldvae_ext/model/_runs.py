@@ -44,6 +44,9 @@ class DrawnCells(CountsSplitter):
 
 def train_on(model: LDVAE, cells: list[np.ndarray], max_epochs: int | None, options: dict[str, Any]) -> None:
     """Train on given cells."""
+    if "callbacks" in options:
+        # scvi-tools adds those of the training to the list.
+        options = {**options, "callbacks": list(options["callbacks"])}
     model._data_splitter_cls = DrawnCells
     split = {"external_indexing": [np.unique(cells[0]), *cells[1:]], "drawn": cells[0]}
     try:

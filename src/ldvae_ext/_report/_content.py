@@ -1,0 +1,348 @@
+"""What the report shows, as plain numbers and strings, from an AnnData with an export."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+
+from ldvae_ext import get, tl
+from ldvae_ext._annotation import GeneSet, Marks, best_gene_sets, marked_populations
+from ldvae_ext._groups import groups_of
+from ldvae_ext._keys import CONSENSUS_KEY, export_keys
+from ldvae_ext._validate import listed
+from ldvae_ext.core import Rotation
+from ldvae_ext.get._export import export_of, latents_of
+
+# Genes of each end on a card, and of a gene set in the table.
+N_GENES, N_TABLE_GENES, N_POPULATION_GENES = 10, 5, 6
+# Points of the scatter plot, and populations in the tables, at most.
+MAX_POINTS, MAX_GROUPS = 20_000, 60
+# A factor with a smaller KL is called unused.
+UNUSED = 0.1
+EMBEDDINGS = ("X_umap", "X_tsne")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Population:
+    """A population as a factor sees it."""
+
+    name: str
+    n_cells: int
+    low: float
+    """Lower quartile of the factor."""
+    median: float
+    high: float
+    effect: float | None
+    """Mean effect of the ablation in nats per cell; None without counts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factor:
+    """All that a card shows of one factor."""
+
+    name: str
+    kl: float
+    kl_share: float
+    explained_deviance: float | None
+    reproducibility: float | None
+    flag: str | None
+    up: list[tuple[str, float]]
+    """Genes that rise with the factor, and their loadings."""
+    down: list[tuple[str, float]]
+    marks: Marks | None
+    gene_set: GeneSet | None
+    populations: list[Population]
+    lost_genes: list[tuple[str, float]]
+    """Genes that lose most without the factor, in nats per cell."""
+    runs: list[float]
+    """Agreement with each run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Content:
+    """Content of the report."""
+
+    title: str
+    n_cells: int
+    n_genes: int
+    groupby: str | None
+    factors: list[Factor]
+    notes: list[str]
+    """Warnings in words."""
+    settings: list[tuple[str, str]]
+    versions: list[tuple[str, str]]
+    curves: dict[str, list[tuple[float, float]]]
+    scatter: dict[str, Any] = field(default_factory=dict)
+    """Numbers of the scatter plot, for the script of the page."""
+    in_population: dict[str, Any] = field(default_factory=dict)
+    """Genes of each factor in each population, for the script of the page."""
+
+    @property
+    def groups(self) -> list[str]:
+        """Names of the populations."""
+        return [population.name for population in self.factors[0].populations]
+
+
+def content_of(
+    adata: AnnData,
+    *,
+    groupby: str | None = None,
+    gene_sets: Mapping[str, Sequence[str]] | None = None,
+    history: Any = None,
+    settings: Mapping[str, Any] | None = None,
+    title: str | None = None,
+    key: str = "ldvae",
+) -> Content:
+    """Content of the report of an export."""
+    keys, info = export_of(adata, key)
+    table = get.factors(adata, key=key)
+    latent_nk, names = latents_of(adata, key).astype(np.float64), table.index.tolist()
+    groups, code_n = ([], None) if groupby is None else groups_of(adata.obs, groupby)
+    notes: list[str] = []
+    if code_n is not None and len(groups) > MAX_GROUPS:
+        notes.append(f"`{groupby}` has {len(groups)} populations; the {MAX_GROUPS} largest are shown.")
+        largest = np.sort(np.argsort(-np.bincount(code_n[code_n >= 0]))[:MAX_GROUPS])
+        position = np.full(len(groups) + 1, -1)
+        position[largest] = np.arange(MAX_GROUPS)
+        groups, code_n = [groups[p] for p in largest], position[code_n]
+    effects, lost = _ablations(adata, groups, code_n, key, notes)
+    flags = table.get("flag")
+    notes += _notes(table, flags, info)
+    populations = _populations(latent_nk, groups, code_n, effects)
+    marked = [] if code_n is None else marked_populations(latent_nk, groups, code_n)
+    sets = best_gene_sets(get.gene_scores(adata, kind=_ranking(adata, keys), key=key), gene_sets)
+    ends = _ends(adata, keys, key)
+    factors = [
+        Factor(
+            name=name,
+            kl=float(table["kl"].iloc[k]),
+            kl_share=float(table["kl_share"].iloc[k]),
+            explained_deviance=_optional(table, "explained_deviance", k),
+            reproducibility=_optional(table, "reproducibility", k),
+            flag=None if flags is None else flags.iloc[k],
+            up=ends[name]["up"],
+            down=ends[name]["down"],
+            marks=marked[k] if marked else None,
+            gene_set=sets.get(name),
+            populations=populations[k] if populations else [],
+            lost_genes=lost[k] if lost else [],
+            runs=_runs(adata, k, len(names)),
+        )
+        for k, name in enumerate(names)
+    ]
+    return Content(
+        title=title or "Factors of a linearly decoded VAE",
+        n_cells=adata.n_obs,
+        n_genes=int(np.asarray(adata.var[keys.genes], dtype=bool).sum()),
+        groupby=groupby,
+        factors=factors,
+        notes=notes,
+        settings=[(str(name), str(value)) for name, value in (settings or {}).items()],
+        versions=[(str(name), str(value)) for name, value in dict(info.get("versions", {})).items()],
+        curves=_curves(history),
+        scatter=_scatter(adata, latent_nk, names, groups, code_n, groupby),
+        in_population=_in_population(adata, groups, groupby, names, key),
+    )
+
+
+def _optional(table: pd.DataFrame, column: str, k: int) -> float | None:
+    value = float(table[column].iloc[k]) if column in table else np.nan
+    return value if np.isfinite(value) else None
+
+
+def _ranking(adata: AnnData, keys: Any) -> Any:
+    """Gene scores that replicate best where there are any: slopes of expression, which need counts."""
+    return "regression" if keys.scores in adata.varm else "information"
+
+
+def _ends(adata: AnnData, keys: Any, key: str) -> dict[str, dict[str, list[tuple[str, float]]]]:
+    top = get.top_genes(adata, n=N_GENES, rank_by=_ranking(adata, keys), key=key)
+    out: dict[str, dict[str, list[tuple[str, float]]]] = {
+        name: {"up": [], "down": []} for name in get.factors(adata, key=key).index
+    }
+    for factor, direction, gene, loading in zip(
+        top["factor"], top["direction"], top["gene"], top["loading"], strict=True
+    ):
+        out[factor][direction].append((str(gene), float(loading)))
+    return out
+
+
+def _ablations(
+    adata: AnnData, groups: list[str], code_n: np.ndarray | None, key: str, notes: list[str]
+) -> tuple[np.ndarray | None, list[list[tuple[str, float]]] | None]:
+    """Mean effect of each factor in each population, and the genes that lose most; None without counts."""
+    try:
+        effect_nk = np.asarray(tl.ablate(adata, key=key).X)
+        by_gene = tl.ablate_genes(adata, key=key)
+    except (KeyError, ValueError) as error:
+        notes.append(f"There are no results of ablation, which needs the raw counts: {error.args[0]}")
+        return None, None
+    lost = []
+    for k in range(effect_nk.shape[1]):
+        loss_g = np.asarray(by_gene.X)[:, k]
+        most = np.argsort(-loss_g, kind="stable")[:N_POPULATION_GENES]
+        lost.append([(str(by_gene.obs["gene"].iloc[g]), float(loss_g[g])) for g in most])
+    if code_n is None:
+        return effect_nk.mean(axis=0)[None], lost
+    return np.stack([effect_nk[code_n == p].mean(axis=0) for p in range(len(groups))]), lost
+
+
+def _populations(
+    latent_nk: np.ndarray, groups: list[str], code_n: np.ndarray | None, effects: np.ndarray | None
+) -> list[list[Population]]:
+    members = (
+        [np.arange(len(latent_nk))] if code_n is None else [np.flatnonzero(code_n == p) for p in range(len(groups))]
+    )
+    names = groups or ["all cells"]
+    quartiles = [np.quantile(latent_nk[at], [0.25, 0.5, 0.75], axis=0) for at in members]
+    return [
+        [
+            Population(
+                name=names[p],
+                n_cells=len(members[p]),
+                low=float(quartiles[p][0, k]),
+                median=float(quartiles[p][1, k]),
+                high=float(quartiles[p][2, k]),
+                effect=None if effects is None else float(effects[p, k]),
+            )
+            for p in range(len(names))
+        ]
+        for k in range(latent_nk.shape[1])
+    ]
+
+
+def _notes(table: pd.DataFrame, flags: pd.Series | None, info: Any) -> list[str]:
+    notes = []
+    if flags is None:
+        notes.append(
+            "How reproducible the factors are is not known: a single model was trained. Another training may give other factors."
+        )
+    elif (flags != "stable").any():
+        notes.append(
+            f"Do not read {listed(flags.index[flags != 'stable'])}: another training of the same model on the same cells gives another factor."
+        )
+    unused = table.index[table["kl"] < UNUSED]
+    if len(unused):
+        notes.append(f"The model does not use {listed(unused)}: the KL is below {UNUSED} nats.")
+    weight = float(info.get("kl_weight", np.nan))
+    if np.isfinite(weight) and weight < 1:
+        notes.append(
+            f"Training ended with a KL weight of {weight:g}, so that the KL of the factors is larger than at the weight 1 of the ELBO."
+        )
+    if "rotation" in info:
+        matrix_kk = np.asarray(info["rotation"]["matrix"], dtype=np.float64)
+        if not Rotation(matrix_kk=matrix_kk, method=str(info["rotation"]["method"])).is_orthogonal:
+            notes.append("The factors are oblique: they are correlated under the prior.")
+    return notes
+
+
+def _runs(adata: AnnData, k: int, n_factors: int) -> list[float]:
+    """Agreement of each run with the consensus, in the order of the export, if the export is of a consensus."""
+    info = adata.uns.get(CONSENSUS_KEY)
+    if info is None or np.asarray(info["cosine"]).shape[1] != n_factors:
+        return []
+    return [float(value) for value in np.asarray(info["cosine"])[:, k]]
+
+
+def _curves(history: Any) -> dict[str, list[tuple[float, float]]]:
+    """Training and validation ELBO by epoch."""
+    out = {}
+    for name, label in (("elbo_train", "training"), ("elbo_validation", "held-out cells")):
+        if history is not None and name in history:
+            series = pd.DataFrame(history[name]).iloc[:, 0].dropna()
+            out[label] = [(float(x), float(y)) for x, y in zip(series.index, series, strict=True)]
+    return out
+
+
+def _bytes(values: np.ndarray) -> str:
+    return base64.b64encode(np.ascontiguousarray(values).tobytes()).decode()
+
+
+def _scatter(
+    adata: AnnData,
+    latent_nk: np.ndarray,
+    names: list[str],
+    groups: list[str],
+    code_n: np.ndarray | None,
+    groupby: str | None,
+) -> dict[str, Any]:
+    """Coordinates in 16 bits and factors in 8 bits, of up to 20,000 cells."""
+    known = [key for key in EMBEDDINGS if key in adata.obsm]
+    at = np.arange(adata.n_obs)
+    if len(at) > MAX_POINTS:
+        at = np.sort(np.random.default_rng(0).choice(at, MAX_POINTS, replace=False))
+    xy = np.asarray(adata.obsm[known[0]], dtype=np.float64)[:, :2] if known else latent_nk[:, : min(2, len(names))]
+    if xy.shape[1] < 2:
+        xy = np.column_stack([xy[:, 0], np.random.default_rng(0).random(len(xy))])
+    xy = xy[at]
+    low, span = xy.min(axis=0), np.ptp(xy, axis=0)
+    scaled = np.rint((xy - low) / np.where(span > 0, span, 1) * 65535).astype("<u2")
+    # Values beyond this are drawn in the colour of the end.
+    limit_k = np.maximum(np.quantile(np.abs(latent_nk), 0.98, axis=0), 1e-6)
+    shade = np.rint(127.5 + 127.5 * np.clip(latent_nk[at] / limit_k, -1, 1)).astype("u1")
+    out: dict[str, Any] = {
+        "axes": [f"{known[0].removeprefix('X_').upper()}{i}" for i in (1, 2)] if known else [*names[:2], "random"][:2],
+        "n": len(at),
+        "xy": _bytes(scaled),
+        "factors": [_bytes(shade[:, k]) for k in range(len(names))],
+        "limits": [float(value) for value in limit_k],
+        "names": names,
+        "groups": [],
+    }
+    if code_n is not None:
+        out |= {
+            "groups": groups,
+            "codes": _bytes(code_n[at].astype("<i2")),
+            "colors": _group_colors(adata, groupby, groups),
+        }
+    return out
+
+
+def _group_colors(adata: AnnData, groupby: str | None, groups: list[str]) -> list[str]:
+    """Colours of the populations in ``uns``, if there is one for each; else an empty list."""
+    colors = adata.uns.get(f"{groupby}_colors")
+    categories = [str(c) for c in pd.Categorical(pd.Series(adata.obs[groupby])).categories]
+    if colors is None or len(colors) < len(categories):
+        return []
+    color_of = dict(zip(categories, (str(color) for color in colors), strict=False))
+    return [color_of.get(group, "#888888") for group in groups]
+
+
+def _in_population(
+    adata: AnnData, groups: list[str], groupby: str | None, names: list[str], key: str
+) -> dict[str, Any]:
+    """Genes that change most with each factor in each population, with the change of their share of expression."""
+    if not groups or groupby is None:
+        return {}
+    keys = export_keys(key)
+    # A light object, since the result would be written to the AnnData of the user.
+    obs = pd.DataFrame({groupby: pd.Series(adata.obs[groupby]), keys.library: pd.Series(adata.obs[keys.library])})
+    columns = [c for c in dict(adata.uns[keys.info].get("setup", {})).values() if c in adata.obs]
+    covariates = [c.name for c in get.decoder(adata, key=key).covariates]
+    for name in (*columns, *covariates):
+        obs[name] = pd.Series(adata.obs[name])
+    result = AnnData(obs=obs, var=pd.DataFrame({keys.genes: pd.Series(adata.var[keys.genes])}))
+    result.uns[keys.info] = adata.uns[keys.info]
+    for slot, names_of in (
+        ("obsm", (keys.latent, keys.variance, keys.logits, keys.network_variance)),
+        ("varm", (keys.loadings,)),
+    ):
+        for name in names_of:
+            if name in getattr(adata, slot):
+                getattr(result, slot)[name] = getattr(adata, slot)[name]
+    tl.population_loadings(result, groupby, key=key)
+    out: dict[str, Any] = {}
+    for group in groups:
+        long = get.top_genes(result, group=group, n=N_POPULATION_GENES, key="ldvae_population_loadings")
+        by_factor = {name: long[long["factor"] == name] for name in names}
+        out[group] = [
+            [[str(gene), float(value)] for gene, value in zip(part["gene"], part["value"], strict=True)]
+            for part in by_factor.values()
+        ]
+    return out

@@ -1,0 +1,258 @@
+"""The report: what it says, that it needs no network, and that a browser shows it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+
+import ldvae_ext
+from ldvae_ext import get, tl
+from ldvae_ext._report import _build
+from ldvae_ext._report._content import content_of
+from tests.helpers import counts, untrained
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+EVIL = "</script><script>window.broken=1</script><b>&\"'"
+
+
+def exported(n_cells=60, n_genes=30, n_latent=4, rename=True, **options):
+    adata = counts(n_cells=n_cells, n_genes=n_genes, n_batches=3)
+    if rename:
+        adata.var_names = [f"{EVIL}{g}" if g < 3 else name for g, name in enumerate(adata.var_names)]
+    adata.obs["type"] = pd.Categorical(np.resize([f"T {EVIL}", "CD4+/CD25 T Reg", "B"], n_cells))
+    model = untrained(adata, n_latent=n_latent, **options)
+    model.export_to_anndata(stats=True)
+    return adata
+
+
+def with_runs(adata):
+    """As after several runs."""
+    k = len(get.factors(adata))
+    adata.uns["ldvae"]["statistics"]["reproducibility"] = np.linspace(0.95, 0.3, k)
+    return adata
+
+
+def curves():
+    return {
+        "elbo_train": pd.DataFrame({"elbo_train": np.linspace(900, 700, 30)}),
+        "elbo_validation": pd.DataFrame({"elbo_validation": np.linspace(900, 750, 30)}),
+    }
+
+
+def written(tmp_path, adata, **options):
+    path = ldvae_ext.report(adata, tmp_path / "report.html", **options)
+    assert path == tmp_path / "report.html"
+    return path.read_text(encoding="utf-8")
+
+
+def test_the_numbers_are_those_of_the_tables(tmp_path):
+    adata = with_runs(exported(rename=False))
+    content = content_of(adata, groupby="type", gene_sets={"first": adata.var_names[:5].tolist()}, history=curves())
+    factors, effects = get.factors(adata), tl.ablate(adata).to_df()
+    by_group = effects.groupby(adata.obs["type"].astype(str)).mean()
+    latent = pd.DataFrame(adata.obsm["X_ldvae"], index=adata.obs_names, columns=factors.index)
+    median = latent.groupby(adata.obs["type"].astype(str)).median()
+    for factor in content.factors:
+        row = factors.loc[factor.name]
+        assert (factor.kl, factor.reproducibility, factor.flag) == (row["kl"], row["reproducibility"], row["flag"])
+        for population in factor.populations:
+            assert population.effect == pytest.approx(by_group.loc[population.name, factor.name])
+            assert population.median == pytest.approx(median.loc[population.name, factor.name], abs=1e-6)
+            assert population.n_cells == 20
+        scores = get.gene_scores(adata, kind="regression")[factor.name]
+        assert [gene for gene, _ in factor.up] == scores[scores > 0].nlargest(len(factor.up)).index.tolist()
+        assert dict(factor.up) == pytest.approx(get.loadings(adata)[factor.name][[g for g, _ in factor.up]].to_dict())
+        lost = tl.ablate_genes(adata)
+        loss = pd.Series(np.asarray(lost[:, factor.name].X).ravel(), index=lost.obs["gene"].to_numpy())
+        assert dict(factor.lost_genes) == pytest.approx(loss.nlargest(len(factor.lost_genes)).to_dict())
+    text = written(tmp_path, adata, groupby="type", history=curves())
+    for name in factors.index:
+        assert f">{name}</a>" in text
+    assert f"{factors['kl'].iloc[0]:.2f}" in text
+
+
+def test_warnings_are_sentences():
+    adata = with_runs(exported(rename=False))
+    notes = " ".join(content_of(adata).notes)
+    unstable = get.factors(adata).query("flag != 'stable'").index
+    assert f"Do not read {', '.join(map(repr, unstable))}" in notes
+    del adata.uns["ldvae"]["statistics"]["reproducibility"]
+    assert "How reproducible the factors are is not known" in " ".join(content_of(adata).notes)
+    adata.uns["ldvae"]["kl_weight"] = 0.25
+    adata.uns["ldvae"]["statistics"]["kl"][-1] = 0.01
+    notes = " ".join(content_of(adata).notes)
+    assert "KL weight of 0.25" in notes
+    assert f"does not use '{get.factors(adata).index[-1]}'" in notes
+
+
+def test_nothing_comes_from_elsewhere_and_names_are_text(tmp_path):
+    text = written(tmp_path, with_runs(exported()), groupby="type", title=EVIL, settings={EVIL: EVIL}, reproduce=EVIL)
+    assert not re.findall(r"""(?:src|href)\s*=\s*["']?(?!#)[^"'>\s]+""", text)
+    assert "@import" not in text
+    assert "fetch(" not in text
+    assert "XMLHttpRequest" not in text
+    assert EVIL not in text
+    assert text.count("<script") == 2
+
+
+def test_without_counts_groups_or_slopes_there_is_a_report(tmp_path):
+    adata = exported(rename=False)
+    adata.X = None
+    text = written(tmp_path, adata)
+    assert "There are no results of ablation, which needs the raw counts" in text
+    assert 'id="ablation"' not in text
+    for key in ("ldvae_scores", "ldvae_scores_error"):
+        del adata.varm[key]
+    assert "the information of their counts" in written(tmp_path, adata)
+    assert len(written(tmp_path, exported(n_latent=1, rename=False), groupby="type")) > 10_000
+
+
+def test_a_projection_has_a_report(tmp_path):
+    adata = exported(rename=False, use_observed_lib_size=True)
+    query = ad.AnnData(adata.X.copy(), obs=adata.obs[["type", "batch"]].copy(), var=pd.DataFrame(index=adata.var_names))
+    reference = get.decoder(adata)
+    tl.project(query, reference, batch="mean")
+    assert "populations by" in written(tmp_path, query, groupby="type")
+
+
+def test_many_populations_and_cells_are_cut(monkeypatch, tmp_path):
+    from ldvae_ext._report import _content
+
+    adata = exported(rename=False)
+    adata.obs["many"] = pd.Categorical([f"g{i % 20}" for i in range(adata.n_obs)])
+    monkeypatch.setattr(_content, "MAX_GROUPS", 7)
+    monkeypatch.setattr(_content, "MAX_POINTS", 30)
+    content = content_of(adata, groupby="many")
+    assert len(content.factors[0].populations) == 7
+    assert content.scatter["n"] == 30
+    assert "`many` has 20 populations; the 7 largest are shown." in content.notes
+
+
+@pytest.mark.slow
+def test_twenty_thousand_cells_fit_in_three_megabytes(tmp_path):
+    adata = with_runs(exported(n_cells=20_000, n_latent=10, rename=False))
+    adata.obsm["X_umap"] = np.random.default_rng(0).normal(size=(20_000, 2))
+    written(tmp_path, adata, groupby="type", history=curves())
+    assert (tmp_path / "report.html").stat().st_size < 3_000_000
+
+
+def test_a_failure_leaves_the_old_file(tmp_path, monkeypatch):
+    adata = exported(rename=False)
+    written(tmp_path, adata)
+    before = (tmp_path / "report.html").read_text()
+
+    def fail(*_args, **_kwargs):
+        msg = "disk full"
+        raise OSError(msg)
+
+    monkeypatch.setattr(_build.Path, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        written(tmp_path, adata, title="new")
+    assert (tmp_path / "report.html").read_text() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+
+
+PROBE = """
+<script>
+const found = { errors: [], width: 0 };
+window.addEventListener("error", (event) => found.errors.push(String(event.message)));
+window.addEventListener("load", () => {
+  const names = () => [...document.querySelectorAll("#factors tbody th")].map((cell) => cell.textContent);
+  found.before = names();
+  document.querySelector("#factors th button").click();
+  found.ascending = names();
+  document.querySelector("#factors th button").click();
+  found.descending = names();
+  const kl = [...document.querySelectorAll("#factors th button")].find((button) => button.textContent === "KL");
+  kl.click();
+  found.byKl = [...document.querySelectorAll("#factors tbody tr")].map((row) => Number(row.children[1].dataset.value));
+  const color = document.getElementById("color");
+  found.colors = [...color.options].map((option) => option.textContent);
+  const pixels = () => {
+    const canvas = document.getElementById("scatter");
+    return canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data.reduce((a, b) => a + b, 0);
+  };
+  const one = pixels();
+  color.value = "0";
+  color.dispatchEvent(new Event("change"));
+  found.redrawn = one > 0 && pixels() > 0 && pixels() !== one;
+  const population = document.getElementById("population");
+  const genes = () => document.querySelector(".in-population").textContent;
+  const first = genes();
+  population.selectedIndex = 1;
+  population.dispatchEvent(new Event("change"));
+  found.filled = first.length > 0 && genes() !== first;
+  found.broken = window.broken === 1;
+  found.width = document.documentElement.scrollWidth;
+  found.inner = document.documentElement.clientWidth;
+  const place = document.createElement("pre");
+  place.id = "found";
+  place.textContent = JSON.stringify(found);
+  document.body.replaceChildren(place);
+});
+</script>
+"""
+
+
+def in_browser(path, width, tmp_path):
+    """What the probe finds in the page, in a frame of the given width."""
+    page = tmp_path / "probe.html"
+    text = path.read_text(encoding="utf-8")
+    page.write_text(text.replace("<head>", f"<head>{PROBE}", 1), encoding="utf-8")
+    frame = tmp_path / "frame.html"
+    frame.write_text(
+        f'<body style="margin:0"><iframe src="probe.html" style="width:{width}px;height:900px;border:0"></iframe>'
+    )
+    command = [
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--allow-file-access-from-files",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--virtual-time-budget=4000",
+        "--window-size=1600,1000",
+        "--dump-dom",
+    ]
+    # The document of a frame is not part of the dump: its result is copied to the outer one.
+    frame.write_text(
+        frame.read_text()
+        + """<pre id="result"></pre><script>
+        const frame = document.querySelector("iframe");
+        frame.addEventListener("load", () => {
+          document.getElementById("result").textContent = frame.contentDocument.getElementById("found").textContent;
+        });
+        </script></body>"""
+    )
+    done = subprocess.run([*command, frame.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    (found,) = re.findall(r'<pre id="result">(.*?)</pre>', done.stdout, flags=re.DOTALL)
+    return json.loads(found.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium")
+@pytest.mark.parametrize("width", [390, 1440])
+def test_a_browser_shows_it(tmp_path, width):
+    adata = with_runs(exported(n_latent=12))
+    adata.obsm["X_umap"] = np.random.default_rng(0).normal(size=(adata.n_obs, 2))
+    ldvae_ext.report(adata, tmp_path / "report.html", groupby="type", history=curves(), settings={"long": "x" * 200})
+    found = in_browser(tmp_path / "report.html", width, tmp_path)
+    assert found["errors"] == []
+    assert not found["broken"]
+    factors = get.factors(adata)
+    assert found["before"] == factors.index.tolist()
+    by_name = sorted(factors.index, key=lambda name: int(name[2:]))
+    assert found["ascending"] == by_name
+    assert found["descending"] == by_name[::-1]
+    assert found["byKl"] == sorted(found["byKl"], reverse=True)
+    assert found["colors"] == ["type", *factors.index]
+    assert found["redrawn"]
+    assert found["filled"]
+    # A scroll bar takes some pixels.
+    assert found["width"] <= found["inner"] <= width
