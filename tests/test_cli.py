@@ -21,7 +21,7 @@ from ldvae_ext.model import LDVAE
 from tests.helpers import counts
 
 TABLES = ["ablation_cells", "ablation_groups", "factors", "loadings", "top_genes"]
-FIGURES = ["ablation", "factor_scree", "latent_pairs", "loadings", "training_curves"]
+FIGURES = ["ablation", "embedding_factors", "factor_scree", "latent_pairs", "loadings", "training_curves"]
 
 
 @pytest.fixture(autouse=True)

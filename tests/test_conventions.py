@@ -29,7 +29,7 @@ ALLOWED = {
     },
     "get": {"core", "get", "_validate", "_keys", "_groups", "_stats"},
     "tl": {"core", "get", "tl", "_docs", "_validate", "_keys", "_groups", "_writing"},
-    "pl": {"core", "get", "pl", "_validate", "_keys"},
+    "pl": {"core", "get", "pl", "_groups", "_validate", "_keys"},
     "datasets": {"core", "_validate", "_keys"},
     "_docs": set(),
     "_folder": set(),

@@ -32,9 +32,9 @@ def rows(page: str) -> list[list[str]]:
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table]
 
 
-@pytest.mark.parametrize("page", ["defects.md", "tasks.md"])
+@pytest.mark.parametrize("page", ["defects.md", "tasks.md", "interoperability.md"])
 def test_every_row_of_a_table_names_a_test_that_exists(page):
-    assert len(rows(page)) > 30
+    assert len(rows(page)) > (10 if page == "interoperability.md" else 30)
     for row in rows(page):
         (named,) = NAMED.findall(row[-1])
         assert named[1] in names_in(ROOT / named[0]), row

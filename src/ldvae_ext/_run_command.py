@@ -36,7 +36,7 @@ from ldvae_ext._folder import (
     temporary_beside,
     write_marker,
 )
-from ldvae_ext._run import N_TABLE_GENES, Options, Run, prepare, train_and_export
+from ldvae_ext._run import N_TABLE_GENES, UMAP, Options, Run, prepare, train_and_export
 from ldvae_ext._validate import check_column
 
 # One cell to train on, one to validate on, and one more; a gene at each end of a factor.
@@ -219,6 +219,8 @@ def _write_results(result: Run, folder: Path, *, reproduce: str | None = None) -
         "ablation": pl.ablation(ablation, population, factors=list(ablation.var_names), return_fig=True, show=False),
         "training_curves": pl.training_curves(result.model.history, return_fig=True, show=False),
     }
+    if UMAP in adata.obsm:
+        figures["embedding_factors"] = pl.embedding_factors(adata, return_fig=True, show=False)
     if ablation.n_vars > 1:
         figures["latent_pairs"] = pl.latent_pairs(adata, color=groupby, return_fig=True, show=False)
     (folder / "figures").mkdir()

@@ -46,6 +46,7 @@ def exported() -> Callable[..., AnnData]:
         rng = np.random.default_rng(0)
         # Ensembl's are the longest names in use.
         adata.var_names = [f"ENSG{gene:011d}.12" if gene % 3 else f"G{gene}" for gene in range(n_genes)]
+        decoder = decoder._with(genes=adata.var_names)
         order = rng.permutation(n_latent)
         signs = decoder.signs()[order]
         kl = np.sort(rng.gamma(2.0, 1.0, n_latent))[::-1]

@@ -19,7 +19,7 @@ def bars_of(ax) -> dict[str, float]:
 def test_each_panel_has_the_largest_and_smallest_loadings_in_descending_order(exported):
     adata = exported()
     table = get.loadings(adata)
-    figure = pl.loadings(adata, n_genes=4, show=False)
+    figure = pl.loadings(adata, n_genes=4, rank_by="loading", show=False)
     assert [ax.get_title() for ax in figure.axes] == table.columns.tolist()
     for ax in figure.axes:
         ranked = table[ax.get_title()].sort_values(ascending=False)
@@ -60,7 +60,7 @@ def test_factors_are_drawn_in_the_order_asked_for(exported):
 def test_genes_that_share_a_name_each_get_a_bar(exported):
     adata = exported()
     adata.var_names = ["TBCE"] * adata.n_vars
-    figure = pl.loadings(adata, factors=0, n_genes=3, show=False)
+    figure = pl.loadings(adata, rank_by="loading", factors=0, n_genes=3, show=False)
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["TBCE"] * 6
 
 
@@ -87,9 +87,9 @@ def test_no_label_overlaps_another_or_is_cut_off(exported, n_latent, n_genes, nc
 
 def test_long_gene_names_do_not_take_room_from_the_bars(exported):
     adata = exported(2)
-    before = panel_inches(pl.loadings(adata, show=False))
+    before = panel_inches(pl.loadings(adata, rank_by="loading", show=False))
     adata.var_names = [f"{gene}_of_a_rather_verbose_reference_genome" for gene in adata.var_names]
-    figure = pl.loadings(adata, show=False)
+    figure = pl.loadings(adata, rank_by="loading", show=False)
     assert_legible(figure)
     np.testing.assert_allclose(panel_inches(figure), before, rtol=0.02)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from ldvae_ext.pl._ablation import ablation
 from ldvae_ext.pl._ablation_genes import ablation_genes
 from ldvae_ext.pl._attribution import attribution
+from ldvae_ext.pl._embedding import embedding_factors
+from ldvae_ext.pl._factors import factors
 from ldvae_ext.pl._groups import factor_groups
 from ldvae_ext.pl._loadings import loadings
 from ldvae_ext.pl._match import match
@@ -19,8 +21,10 @@ __all__ = [
     "ablation",
     "ablation_genes",
     "attribution",
+    "embedding_factors",
     "factor_groups",
     "factor_scree",
+    "factors",
     "latent_pairs",
     "loadings",
     "match",

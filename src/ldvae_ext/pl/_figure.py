@@ -9,13 +9,16 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from anndata import AnnData
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.ticker import MaxNLocator
 from scanpy import settings
 
+from ldvae_ext._keys import DEFAULT_KEY
 from ldvae_ext._validate import factor_indices, listed
+from ldvae_ext.get import factors as factor_table
 
 # Okabe & Ito's colours, which are distinct with any kind of colour vision; black is for text.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
@@ -110,6 +113,17 @@ def factors_in_order(factors: Any, names: Sequence[str]) -> list[int]:
     given = list(factors)
     factor_indices(given, names, argument="factors")
     return list(dict.fromkeys(factor_indices([factor], names, argument="factors").item() for factor in given))
+
+
+def factor_label(adata: AnnData, name: str, key: str = DEFAULT_KEY) -> str:
+    """Name of a factor, with its flag where other trainings do not confirm it."""
+    table = factor_table(adata, key=key)
+    return with_flag(name, table["flag"][name] if "flag" in table else None)
+
+
+def with_flag(name: str, flag: object) -> str:
+    """The name, with a flag that is not "stable" behind it."""
+    return f"{name} ({flag})" if flag in ("uncertain", "unstable") else name
 
 
 def one_factor(factor: Any, names: Sequence[str]) -> str:

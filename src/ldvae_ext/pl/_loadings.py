@@ -13,7 +13,19 @@ from ldvae_ext import get
 from ldvae_ext._keys import DEFAULT_KEY
 from ldvae_ext._validate import check_one_of, check_positive_int
 from ldvae_ext.get._genes import RANKS, Rank
-from ldvae_ext.pl._figure import BLUE, ORANGE, SMALL, Ticks, em, factors_in_order, finish, fit, panels, plain_text
+from ldvae_ext.pl._figure import (
+    BLUE,
+    ORANGE,
+    SMALL,
+    Ticks,
+    em,
+    factor_label,
+    factors_in_order,
+    finish,
+    fit,
+    panels,
+    plain_text,
+)
 
 
 @plain_text
@@ -23,7 +35,7 @@ def loadings(
     factors: Any = None,
     n_genes: int = 8,
     ncols: int = 5,
-    rank_by: Rank = "loading",
+    rank_by: Rank = "information",
     key: str = DEFAULT_KEY,
     show: bool | None = None,
     return_fig: bool = False,
@@ -44,8 +56,9 @@ def loadings(
     ncols
         Panels in a row.
     rank_by
-        Criterion of top genes: ``"loading"``, the largest and smallest loadings, ``"information"``, which weighs them by
-        expression and so prefers expressed genes, or ``"regression"``, slopes of expression; see :func:`ldvae_ext.get.gene_scores`.
+        Criterion of top genes: ``"information"``, which weighs loadings by expression and so prefers expressed genes;
+        ``"regression"``, slopes of expression, which replicate best; ``"loading"``, the largest and smallest loadings, which are often those of rarely
+        seen genes and uncertain. See :func:`ldvae_ext.get.gene_scores`.
     key
         ``key_added`` of the export.
     show
@@ -86,7 +99,7 @@ def loadings(
     for ax in axes.flat[len(chosen) :]:
         ax.remove()
     for i, k in enumerate(chosen):
-        _panel(axes.flat[i], table.columns[k], genes_gk[:, i], values_gk[:, i])
+        _panel(axes.flat[i], factor_label(adata, table.columns[k], key), genes_gk[:, i], values_gk[:, i])
     chosen_by = "" if rank_by == "loading" else f"; genes by {rank_by}"
     figure.supxlabel(f"Loading (log-rate per unit of latent{chosen_by})", fontsize="medium")
     fit(axes[0, 0], width, height, n_rows=n_rows, n_cols=n_cols)
@@ -97,7 +110,7 @@ def _panel(ax: Axes, factor: str, genes: np.ndarray, values: np.ndarray) -> None
     at = np.arange(len(genes), dtype=float)
     # One row apart, so that the eye finds the two ends.
     at[len(genes) // 2 :] += 1
-    ax.barh(at, values, color=np.where(values < 0, ORANGE, BLUE).tolist(), height=0.75)
+    ax.barh(at, values, color=np.where(values < 0, BLUE, ORANGE).tolist(), height=0.75)
     ax.axvline(0, color="black", linewidth=0.8)
     ax.set_yticks(at, genes)
     ax.set_ylim(at[-1] + 1, -1)

@@ -128,7 +128,7 @@ def project(
     * ``varm["ldvae_loadings"]`` and, if the reference has them, ``varm["ldvae_loadings_error"]``; ``varm["ldvae_scores"]`` and
       ``varm["ldvae_scores_error"]`` of these cells; ``var["ldvae"]``: True for the shared genes;
     * ``uns["ldvae"]``: as there, with the decoder of the shared genes, and ``projection``: ``n_genes``, ``n_reference_genes``,
-      ``batch``, ``unseen`` (names of factors about which the counts say next to nothing), and, if the reference has counts and
+      ``batch``, ``unseen`` (names of factors about which the counts say next to nothing, if there are any), and, if the reference has counts and
       nothing is fitted, of up to 1,000 of its cells projected in the same way, ``fit_range``: 5, 50 and 95 % quantiles of ``ldvae_fit``, and
       ``shift``: mean difference of each factor from the export.
 
@@ -167,7 +167,8 @@ def project(
         "n_genes": len(panel.genes),
         "n_reference_genes": len(known.decoder.genes),
         "batch": "own" if batch is None else batch,
-        "unseen": strings(unseen),
+        # Empty arrays are not allowed in files for CELLxGENE.
+        **({"unseen": strings(unseen)} if unseen else {}),
     }
     # With offsets of its own the query has another decoder than the reference's cells.
     checked = None if is_fitted else _checked_on_reference(known, source, seed)
