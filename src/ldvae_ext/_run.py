@@ -210,6 +210,8 @@ def run(
     ------
     KeyError
         If there is no such layer or column.
+    TypeError
+        If ``adata`` is no AnnData.
     ValueError
         If the matrix does not hold counts, or an option is unknown. Nothing is written.
 
@@ -244,6 +246,10 @@ def prepare(adata: AnnData, options: Options) -> AnnData:
     from ldvae_ext.model import LDVAE
     from ldvae_ext.model._counts import check_counts
 
+    if not isinstance(adata, AnnData):
+        hint = "; pass one modality, such as `mdata['rna']`" if type(adata).__name__ == "MuData" else ""
+        msg = f"`adata` must be an AnnData; got {type(adata).__name__}{hint}."
+        raise TypeError(msg)
     check_can_write(adata, None, overwrite=False)
     check_counts(adata, options.layer)
     columns = {"batch_key": options.batch_key, "size_factor_key": options.size_factor_key, "groupby": options.groupby}

@@ -22,7 +22,7 @@ SINGLE = [
     "stability",
     "match",
 ]
-MULTI = ["loadings", "latent_pairs", "training_curves", "rotation"]
+MULTI = ["factors", "loadings", "embedding_factors", "latent_pairs", "training_curves", "rotation"]
 
 
 @pytest.fixture
@@ -40,7 +40,9 @@ def draw(rotated, readable, ablated, consensus):
         "training_curves": (history,),
         "match": (tl.match_factors(adata, populations),),
     }
-    return lambda name, **kwargs: getattr(pl, name)(*arguments.get(name, (adata,)), **kwargs)
+    adata.obsm["X_umap"] = np.random.default_rng(0).normal(size=(adata.n_obs, 2))
+    options = {"factors": {"groupby": "population"}}
+    return lambda name, **kwargs: getattr(pl, name)(*arguments.get(name, (adata,)), **options.get(name, {}), **kwargs)
 
 
 @pytest.fixture
