@@ -34,7 +34,7 @@ def cells():
 
 @pytest.mark.filterwarnings("ignore")
 def test_decoupler_finds_cell_types_in_gene_scores(cells):
-    decoupler = pytest.importorskip("decoupler", reason="in the dependency group interop")
+    decoupler = pytest.importorskip("decoupler", reason="in the dependency group test")
     network = pd.DataFrame([(name, gene, 1.0) for name, genes in MARKERS.items() for gene in genes])
     network.columns = ["source", "target", "weight"]
     scores = get.gene_scores(cells, kind="regression").T

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Self
 
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 
 class Progress:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
@@ -112,8 +113,9 @@ def _quiet_lightning() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.WARNING)
     try:
-        # scvi-tools prints why a training stopped.
-        with redirect_stdout(io.StringIO()):
+        # scvi-tools prints why a training stopped, and Lightning warns about loggers and data loaders.
+        with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"lightning\.")
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
