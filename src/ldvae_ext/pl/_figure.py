@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
@@ -14,7 +15,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.ticker import MaxNLocator
-from scanpy import settings
 
 from ldvae_ext._keys import DEFAULT_KEY
 from ldvae_ext._validate import factor_indices, listed
@@ -164,7 +164,9 @@ def finish[Drawn: (Axes, Figure)](
     """
     figure = drawn.figure.figure
     if show is None:
-        show = settings.autoshow and not return_fig
+        # Importing scanpy takes a second; as long as nobody has, its setting has the default.
+        scanpy = sys.modules.get("scanpy")
+        show = (scanpy is None or scanpy.settings.autoshow) and not return_fig
     if show:
         plt.show()
         # A blocking `show` has done its work, and a backend without windows would keep the figure for ever.
