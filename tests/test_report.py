@@ -67,7 +67,11 @@ def test_the_numbers_are_those_of_the_tables(tmp_path):
             assert population.median == pytest.approx(median.loc[population.name, factor.name], abs=1e-6)
             assert population.n_cells == 20
         scores = get.gene_scores(adata, kind="regression")[factor.name]
-        assert [gene for gene, _ in factor.up] == scores[scores > 0].nlargest(len(factor.up)).index.tolist()
+        # Genes whose loading points the other way are left out.
+        rising = scores[(scores > 0) & (get.loadings(adata)[factor.name] > 0)]
+        assert [gene for gene, _ in factor.up] == rising.nlargest(len(factor.up)).index.tolist()
+        assert all(value > 0 for _, value in factor.up)
+        assert all(value < 0 for _, value in factor.down)
         assert dict(factor.up) == pytest.approx(get.loadings(adata)[factor.name][[g for g, _ in factor.up]].to_dict())
         lost = tl.ablate_genes(adata)
         loss = pd.Series(np.asarray(lost[:, factor.name].X).ravel(), index=lost.obs["gene"].to_numpy())
@@ -80,9 +84,11 @@ def test_the_numbers_are_those_of_the_tables(tmp_path):
 
 def test_warnings_are_sentences():
     adata = with_runs(exported(rename=False))
-    notes = " ".join(content_of(adata).notes)
-    unstable = get.factors(adata).query("flag != 'stable'").index
-    assert f"Do not read {', '.join(map(repr, unstable))}" in notes
+    notes, factors = " ".join(content_of(adata).notes), get.factors(adata)
+    for flag, advice in (("unstable", "Do not read"), ("uncertain", "Read with care")):
+        of_flag = factors.index[factors["flag"] == flag]
+        assert f"{advice} {', '.join(map(repr, of_flag))}: " in notes
+    assert "These are 60 cells only" in notes
     del adata.uns["ldvae"]["statistics"]["reproducibility"]
     assert "How reproducible the factors are is not known" in " ".join(content_of(adata).notes)
     adata.uns["ldvae"]["kl_weight"] = 0.25
@@ -185,10 +191,14 @@ window.addEventListener("load", () => {
   found.redrawn = one > 0 && pixels() > 0 && pixels() !== one;
   const population = document.getElementById("population");
   const genes = () => document.querySelector(".in-population").textContent;
-  const first = genes();
-  population.selectedIndex = 1;
-  population.dispatchEvent(new Event("change"));
-  found.filled = first.length > 0 && genes() !== first;
+  const ofIndex = (index) => {
+    population.selectedIndex = index;
+    population.dispatchEvent(new Event("change"));
+    return genes();
+  };
+  const own = genes();
+  const each = [1, 2, 3].map(ofIndex);
+  found.filled = own.length > 0 && new Set(each).size === 3 && each.includes(own) && ofIndex(0) === own;
   found.broken = window.broken === 1;
   found.width = document.documentElement.scrollWidth;
   found.inner = document.documentElement.clientWidth;

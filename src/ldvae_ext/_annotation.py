@@ -9,8 +9,10 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-# Gene sets with fewer genes in the model are left out, and so are those that hardly fit.
+# Gene sets with fewer genes in the model are left out. Below this area under the ROC curve, nothing is named.
 LEAST_GENES, LEAST_AUROC = 3, 0.7
+# One gene of a set is among so many with the largest scores.
+N_LEADING = 20
 
 
 class Marks(NamedTuple):
@@ -23,6 +25,11 @@ class Marks(NamedTuple):
     low: str
     """The population that low values mark best."""
     low_auroc: float
+
+    @property
+    def is_clear(self) -> bool:
+        """True if high values separate the population at all well."""
+        return self.auroc >= LEAST_AUROC
 
 
 class GeneSet(NamedTuple):
@@ -63,7 +70,9 @@ def marked_populations(latent_nk: np.ndarray, groups: Sequence[str], code_n: np.
 
 
 def best_gene_sets(score_gk: pd.DataFrame, gene_sets: Mapping[str, Sequence[str]] | None) -> dict[str, GeneSet]:
-    """The gene set whose genes have the largest scores in each factor, for factors for which the AUROC is at least 0.7.
+    """The gene set whose genes have the largest scores in each factor.
+
+    It is named if the AUROC is at least 0.7, and one of its genes is among the 20 with the largest scores.
 
     Parameters
     ----------
@@ -80,7 +89,8 @@ def best_gene_sets(score_gk: pd.DataFrame, gene_sets: Mapping[str, Sequence[str]
         if n < LEAST_GENES or n == len(inside):
             continue
         auroc_k = (rank_gk[inside].sum() - n * (n + 1) / 2) / (n * (len(inside) - n))
-        for factor, value in auroc_k.items():
+        is_leading = rank_gk[inside].max() > len(inside) - N_LEADING
+        for factor, value in auroc_k[is_leading].items():
             known = best.get(str(factor))
             if value >= LEAST_AUROC and (known is None or value > known.auroc):
                 best[str(factor)] = GeneSet(str(name), float(value), n)

@@ -11,6 +11,8 @@ from anndata import AnnData, read_h5ad
 
 from ldvae_ext._folder import FolderError, check_can_be_written
 
+_INPUTS = "give an .h5ad or .zarr of anndata, a .h5 of 10x Genomics, or a folder with matrix.mtx, features.tsv and barcodes.tsv"
+
 
 class InputError(Exception):
     """Problem with the input that the user can solve, described in one sentence."""
@@ -54,7 +56,10 @@ def read_h5ad_file(path: Path) -> AnnData:
 
 def read_cells(path: Path) -> AnnData:
     """Cells from an ``.h5ad`` or ``.zarr``, from a ``.h5`` of 10x Genomics, or from a folder with a ``matrix.mtx``."""
-    if path.suffix == ".h5ad" or not path.exists():
+    if not path.exists():
+        msg = f"There is no file {path}; {_INPUTS}."
+        raise InputError(msg)
+    if path.suffix == ".h5ad":
         return read_h5ad_file(path)
     import anndata
     import scanpy as sc
@@ -69,13 +74,11 @@ def read_cells(path: Path) -> AnnData:
         else:
             return read_h5ad_file(path)
     except Exception as error:
-        msg = (
-            f"{path} cannot be read ({error}); give an .h5ad or .zarr of anndata, a .h5 of 10x Genomics, or a folder with matrix.mtx, "
-            "features.tsv and barcodes.tsv."
-        )
+        msg = f"{path} cannot be read ({error}); {_INPUTS}."
         raise InputError(msg) from error
-    # Names of genes occur more than once in these files.
+    # Names of genes occur more than once in these files, and counts lie by columns.
     adata.var_names_make_unique()
+    adata.X = adata.X.tocsr()
     return adata
 
 

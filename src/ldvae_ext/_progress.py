@@ -15,12 +15,12 @@ class Progress:
     n_runs, max_epochs
         Number of trainings, and their largest number of epochs.
     silent
-        True to hide it.
+        True to hide it. It is hidden, too, where the output is no terminal.
     """
 
     def __init__(self, n_runs: int, max_epochs: int, *, silent: bool) -> None:
         self._n_runs, self._max_epochs, self._run = n_runs, max_epochs, 0
-        self._bar = tqdm(total=n_runs * max_epochs, disable=silent, unit="epoch", leave=False)
+        self._bar = tqdm(total=n_runs * max_epochs, disable=silent or None, unit="epoch", leave=False)
 
     def __enter__(self) -> Self:
         return self

@@ -13,7 +13,7 @@ import pandas as pd
 from anndata import AnnData
 
 from ldvae_ext import get, tl
-from ldvae_ext._annotation import best_gene_sets, marked_populations
+from ldvae_ext._annotation import best_gene_sets, marked_populations, read_gmt
 from ldvae_ext._groups import groups_of
 from ldvae_ext._keys import export_keys
 from ldvae_ext._run_training import LEARNING_RATE, REPRODUCIBILITY, reproducibility, torch_threads_kept, train_models
@@ -52,6 +52,9 @@ class Options:
 
     def __post_init__(self) -> None:
         check_one_of("rotation", self.rotation, ROTATIONS)
+        if self.gene_sets is not None and not isinstance(self.gene_sets, Mapping):
+            msg = f"`gene_sets` must be a mapping from names to genes, or the path of a GMT file; got {type(self.gene_sets).__name__}."
+            raise TypeError(msg)
         for name in ("n_latent", "n_runs"):
             check_positive_int(name, getattr(self, name))
         check_positive_int("seed", self.seed, least=0)
@@ -89,7 +92,8 @@ class Run:
         Returns
         -------
         :func:`ldvae_ext.get.factors`, and with ``groupby`` ``population`` and ``auroc``: the population that high values of the factor
-        mark best, by the area under the ROC curve, ``low_population`` and ``low_auroc``: that of low values; ``gene_set`` and
+        mark best, by the area under the ROC curve, ``low_population`` and ``low_auroc``: that of low values, ``most_affected``: the
+        population that loses most without the factor; ``gene_set`` and
         ``gene_set_auroc``: the gene set that fits best (with ``gene_sets``); ``up`` and ``down``: genes.
         """
         table, groupby = get.factors(self.adata), self.options.groupby
@@ -100,6 +104,8 @@ class Run:
                 table["population"], table["auroc"], table["low_population"], table["low_auroc"] = zip(
                     *marks, strict=True
                 )
+            means = get.ablation_df(self.ablation, groupby).pivot_table(index="factor", columns="group", values="mean")
+            table["most_affected"] = means.idxmax(axis=1).reindex(table.index)
         if self.options.gene_sets:
             sets = best_gene_sets(get.gene_scores(self.adata, kind="regression"), self.options.gene_sets)
             table["gene_set"] = [sets[name].name if name in sets else "" for name in table.index]
@@ -156,7 +162,7 @@ def run(
     covariates: Sequence[str] = (),
     size_factor_key: str | None = None,
     groupby: str | None = None,
-    gene_sets: Mapping[str, Sequence[str]] | None = None,
+    gene_sets: Mapping[str, Sequence[str]] | str | Path | None = None,
     n_top_genes: int | None = None,
     n_latent: int = 10,
     n_runs: int = 3,
@@ -183,7 +189,7 @@ def run(
     groupby
         Column of ``obs`` with populations, for annotations and the report. The model does not see it.
     gene_sets
-        Names of genes by gene set, for annotations.
+        Names of genes by gene set, or the path of a GMT file, for annotations.
     n_top_genes
         Number of highly variable genes (``flavor="seurat_v3"``, in each batch); 0 keeps all. None: 2,000 if there are over 5,000.
     n_latent
@@ -227,7 +233,7 @@ def run(
         covariates=tuple(covariates),
         size_factor_key=size_factor_key,
         groupby=groupby,
-        gene_sets=gene_sets,
+        gene_sets=read_gmt(Path(gene_sets)) if isinstance(gene_sets, (str, Path)) else gene_sets,
         n_top_genes=n_top_genes,
         n_latent=n_latent,
         n_runs=n_runs,

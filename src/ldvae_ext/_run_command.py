@@ -18,7 +18,7 @@ import pandas as pd
 from anndata import AnnData
 
 from ldvae_ext import datasets, get, pl
-from ldvae_ext._annotation import read_gmt
+from ldvae_ext._annotation import LEAST_AUROC, read_gmt
 from ldvae_ext._command import (
     InputError,
     check_names,
@@ -249,13 +249,14 @@ def _summary(result: Run) -> str:
         flag = f"{row['flag']:<11}" if "flag" in shown else ""
         mark = ""
         if "population" in shown:
-            mark = f"{row['population'][: wide - 7]} {row['auroc']:.2f}"
+            is_clear = row["auroc"] >= LEAST_AUROC
+            mark = f"{row['population'][: wide - 7]} {row['auroc']:.2f}" if is_clear else "-"
             mark = f"{mark:<{wide}}"
         fitting = f"  [{row['gene_set']}]" if row.get("gene_set") else ""
         lines.append(f"  {name:<{width}}{flag}{mark}{row['up']}{fitting}")
     if len(table) > len(shown):
         lines.append(f"  ... and {len(table) - len(shown)} more, in the report")
-    head = "Factors" + (", stable ones first" if "flag" in table else "")
+    head = "Factors" + (" (stable: other seeds give them, on the same cells)" if "flag" in table else "")
     head += (
         ", the population that each marks best and its AUROC" if "population" in table else ""
     ) + ", and the genes that rise:"
@@ -266,13 +267,13 @@ def _command(job: Job) -> str:
     """The command with these options."""
     options, parts = job.options, ["ldvae-ext run"]
     if job.source is not None:
-        parts.append(shlex.quote(job.source.name))
+        parts.append(shlex.quote(str(job.source)))
     given = {
         "--layer": options.layer,
         "--batch-key": options.batch_key,
         "--size-factor": options.size_factor_key,
         "--groupby": options.groupby,
-        "--gene-sets": None if job.gene_sets is None else job.gene_sets.name,
+        "--gene-sets": job.gene_sets,
         "--n-top-genes": options.n_top_genes,
         "--n-latent": options.n_latent,
         "--runs": options.n_runs,

@@ -208,6 +208,9 @@ def _errors_and_warnings_as_text(*, verbose: bool = False) -> Iterator[None]:
         except InputError as error:
             typer.echo(f"Error: {error}", err=True)
             raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            typer.echo("Interrupted; nothing was written.", err=True)
+            raise typer.Exit(130) from None
 
 
 def main() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -123,6 +125,7 @@ def _html(content: Content, reproduce: str | None, *, has_slopes: bool) -> str:
     def has(name: str) -> bool:
         return any(getattr(factor, name) is not None for factor in content.factors)
 
+    environment.filters["floor2"] = _floor
     view = _View(content, cards)
     return environment.get_template("template.html.j2").render(
         c=view,
@@ -139,9 +142,27 @@ def _html(content: Content, reproduce: str | None, *, has_slopes: bool) -> str:
         else "the information of their counts about it",
         curves_svg=_curves_svg(content.curves),
         reproduce=reproduce,
-        data={"scatter": content.scatter, "in_population": content.in_population},
+        data={
+            "scatter": content.scatter,
+            "in_population": content.in_population,
+            # The population that a card shows first: the one that is marked, else the one that is affected most.
+            "own": [_own_population(factor) for factor in content.factors],
+        },
+        is_sorted=all(a.kl >= b.kl for a, b in itertools.pairwise(content.factors)),
+        has_affected=has("most_affected"),
         script=Markup((files("ldvae_ext._report") / "script.js").read_text(encoding="utf-8")),
     )
+
+
+def _own_population(factor: Factor) -> str | None:
+    if factor.marks is not None and factor.marks.is_clear:
+        return factor.marks.high
+    return None if factor.most_affected is None else factor.most_affected.name
+
+
+def _floor(value: float) -> str:
+    """Two digits, rounded down: 0.798 is below a threshold of 0.8."""
+    return f"{math.floor(100 * value + 1e-9) / 100:.2f}"
 
 
 class _View:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,14 @@ N_GENES, N_TABLE_GENES, N_POPULATION_GENES = 10, 5, 6
 MAX_POINTS, MAX_GROUPS = 20_000, 60
 # A factor with a smaller KL is called unused.
 UNUSED = 0.1
+FEW_CELLS = 200
+_ADVICE = {
+    "unstable": (
+        "Do not read",
+        "other trainings on the same cells have no similar factor, or a weakly similar one (below 0.6).",
+    ),
+    "uncertain": ("Read with care", "other trainings on the same cells have a similar factor at best (0.6 to 0.8)."),
+}
 EMBEDDINGS = ("X_umap", "X_tsne")
 
 
@@ -62,6 +71,12 @@ class Factor:
     """Genes that lose most without the factor, in nats per cell."""
     runs: list[float]
     """Agreement with each run."""
+
+    @property
+    def most_affected(self) -> Population | None:
+        """The population that loses most without the factor; None without counts or populations."""
+        known = [p for p in self.populations if p.effect is not None]
+        return max(known, key=lambda p: p.effect or 0.0) if len(known) > 1 else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +128,7 @@ def content_of(
         groups, code_n = [groups[p] for p in largest], position[code_n]
     effects, lost = _ablations(adata, groups, code_n, key, notes)
     flags = table.get("flag")
-    notes += _notes(table, flags, info)
+    notes += _notes(table, flags, info, adata.n_obs)
     populations = _populations(latent_nk, groups, code_n, effects)
     marked = [] if code_n is None else marked_populations(latent_nk, groups, code_n)
     sets = best_gene_sets(get.gene_scores(adata, kind=_ranking(adata, keys), key=key), gene_sets)
@@ -162,7 +177,9 @@ def _ranking(adata: AnnData, keys: Any) -> Any:
 
 
 def _ends(adata: AnnData, keys: Any, key: str) -> dict[str, dict[str, list[tuple[str, float]]]]:
-    top = get.top_genes(adata, n=N_GENES, rank_by=_ranking(adata, keys), key=key)
+    top = get.top_genes(adata, n=3 * N_GENES, rank_by=_ranking(adata, keys), key=key)
+    # A gene can rise with a factor because of others; its bar would point the other way.
+    top = top[(top["loading"] > 0) == (top["direction"] == "up")].groupby(["factor", "direction"]).head(N_GENES)
     out: dict[str, dict[str, list[tuple[str, float]]]] = {
         name: {"up": [], "down": []} for name in get.factors(adata, key=key).index
     }
@@ -178,8 +195,11 @@ def _ablations(
 ) -> tuple[np.ndarray | None, list[list[tuple[str, float]]] | None]:
     """Mean effect of each factor in each population, and the genes that lose most; None without counts."""
     try:
-        effect_nk = np.asarray(tl.ablate(adata, key=key).X)
-        by_gene = tl.ablate_genes(adata, key=key)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            effect_nk = np.asarray(tl.ablate(adata, key=key).X)
+            by_gene = tl.ablate_genes(adata, key=key)
+        notes += dict.fromkeys(str(warning.message) for warning in caught if warning.category is UserWarning)
     except (KeyError, ValueError) as error:
         notes.append(f"There are no results of ablation, which needs the raw counts: {error.args[0]}")
         return None, None
@@ -217,16 +237,20 @@ def _populations(
     ]
 
 
-def _notes(table: pd.DataFrame, flags: pd.Series | None, info: Any) -> list[str]:
+def _notes(table: pd.DataFrame, flags: pd.Series | None, info: Any, n_cells: int) -> list[str]:
     notes = []
+    if n_cells < FEW_CELLS:
+        notes.append(
+            f"These are {n_cells} cells only: factors may describe single cells, and numbers of small populations mean little."
+        )
     if flags is None:
         notes.append(
             "How reproducible the factors are is not known: a single model was trained. Another training may give other factors."
         )
-    elif (flags != "stable").any():
-        notes.append(
-            f"Do not read {listed(flags.index[flags != 'stable'])}: another training of the same model on the same cells gives another factor."
-        )
+    else:
+        for flag, advice in _ADVICE.items():
+            if (flags == flag).any():
+                notes.append(f"{advice[0]} {listed(flags.index[flags == flag])}: {advice[1]}")
     unused = table.index[table["kl"] < UNUSED]
     if len(unused):
         notes.append(f"The model does not use {listed(unused)}: the KL is below {UNUSED} nats.")

@@ -110,9 +110,10 @@ draw();
 const population = document.getElementById("population");
 
 function fill() {
-  const tables = data.in_population[population.value];
+  const shown = (factor) => population.value || data.own[factor] || population.options[1].value;
   for (const place of document.querySelectorAll(".in-population")) {
-    const genes = tables[Number(place.dataset.factor)];
+    const factor = Number(place.dataset.factor);
+    const genes = data.in_population[shown(factor)][factor];
     const largest = Math.max(...genes.map((gene) => Math.abs(gene[1])), 1e-12);
     place.replaceChildren();
     for (const [name, value] of genes) {
@@ -132,7 +133,9 @@ function fill() {
       place.append(label, track, number);
     }
   }
-  for (const place of document.querySelectorAll(".of-population")) place.textContent = population.value;
+  document.querySelectorAll(".of-population").forEach((place, factor) => {
+    place.textContent = shown(factor);
+  });
 }
 
 if (population) {
