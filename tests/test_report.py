@@ -120,6 +120,16 @@ def test_without_counts_groups_or_slopes_there_is_a_report(tmp_path):
     assert len(written(tmp_path, exported(n_latent=1, rename=False), groupby="type")) > 10_000
 
 
+def test_an_ablation_that_is_given_is_not_computed_again(tmp_path):
+    adata = exported(rename=False)
+    effects = tl.ablate(adata)
+    effects.X = np.asarray(effects.X) + 100
+    (population,) = content_of(adata, ablation=effects).factors[0].populations
+    assert population.effect == pytest.approx(np.asarray(effects.X)[:, 0].mean())
+    with pytest.raises(ValueError, match="`ablation` must have the 60 cells of `adata` and the factors"):
+        written(tmp_path, adata, ablation=effects[:5])
+
+
 def test_a_projection_has_a_report(tmp_path):
     adata = exported(rename=False, use_observed_lib_size=True)
     query = ad.AnnData(adata.X.copy(), obs=adata.obs[["type", "batch"]].copy(), var=pd.DataFrame(index=adata.var_names))

@@ -44,7 +44,7 @@ def test_several_runs_are_trained_and_their_consensus_is_exported():
     np.testing.assert_allclose(get.stability(adata)["reproducibility"], stats["reproducibility"])
     assert result.model.rotation.method == "consensus"
     assert result.ablation.shape == (150, 3)
-    assert "2 stable" in repr(result) or "stable" in repr(result)
+    assert repr(result) == f"Run of 150 cells: 3 factors, {(stats['flag'] == 'stable').sum()} stable"
     assert "X_umap" not in adata.obsm
 
 
@@ -106,6 +106,8 @@ def test_training_stops_when_held_out_cells_are_no_better():
     assert 50 < n_epochs < 400
     assert result.model.final_kl_weight == 1
     assert result.settings["epochs"] == str(n_epochs)
+    gap = result.model.get_amortization_gap(seed=0)["gap"].mean()
+    assert result.settings["amortization gap"].startswith(f"{gap:.1f} nats")
 
 
 def test_no_state_is_left_behind(capsys):

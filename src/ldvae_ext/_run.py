@@ -99,13 +99,14 @@ class Run:
         table, groupby = get.factors(self.adata), self.options.groupby
         if groupby is not None:
             latent_nk = np.asarray(self.adata.obsm[export_keys().latent], dtype=np.float64)
-            marks = marked_populations(latent_nk, *groups_of(self.adata.obs, groupby))
+            groups, code_n = groups_of(self.adata.obs, groupby)
+            marks = marked_populations(latent_nk, groups, code_n)
             if marks:
                 table["population"], table["auroc"], table["low_population"], table["low_auroc"] = zip(
                     *marks, strict=True
                 )
-            means = get.ablation_df(self.ablation, groupby).pivot_table(index="factor", columns="group", values="mean")
-            table["most_affected"] = means.idxmax(axis=1).reindex(table.index)
+            means = self.ablation.to_df()[code_n >= 0].groupby(code_n[code_n >= 0]).mean()
+            table["most_affected"] = [groups[p] for p in means.idxmax()]
         if self.options.gene_sets:
             sets = best_gene_sets(get.gene_scores(self.adata, kind="regression"), self.options.gene_sets)
             table["gene_set"] = [sets[name].name if name in sets else "" for name in table.index]
@@ -133,6 +134,7 @@ class Run:
             path,
             groupby=self.options.groupby,
             gene_sets=self.options.gene_sets,
+            ablation=self.ablation,
             history=self.model.history,
             settings=self.settings,
             reproduce=_call(self.options) if reproduce is None else reproduce,
@@ -140,7 +142,7 @@ class Run:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Settings of the training, for the report."""
+        """Settings of the training, and what the encoder loses, for the report."""
         models = [self.model] if self.ensemble is None else self.ensemble.models
         lengths = [len(model.history["elbo_train"]) for model in models]
         return {
@@ -151,7 +153,14 @@ class Run:
             "seeds": ", ".join(str(self.options.seed + i) for i in range(self.options.n_runs)),
             "epochs": ", ".join(map(str, lengths)),
             "learning rate": LEARNING_RATE,
+            "amortization gap": f"{self._gap():.1f} nats of ELBO per cell that the encoder loses",
         }
+
+    def _gap(self) -> float:
+        """Mean amortization gap of up to 500 cells."""
+        n_cells = self.adata.n_obs
+        some = np.sort(np.random.default_rng(0).permutation(n_cells)[:500])
+        return float(self.model.get_amortization_gap(indices=some, seed=0)["gap"].mean())
 
 
 def run(

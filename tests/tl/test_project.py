@@ -146,6 +146,16 @@ def test_batches_of_the_reference_are_chosen():
     assert "X_ldvae" not in query.obsm
 
 
+def test_a_batch_that_is_called_fit_is_that_batch():
+    decoder, _, _, query = shifted_cells(n_cells=30)
+    decoder = decoder._with(batches=["fit"])
+    named = tl.project(query, decoder, batch="fit", copy=True)
+    plain = tl.project(query, decoder, copy=True)
+    np.testing.assert_array_equal(named.obsm["X_ldvae"], plain.obsm["X_ldvae"])
+    with pytest.raises(ValueError, match="`offset_sd` is for `batch='fit'`"):
+        tl.project(query, decoder, batch="fit", offset_sd=1.0)
+
+
 def shifted_cells(n_cells=400, n_genes=300):
     """Counts of a known decoder, in a batch that differs from it by an offset of each gene."""
     rng = np.random.default_rng(0)

@@ -29,6 +29,7 @@ def report(
     *,
     groupby: str | None = None,
     gene_sets: Mapping[str, Sequence[str]] | None = None,
+    ablation: AnnData | None = None,
     history: Any = None,
     settings: Mapping[str, Any] | None = None,
     reproduce: str | None = None,
@@ -51,6 +52,8 @@ def report(
         Column of ``obs`` with populations; none are shown if None. Colours are those in ``uns["<groupby>_colors"]``.
     gene_sets
         Gene sets by name; the one that fits each factor best is shown.
+    ablation
+        Effect of each factor in each cell, from :func:`ldvae_ext.tl.ablate` for all cells; computed if None.
     history
         ``model.history``, for the training curves.
     settings
@@ -70,11 +73,14 @@ def report(
     ------
     KeyError
         If there is no such export or column.
+    ValueError
+        If ``ablation`` has other cells or factors.
     """
     content = content_of(
         adata,
         groupby=groupby,
         gene_sets=gene_sets,
+        ablation=ablation,
         history=history,
         settings=settings,
         title=title,

@@ -98,17 +98,13 @@ class Content:
     in_population: dict[str, Any] = field(default_factory=dict)
     """Genes of each factor in each population, for the script of the page."""
 
-    @property
-    def groups(self) -> list[str]:
-        """Names of the populations."""
-        return [population.name for population in self.factors[0].populations]
-
 
 def content_of(
     adata: AnnData,
     *,
     groupby: str | None = None,
     gene_sets: Mapping[str, Sequence[str]] | None = None,
+    ablation: AnnData | None = None,
     history: Any = None,
     settings: Mapping[str, Any] | None = None,
     title: str | None = None,
@@ -120,13 +116,18 @@ def content_of(
     latent_nk, names = latents_of(adata, key).astype(np.float64), table.index.tolist()
     groups, code_n = ([], None) if groupby is None else groups_of(adata.obs, groupby)
     notes: list[str] = []
+    if ablation is not None and (
+        ablation.var_names.tolist() != names or not ablation.obs_names.equals(adata.obs_names)
+    ):
+        msg = f"`ablation` must have the {adata.n_obs} cells of `adata` and the factors {listed(names)}, in this order."
+        raise ValueError(msg)
     if code_n is not None and len(groups) > MAX_GROUPS:
         notes.append(f"`{groupby}` has {len(groups)} populations; the {MAX_GROUPS} largest are shown.")
         largest = np.sort(np.argsort(-np.bincount(code_n[code_n >= 0]))[:MAX_GROUPS])
         position = np.full(len(groups) + 1, -1)
         position[largest] = np.arange(MAX_GROUPS)
         groups, code_n = [groups[p] for p in largest], position[code_n]
-    effects, lost = _ablations(adata, groups, code_n, key, notes)
+    effects, lost = _ablations(adata, ablation, groups, code_n, key, notes)
     flags = table.get("flag")
     notes += _notes(table, flags, info, adata.n_obs)
     populations = _populations(latent_nk, groups, code_n, effects)
@@ -191,13 +192,18 @@ def _ends(adata: AnnData, keys: Any, key: str) -> dict[str, dict[str, list[tuple
 
 
 def _ablations(
-    adata: AnnData, groups: list[str], code_n: np.ndarray | None, key: str, notes: list[str]
+    adata: AnnData,
+    ablation: AnnData | None,
+    groups: list[str],
+    code_n: np.ndarray | None,
+    key: str,
+    notes: list[str],
 ) -> tuple[np.ndarray | None, list[list[tuple[str, float]]] | None]:
     """Mean effect of each factor in each population, and the genes that lose most; None without counts."""
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            effect_nk = np.asarray(tl.ablate(adata, key=key).X)
+            effect_nk = np.asarray((tl.ablate(adata, key=key) if ablation is None else ablation).X)
             by_gene = tl.ablate_genes(adata, key=key)
         notes += dict.fromkeys(str(warning.message) for warning in caught if warning.category is UserWarning)
     except (KeyError, ValueError) as error:

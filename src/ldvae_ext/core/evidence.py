@@ -58,6 +58,8 @@ def sampled_evidence(
 ) -> np.ndarray:
     """Log marginal likelihood by importance sampling, given the library sizes: ``log mean p(x | u) N(u; 0, I) / q(u)``.
 
+    Burda et al. 2016, arXiv:1509.00519.
+
     Parameters
     ----------
     decoder, cells, noise_snk

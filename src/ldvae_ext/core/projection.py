@@ -66,7 +66,8 @@ def posterior_of(
     derivatives; where the Hessian is not negative definite, with absolute eigenvalues. The posterior is approximated by the
     normal distribution with the same mode and curvature (Laplace), so that with the negative Hessian H at the mode
 
-    ``log p(x) ~ log p(x | z) + log N(z; 0, C) + K/2 log 2 pi - 1/2 log det H``.
+    ``log p(x) ~ log p(x | z) + log N(z; 0, C) + K/2 log 2 pi - 1/2 log det H`` (Tierney & Kadane 1986,
+    10.1080/01621459.1986.10478240).
 
     Genes of ``decoder`` that were not measured can be left out of it with :meth:`LinearDecoder.with_genes`: under softmax the
     expression is then relative to the genes that were measured, and no zeros are invented.

@@ -67,15 +67,8 @@ def factor_stream(
     use_posterior: str = ENCODER,
 ) -> Iterator[CellStream]:
     """Cells on the axes of the rotation in force, or on the network's, with the encoder's posteriors or refined ones."""
-    rotation = model.rotation
-    if use_posterior == REFINED and rotation is not None:
-        model._check_has_counts("use_posterior='refined'")
-        decoder = network_decoder(model)
-        with stream_cells(model, adata, indices, batch_size, dataloader) as cells:
-            yield cells._replace(chunks=(refined(decoder, chunk, rotation) for chunk in cells.chunks))
-        return
-    with network_stream(model, adata, indices, batch_size, dataloader, use_posterior=use_posterior) as cells:
-        yield cells if rotation is None else cells._replace(chunks=(rotation.cells(chunk) for chunk in cells.chunks))
+    with _stream(model, adata, indices, batch_size, dataloader, use_posterior, model.rotation) as cells:
+        yield cells
 
 
 @contextmanager
@@ -89,13 +82,30 @@ def network_stream(
     use_posterior: str = ENCODER,
 ) -> Iterator[CellStream]:
     """Cells on the network's axes, with the encoder's posteriors or refined ones."""
+    with _stream(model, adata, indices, batch_size, dataloader, use_posterior, None) as cells:
+        yield cells
+
+
+@contextmanager
+def _stream(
+    model: LDVAEBase,
+    adata: AnnData | None,
+    indices: Any,
+    batch_size: int | None,
+    dataloader: Any,
+    use_posterior: str,
+    rotation: Rotation | None,
+) -> Iterator[CellStream]:
     check_one_of("use_posterior", use_posterior, (ENCODER, REFINED))
-    is_refined = use_posterior == REFINED
-    if is_refined:
-        model._check_has_counts("use_posterior='refined'")
+    if use_posterior == ENCODER:
+        with stream_cells(model, adata, indices, batch_size, dataloader, rotation=rotation) as cells:
+            yield cells
+        return
+    model._check_has_counts("use_posterior='refined'")
+    # Posteriors are refined on the network's axes, where the prior is N(0, I).
     with stream_cells(model, adata, indices, batch_size, dataloader) as cells:
-        decoder = network_decoder(model) if is_refined else None
-        yield cells if decoder is None else cells._replace(chunks=(refined(decoder, chunk) for chunk in cells.chunks))
+        decoder = network_decoder(model)
+        yield cells._replace(chunks=(refined(decoder, chunk, rotation) for chunk in cells.chunks))
 
 
 def refine(decoder: LinearDecoder, cells: EncodedCells) -> CellPosteriors:

@@ -17,9 +17,7 @@ from ldvae_ext.get._export import latents_of
 from ldvae_ext.get._genes import RANKS, Rank
 from ldvae_ext.pl._figure import (
     BLUE,
-    ORANGE,
     SMALL,
-    Ticks,
     em,
     factor_label,
     factors_in_order,
@@ -28,6 +26,7 @@ from ldvae_ext.pl._figure import (
     panels,
     plain_text,
 )
+from ldvae_ext.pl._loadings import dress, gene_bars
 
 
 @plain_text
@@ -105,9 +104,7 @@ def factors(
 def _bars(ax: Axes, genes: list[str], values: np.ndarray, directions: np.ndarray) -> None:
     # One row apart, so that the eye finds the two ends.
     at = np.arange(len(genes), dtype=float) + (directions == "down")
-    ax.barh(at, values, color=np.where(values < 0, BLUE, ORANGE).tolist(), height=0.75)
-    ax.set_yticks(at, genes)
-    _dress(ax, at)
+    gene_bars(ax, genes, values, at)
 
 
 def _ranges(ax: Axes, groups: list[str], values: list[np.ndarray]) -> None:
@@ -116,14 +113,4 @@ def _ranges(ax: Axes, groups: list[str], values: list[np.ndarray]) -> None:
     ax.hlines(at, low, high, color=BLUE, linewidth=1.5)
     ax.plot(median, at, "o", color=BLUE, markersize=4)
     ax.set_yticks(at, groups)
-    _dress(ax, at)
-
-
-def _dress(ax: Axes, at: np.ndarray) -> None:
-    ax.axvline(0, color="black", linewidth=0.8)
-    ax.set_ylim(at[-1] + 1, -1)
-    ax.xaxis.set_major_locator(Ticks(3))
-    ax.grid(visible=False)
-    ax.tick_params(labelsize=SMALL, labelbottom=True)
-    ax.tick_params(axis="y", length=0)
-    ax.spines[["top", "left", "right"]].set_visible(False)
+    dress(ax, at)

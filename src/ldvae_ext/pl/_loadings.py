@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -110,11 +111,21 @@ def _panel(ax: Axes, factor: str, genes: np.ndarray, values: np.ndarray) -> None
     at = np.arange(len(genes), dtype=float)
     # One row apart, so that the eye finds the two ends.
     at[len(genes) // 2 :] += 1
-    ax.barh(at, values, color=np.where(values < 0, BLUE, ORANGE).tolist(), height=0.75)
-    ax.axvline(0, color="black", linewidth=0.8)
-    ax.set_yticks(at, genes)
-    ax.set_ylim(at[-1] + 1, -1)
+    gene_bars(ax, genes, values, at)
     ax.set_title(factor, fontsize="medium")
+
+
+def gene_bars(ax: Axes, genes: Sequence[str] | np.ndarray, values: np.ndarray, at: np.ndarray) -> None:
+    """Bars of genes, orange where they rise."""
+    ax.barh(at, values, color=np.where(values < 0, BLUE, ORANGE).tolist(), height=0.75)
+    ax.set_yticks(at, genes)
+    dress(ax, at)
+
+
+def dress(ax: Axes, at: np.ndarray) -> None:
+    """Rows at these heights, from the top, on both sides of 0."""
+    ax.axvline(0, color="black", linewidth=0.8)
+    ax.set_ylim(at[-1] + 1, -1)
     ax.xaxis.set_major_locator(Ticks(3))
     ax.grid(visible=False)
     ax.tick_params(labelsize=SMALL, labelbottom=True)

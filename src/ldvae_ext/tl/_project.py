@@ -90,7 +90,8 @@ def project(
         Prior standard deviation of the differences from the reference under ``batch="fit"``, in log-rate; 1 if None. It matters
         for genes with few counts.
     seed
-        Seed of the counts that ``obs["ldvae_fit"]`` is relative to.
+        Seed of the counts that ``obs["ldvae_fit"]`` is relative to, and of the cells to which offsets are fitted and of the reference
+        that are projected.
     key
         ``key_added`` of the reference's export.
     key_added
@@ -135,7 +136,9 @@ def project(
     An export under the same key is replaced. The order of the factors is the reference's, whatever their KL is in these cells.
     """
     check_number("min_share", min_share, least=0, most=1)
-    is_fitted = batch == FIT
+    known = reference_of(reference, key)
+    # A batch of the reference may be called "fit"; its name comes first.
+    is_fitted = batch == FIT and FIT not in known.decoder.batches
     if offset_sd is not None:
         check_number("offset_sd", offset_sd, least=1e-6)
         if not is_fitted:
@@ -149,7 +152,6 @@ def project(
         raise ValueError(msg)
     check_positive_int("seed", seed, least=0)
     check_positive_int("chunk_size", chunk_size)
-    known = reference_of(reference, key)
     keys = check_can_write(adata, key if key_added is None else key_added, overwrite=overwrite)
     layer = known.setup.get("layer") if layer is None and known.setup.get("layer") in adata.layers else layer
     panel = known.decoder.with_genes(shared_genes(known.decoder, adata, min_share))
@@ -158,7 +160,7 @@ def project(
     setup |= {} if layer is None else {"layer": layer}
     cells = CellReader(adata, panel, setup)
     library_n = _libraries(adata, cells, panel, size_factor_key, layer, chunk_size)
-    if is_fitted and FIT not in source.batches:
+    if is_fitted:
         panel = _fitted(panel, cells, library_n, known, 1.0 if offset_sd is None else offset_sd, layer, seed)
         cells = CellReader(adata, panel, setup)
     found = _posteriors(panel, cells, library_n, known, layer, chunk_size, np.arange(adata.n_obs), seed)
