@@ -34,6 +34,7 @@ def train_models(selected: AnnData, options: Options, *, silent: bool) -> tuple[
 
     from ldvae_ext._progress import Progress
     from ldvae_ext.model import LDVAE, fit_ensemble
+    from ldvae_ext.model._processes import n_processes
 
     max_epochs = MAX_EPOCHS if options.max_epochs is None else options.max_epochs
     warmup = min(WARMUP, max(1, max_epochs // 2))
@@ -71,6 +72,7 @@ def train_models(selected: AnnData, options: Options, *, silent: bool) -> tuple[
                 max_epochs=max_epochs,
                 seed=options.seed,
                 train_kwargs=training,
+                n_jobs=n_processes(selected, options.n_runs, max_epochs, **training),
                 silent=True,
             )
         finally:

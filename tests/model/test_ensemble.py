@@ -17,7 +17,7 @@ import torch
 from ldvae_ext import datasets, get, tl
 from ldvae_ext.core.matching import consensus_of, cosines
 from ldvae_ext.core.rotation import varimax
-from ldvae_ext.model import LDVAE, ensemble, fit_ensemble, n_latent, suggest_n_latent
+from ldvae_ext.model import LDVAE, _runs, fit_ensemble, n_latent, suggest_n_latent
 
 QUICK = {"max_epochs": 2, "silent": True, "train_kwargs": {"accelerator": "cpu", "check_val_every_n_epoch": None}}
 
@@ -121,7 +121,7 @@ def test_a_resampled_run_is_not_trained_on_the_other_cells(cells):
 
 
 def fail_for(monkeypatch: pytest.MonkeyPatch, *which: int) -> None:
-    train, n_calls = ensemble.train_on, iter(range(100))
+    train, n_calls = _runs.train_on, iter(range(100))
 
     def fragile(*args: Any) -> None:
         if next(n_calls) in which:
@@ -129,7 +129,7 @@ def fail_for(monkeypatch: pytest.MonkeyPatch, *which: int) -> None:
             raise MemoryError(msg)
         train(*args)
 
-    monkeypatch.setattr(ensemble, "train_on", fragile)
+    monkeypatch.setattr(_runs, "train_on", fragile)
 
 
 def test_one_failed_run_does_not_lose_the_others(cells, runs, monkeypatch):

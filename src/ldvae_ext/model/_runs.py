@@ -5,13 +5,63 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from anndata import AnnData
 
 from ldvae_ext.backends.loader import CountsSplitter
 from ldvae_ext.model._ldvae import LDVAE
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """What the runs of an ensemble have in common."""
+
+    n_latent: int
+    max_epochs: int | None
+    resample: str | None
+    train_size: float
+    seed: int
+    model_kwargs: dict[str, Any]
+    train_kwargs: dict[str, Any]
+
+    def model(self, adata: AnnData) -> LDVAE:
+        """A model that is not trained."""
+        return LDVAE(adata, n_latent=self.n_latent, **self.model_kwargs)
+
+    def train(self, adata: AnnData, m: int) -> LDVAE | Exception:
+        """The model of a run on its varimax axes, or the error with which its training failed.
+
+        Parameters
+        ----------
+        adata
+            Registered cells.
+        m
+            Number of the run.
+
+        Raises
+        ------
+        TypeError
+            If training does not have an argument, which would fail all runs alike. So would an option that the model does not have.
+        """
+        cells, _ = cells_of_run(adata.n_obs, m, self.resample, self.train_size, self.seed)
+        with seeded(self.seed + m):
+            model = self.model(adata)
+            try:
+                train_on(model, cells, self.max_epochs, self.train_kwargs)
+                model.rotate()
+            except TypeError:
+                raise
+            except Exception as error:  # noqa: BLE001 - whatever it was, the other runs are worth having
+                return error
+        return model
+
+    def kind(self, n_cells: int, m: int) -> int:
+        """A number that runs on the same cells share."""
+        return cells_of_run(n_cells, m, self.resample, self.train_size, self.seed)[1]
 
 
 def cells_of_run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import numpy as np
@@ -16,7 +17,8 @@ from ldvae_ext.core.matching import consensus_of, cosines, match_columns
 from ldvae_ext.model._axes import factor_stream
 from ldvae_ext.model._ensemble import Ensemble
 from ldvae_ext.model._ldvae import LDVAE
-from ldvae_ext.model._runs import cells_of_run, seeded, train_on
+from ldvae_ext.model._processes import n_processes, train_in_processes
+from ldvae_ext.model._runs import RunPlan
 from ldvae_ext.model._training import penalties
 from ldvae_ext.model.replication import factor_replication
 
@@ -37,6 +39,7 @@ def fit_ensemble(
     seed: int | None = None,
     model_kwargs: dict[str, Any] | None = None,
     train_kwargs: dict[str, Any] | None = None,
+    n_jobs: int | None = None,
     silent: bool = False,
 ) -> Ensemble:
     """Train the same model several times, and find out which factors come back.
@@ -73,6 +76,10 @@ def fit_ensemble(
     model_kwargs, train_kwargs
         Arguments of :class:`LDVAE` and of :meth:`LDVAE.train`, whose ``kl_warmup`` is ``"auto"`` here unless given. A
         ``train_size`` cuts off the same cells in all runs (0.9 if not given; with ``resample`` all drawn cells are trained on).
+    n_jobs
+        Number of processes that train side by side, with the same results but for rounding. 1 trains in this process. None: as many as
+        there are processors, if the network is trained on a CPU, the trainings are long enough to be worth the start of
+        processes, and there are no ``callbacks``, which would be called in the other processes.
     silent
         True to hide the progress bar, which counts runs.
 
@@ -92,6 +99,8 @@ def fit_ensemble(
         raise TypeError(msg)
     check_positive_int("n_runs", n_runs)
     check_positive_int("n_latent", n_latent)
+    if n_jobs is not None:
+        check_positive_int("n_jobs", n_jobs)
     if n_runs < 2:
         msg = f"`n_runs` must be at least 2, since runs are compared; got {n_runs}."
         raise ValueError(msg)
@@ -120,27 +129,32 @@ def fit_ensemble(
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
         msg = f"`seed` must be an integer of at least 0; got {seed!r}."
         raise ValueError(msg)
-    options = {"kl_warmup": "auto", "enable_progress_bar": False, **train_kwargs}
-    models: list[LDVAE] = []
-    seeds, kinds, failures = [], [], {}
-    for m in track(range(n_runs), description="Training runs", disable=silent):
-        cells, kind = cells_of_run(adata.n_obs, m, resample, train_size, seed)
-        with seeded(seed + m):
-            # Raised at once: an option that the model does not have fails in all runs.
-            model = LDVAE(adata, n_latent=n_latent, **model_kwargs)
-            try:
-                train_on(model, cells, max_epochs, options)
-                model.rotate()
-            except TypeError:
-                # An argument that training does not have would fail all runs alike.
-                raise
-            except Exception as error:  # noqa: BLE001 - whatever it was, the other runs are worth having
-                failures[seed + m] = f"{type(error).__name__}: {error}"
-                warn(f"The run with seed {seed + m} failed and is left out ({failures[seed + m]}).")
-                continue
-        models.append(model)
-        seeds.append(seed + m)
-        kinds.append(kind)
+    plan = RunPlan(
+        n_latent=n_latent,
+        max_epochs=max_epochs,
+        resample=resample,
+        train_size=train_size,
+        seed=int(seed),
+        model_kwargs=model_kwargs,
+        train_kwargs={"kl_warmup": "auto", "enable_progress_bar": False, **train_kwargs},
+    )
+    if n_jobs is None:
+        # What callbacks of the caller collect would stay in another process.
+        n_jobs = 1 if train_kwargs.get("callbacks") else n_processes(adata, n_runs, max_epochs, **train_kwargs)
+    if n_jobs == 1:
+        outcomes: Iterable[tuple[int, LDVAE | Exception]] = ((m, plan.train(adata, m)) for m in range(n_runs))
+    else:
+        outcomes = train_in_processes(adata, n_runs, plan, n_jobs)
+    trained, failures = {}, {}
+    for m, model in track(outcomes, description="Training runs", disable=silent, total=n_runs):
+        if isinstance(model, Exception):
+            failures[seed + m] = f"{type(model).__name__}: {model}"
+            warn(f"The run with seed {seed + m} failed and is left out ({failures[seed + m]}).")
+        else:
+            trained[m] = model
+    done = sorted(trained)
+    models, seeds = [trained[m] for m in done], [seed + m for m in done]
+    kinds = [plan.kind(adata.n_obs, m) for m in done]
     if len(set(kinds)) < 2:
         msg = (
             f"{len(models)} of {n_runs} runs succeeded, which cannot be compared. Errors: {listed(failures.values())}."

@@ -1,0 +1,140 @@
+"""Runs of an ensemble in processes of their own: the same models as in one process, on the data of this one."""
+
+from __future__ import annotations
+
+import os
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import joblib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from lightning.pytorch.callbacks import LambdaCallback
+
+from ldvae_ext import datasets
+from ldvae_ext._progress import Progress
+from ldvae_ext.model import LDVAE, _processes, fit_ensemble
+from ldvae_ext.model._processes import n_processes
+
+TRAINING = {"accelerator": "cpu", "check_val_every_n_epoch": None}
+pytestmark = [
+    pytest.mark.slow,
+    # Of lightning, which is ignored by its module; warnings of other processes keep theirs.
+    pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec.* is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Last batch will have a small size"),
+]
+
+
+@pytest.fixture(scope="module")
+def cells() -> Any:
+    adata, _ = datasets.simulate(n_cells=150, n_genes=30, n_latent=2, n_batches=2, seed=0)
+    adata.layers["counts"] = adata.X
+    adata.obs["depth"] = np.log(np.asarray(adata.X.sum(axis=1, dtype=np.float64)).ravel())
+    LDVAE.setup_anndata(adata, layer="counts", batch_key="batch", continuous_covariate_keys=["depth"])
+    return adata
+
+
+def fitted(cells, n_jobs: int, **kwargs: Any) -> Any:
+    options = {"n_latent": 3, "max_epochs": 3, "train_kwargs": TRAINING, "silent": True, **kwargs}
+    return fit_ensemble(cells, 3, n_jobs=n_jobs, **options)
+
+
+def test_processes_give_the_models_that_one_process_gives(cells):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        here, beside = fitted(cells, 1, resample="halves"), fitted(cells, 2, resample="halves")
+    finally:
+        torch.set_num_threads(threads)
+    assert beside.seeds == here.seeds
+    for own, other in zip(here.models, beside.models, strict=True):
+        assert other.adata is cells
+        np.testing.assert_array_equal(other.get_latent_representation(), own.get_latent_representation())
+        np.testing.assert_array_equal(other.rotation.matrix_kk, own.rotation.matrix_kk)
+        np.testing.assert_array_equal(other.train_indices, own.train_indices)
+        pd.testing.assert_frame_equal(other.history["elbo_train"], own.history["elbo_train"])
+        own_attributes, other_attributes = dict(own._get_user_attributes()), dict(other._get_user_attributes())
+        # Lightning's trainer stays in its process, as it does when a model is saved.
+        assert set(own_attributes) - set(other_attributes) <= {"trainer"}
+        assert not other.module.training
+    pd.testing.assert_frame_equal(beside.stats, here.stats)
+
+
+def test_a_model_from_another_process_trains_on(cells):
+    model = fitted(cells, 2).models[0]
+    model.rotate("none")
+    before = model.get_loadings().to_numpy()
+    model.train(2, kl_warmup=1, **TRAINING)
+    assert not np.array_equal(before, model.get_loadings().to_numpy())
+
+
+def test_large_counts_are_read_from_mapped_files(tmp_path):
+    adata, _ = datasets.simulate(n_cells=2500, n_genes=800, n_latent=2, seed=0)
+    assert adata.X.data.nbytes > 2**20, "joblib maps arrays from one megabyte on"
+    LDVAE.setup_anndata(adata)
+
+    def look(trainer: Any, _: Any) -> None:
+        counts = trainer.datamodule.train_dataloader().dataset._counts
+        (tmp_path / f"{isinstance(counts.data, np.memmap)}-{os.getpid()}-{time.monotonic_ns()}").touch()
+
+    fitted(adata, 2, max_epochs=2, train_kwargs={**TRAINING, "callbacks": [LambdaCallback(on_train_start=look)]})
+    assert [path.name.split("-")[0] for path in tmp_path.iterdir()] == ["True"] * 3
+
+
+def test_a_run_that_fails_in_a_process_is_left_out(cells, tmp_path):
+    def first_fails(*_: Any) -> None:
+        try:
+            (tmp_path / "taken").touch(exist_ok=False)
+        except FileExistsError:
+            return
+        msg = "no luck"
+        raise RuntimeError(msg)
+
+    with pytest.warns(UserWarning, match="no luck"):
+        ensemble = fitted(
+            cells, 2, train_kwargs={**TRAINING, "callbacks": [LambdaCallback(on_train_start=first_fails)]}
+        )
+    assert len(ensemble.models) == 2
+    assert sorted([*ensemble.seeds, *ensemble.failures]) == [0, 1, 2]
+
+
+def test_an_unknown_argument_of_training_is_raised(cells):
+    with pytest.raises(TypeError, match="wrong_name"):
+        fitted(cells, 2, train_kwargs={**TRAINING, "wrong_name": 1})
+    with pytest.raises(ValueError, match="dispersion"):
+        fitted(cells, 2, model_kwargs={"dispersion": "wrong"})
+
+
+def test_warnings_of_a_process_are_given_here(cells):
+    with pytest.warns(UserWarning, match="KL"):
+        fitted(cells, 2, train_kwargs={**TRAINING, "kl_warmup": None, "plan_kwargs": {"n_epochs_kl_warmup": 400}})
+
+
+def test_processes_are_started_only_for_long_trainings_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(joblib, "cpu_count", lambda: 2)
+    # The test itself may be in a process of pytest-xdist.
+    monkeypatch.setattr(_processes.multiprocessing, "parent_process", lambda: None)
+    long, short = (
+        SimpleNamespace(n_obs=7000, n_vars=2000, isbacked=False),
+        SimpleNamespace(n_obs=700, n_vars=300, isbacked=False),
+    )
+    assert n_processes(long, 5, 100, accelerator="cpu") == 2
+    assert n_processes(long, 5, None, accelerator="cpu") == 2
+    assert n_processes(short, 5, 20, accelerator="cpu") == 1
+    assert n_processes(long, 5, 100, accelerator="gpu") == 1
+    long.isbacked = True
+    assert n_processes(long, 5, 100, accelerator="cpu") == 1
+    long.isbacked = False
+    monkeypatch.setattr(_processes.multiprocessing, "parent_process", lambda: object())
+    assert n_processes(long, 5, 100, accelerator="cpu") == 1
+
+
+def test_the_bar_counts_epochs_of_other_processes(cells):
+    with Progress(3, 3, silent=True) as progress:
+        fitted(cells, 2, train_kwargs={**TRAINING, "callbacks": [progress.callback()]})
+        progress.show()
+        assert progress._events.read_bytes().count(b"e") == 9
+        assert progress._events.read_bytes().count(b"s") == 3
