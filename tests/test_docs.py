@@ -1,4 +1,4 @@
-"""Pages that promise tests name tests that exist."""
+"""What pages promise exists: tests, public names, papers, pages in the navigation."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+
+import ldvae_ext
 
 ROOT = Path(__file__).parents[1]
 NAMED = re.compile(r"`(tests/[\w/]+\.py)::([\w:]+)`")
@@ -47,3 +49,30 @@ def test_every_defect_has_a_row_and_its_test_has_its_number():
         path, name = NAMED.findall(test)[0]
         body = (ROOT / path).read_text().split(f"def {name}(")[1].split("\ndef ")[0]
         assert re.search(rf"# {number}\b", body), (number, name)
+
+
+def test_the_index_of_the_api_names_everything_public():
+    named = set(re.findall(r"<(ldvae_ext[\w.]+)>|`~(ldvae_ext[\w.]+)`", (ROOT / "docs/api/index.md").read_text()))
+    named = {first or second for first, second in named}
+    public = {f"ldvae_ext.{name}" for name in ("run", "report")}
+    for module in ("model", "module", "core", "tl", "get", "pl", "datasets"):
+        public |= {f"ldvae_ext.{module}.{name}" for name in getattr(ldvae_ext, module).__all__}
+    listed = re.findall(r"^   (LDVAE\.\w+)$", (ROOT / "docs/api/model.md").read_text(), re.M)
+    public |= {f"ldvae_ext.model.{name}" for name in listed}
+    assert public - named == set()
+
+
+def test_papers_are_in_the_list_and_the_list_is_cited():
+    pages = "".join(path.read_text() for path in (ROOT / "docs").glob("*.md"))
+    cited = {key for keys in re.findall(r"\{cite(?::\w+)?\}`([^`]+)`", pages) for key in keys.split(",")}
+    assert cited == set(re.findall(r"^@\w+\{(\w+),", (ROOT / "docs/references.bib").read_text(), re.M))
+
+
+def test_every_page_is_in_the_navigation():
+    pages = {str(path.relative_to(ROOT / "docs").with_suffix("")) for path in (ROOT / "docs").glob("*.md")}
+    pages |= {f"tutorials/{path.stem}" for path in (ROOT / "tutorials").glob("*.ipynb")}
+    shown = set()
+    for page in (ROOT / "docs").glob("*.md"):
+        for tree in re.findall(r"```\{toctree\}\n(.*?)```", page.read_text(), re.S):
+            shown |= {re.sub(r".*<(.*)>", r"\1", line) for line in tree.splitlines() if line and line[0] != ":"}
+    assert pages - {"index"} == shown - {"api/index"}

@@ -18,6 +18,7 @@ def test_there_are_tutorials():
         "drop_in.ipynb",
         "factors.ipynb",
         "projection.ipynb",
+        "query.ipynb",
         "reading.ipynb",
     ]
 

@@ -66,7 +66,15 @@ class Options:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Run:
-    """Result of :func:`ldvae_ext.run`."""
+    """Result of :func:`ldvae_ext.run`.
+
+    Examples
+    --------
+    >>> result
+    Run of 700 cells: 5 factors, ... stable
+    >>> result.factors().index.tolist()
+    ['F_...', 'F_...', 'F_...', 'F_...', 'F_...']
+    """
 
     adata: AnnData
     """The cells, with the export."""
@@ -235,6 +243,14 @@ def run(
     Writes what :meth:`ldvae_ext.model.LDVAE.export_to_anndata` (``stats=True``) writes; with several runs
     ``uns["ldvae"]["statistics"]["reproducibility"]``, which :func:`ldvae_ext.get.factors` shows with a flag, and what
     :meth:`ldvae_ext.model.Ensemble.export_to_anndata` writes; ``obsm["X_umap"]``.
+
+    Examples
+    --------
+    >>> cells = ldvae_ext.datasets.pbmc68k()
+    >>> ldvae_ext.run(cells, n_latent=5, n_runs=1, max_epochs=5, umap=False)
+    Run of 700 cells: 5 factors
+    >>> cells.obsm["X_ldvae"].shape
+    (700, 5)
     """
     options = Options(
         layer=layer,

@@ -38,6 +38,14 @@ def pbmc68k() -> AnnData:
     ------
     RuntimeError
         If a value is farther from an integer than rounding explains, as in another version of the data set.
+
+    Examples
+    --------
+    >>> cells = ldvae_ext.datasets.pbmc68k()
+    >>> cells.shape
+    (700, 765)
+    >>> cells.obs["bulk_labels"].nunique()
+    10
     """
     import scanpy as sc
 
@@ -158,6 +166,13 @@ def simulate(
     ------
     ValueError
         If a number is out of range, or ``specific_program`` lacks populations, factors or genes.
+
+    Examples
+    --------
+    >>> cells, truth = ldvae_ext.datasets.simulate(200, 50, n_latent=3, n_batches=2)
+    >>> cells.shape, truth.weight_gk.shape
+    ((200, 50), (50, 3))
+    >>> expression = truth.scale(cells.obsm["z_true"], cells.obs["batch"])
     """
     for name, value in (
         ("n_cells", n_cells),

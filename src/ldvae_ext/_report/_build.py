@@ -75,6 +75,11 @@ def report(
         If there is no such export or column.
     ValueError
         If ``ablation`` has other cells or factors.
+
+    Examples
+    --------
+    >>> ldvae_ext.report(adata, "report.html", groupby="bulk_labels").name
+    'report.html'
     """
     content = content_of(
         adata,

@@ -22,6 +22,13 @@ class Covariate:
         Its name, the column of ``adata.obs``.
     levels
         Its categories, if it is categorical; None if it is continuous.
+
+    Examples
+    --------
+    >>> ldvae_ext.core.Covariate("donor", np.array(["a", "b", "c"])).n_columns
+    3
+    >>> ldvae_ext.core.Covariate("age").n_columns  # continuous
+    1
     """
 
     name: str

@@ -92,6 +92,15 @@ def population_expression(
     ------
     ValueError
         If a batch, covariate or group does not exist.
+
+    Examples
+    --------
+    >>> from ldvae_ext.core import LinearDecoder, population_expression
+    >>> loadings = [[0], [np.log(3)]]
+    >>> decoder = LinearDecoder.from_loadings(loadings, [0, 0], genes=["a", "b"])
+    >>> population_expression(decoder, [[0], [1], [1]], None, [0, 1, 1], n_groups=2)
+    array([[0.5 , 0.5 ],
+           [0.25, 0.75]])
     """
     sums, group_n = GroupExpression(decoder, n_groups), np.asarray(group_n, dtype=np.int64)
     sums.add(z_nk, batch, group_n, covariates=covariates, library=library)

@@ -45,6 +45,14 @@ class DecoderViews:
         A factor points to its longer tail of genes: the sum of cubes of its gene-centred loadings is positive. Cubes
         weigh many genes rather than the single largest loading, which in rarely seen genes is mostly noise. Under
         ``"ln"`` all signs are +1, since -z is no point of the simplex.
+
+        Examples
+        --------
+        >>> from ldvae_ext.core import LinearDecoder
+        >>> loadings = [[2, -2], [-1, 1], [-1, 1]]
+        >>> decoder = LinearDecoder.from_loadings(loadings, [0, 0, 0], genes=list("abc"))
+        >>> decoder.signs().tolist()  # the second factor is turned round
+        [1, -1]
         """
         if self.latent_distribution == "ln":
             return np.ones(len(self.factors), dtype=np.int64)
@@ -59,6 +67,12 @@ class DecoderViews:
         each effect of a covariate is free up to one. Under ``"ln"``, where z sums to 1, a vector added to all columns
         and subtracted from the intercepts changes nothing either; then the loadings also sum to zero over factors. A
         softplus fixes the constant over genes, so that nothing is centred over genes there.
+
+        Examples
+        --------
+        >>> loadings = decoder.centered().weight_gk
+        >>> bool(np.allclose(loadings.sum(axis=0), 0))
+        True
         """
         weight_gk, intercept_bg, covariate_cg = self.weight_gk, self.intercept_bg, self.covariate_cg
         if self.link == "softmax":
@@ -82,6 +96,11 @@ class DecoderViews:
             A permutation: position of each new factor among the present ones.
         signs
             +1 or -1 for each new factor.
+
+        Examples
+        --------
+        >>> decoder.reordered([4, 3, 2, 1, 0]).factors.tolist()
+        ['Z_4', 'Z_3', 'Z_2', 'Z_1', 'Z_0']
         """
         order = np.asarray(order)
         signs = np.ones(len(order), dtype=np.int64) if signs is None else np.asarray(signs)
@@ -116,6 +135,13 @@ class DecoderViews:
         ValueError
             If columns are not of unit length or not independent, or the latent is logistic-normal, whose simplex has no other
             axes.
+
+        Examples
+        --------
+        >>> rotation = ldvae_ext.core.varimax(decoder.centered().weight_gk)
+        >>> rotated, z = decoder.rotated(rotation), np.ones((1, 5))
+        >>> bool(np.allclose(rotated.scale(z @ rotation), decoder.scale(z)))
+        True
         """
         n_factors = len(self.factors)
         check_rotatable(self.latent_distribution)
@@ -153,6 +179,13 @@ class DecoderViews:
         ------
         ValueError
             If a gene is not in the decoder, or occurs more than once.
+
+        Examples
+        --------
+        >>> panel = decoder.with_genes(["CD79A", "LYZ", "NKG7"])
+        >>> shares = panel.scale(np.zeros((1, 5)))
+        >>> shares.shape, bool(np.isclose(shares.sum(), 1))
+        ((1, 3), True)
         """
         if isinstance(genes, str):
             msg = f"`genes` must be several names; got {genes!r}."
@@ -182,6 +215,11 @@ class DecoderViews:
         ------
         ValueError
             If there is no such batch.
+
+        Examples
+        --------
+        >>> decoder.with_batches(["new", "newer"]).batches.tolist()
+        ['new', 'newer']
         """
         rows = np.arange(len(self.batches)) if source is None else level_codes(self.batches, str(source), 1)
         names = [f"{head}intercept_bg" for head in HEADS if getattr(self, f"{head}intercept_bg") is not None]

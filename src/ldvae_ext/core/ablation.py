@@ -70,6 +70,18 @@ def ablation_effects(
     Returns
     -------
     Shape (cells, sets), float64, in nats. Positive: the latents help. Never clipped.
+
+    Examples
+    --------
+    >>> from ldvae_ext.core import LinearDecoder, ablation_effects
+    >>> decoder = LinearDecoder.from_loadings(
+    ...     [[0], [np.log(3)]], [0, 0], genes=["a", "b"], likelihood="poisson"
+    ... )
+    >>> counts, library_n = np.array([[1, 3]]), np.array([4])
+    >>> ablation_effects(decoder, counts, [[1]], library_n, None, 0, [0]).round(3)
+    array([[0.523]])
+    >>> (3 * np.log(3 / 2) - np.log(2)).round(3)  # by hand, in nats
+    np.float64(0.523)
     """
     n_cells = len(mean_nk)
     return set_effects(

@@ -71,6 +71,15 @@ class LinearDecoder(DecoderViews, FromArrays):
         The same for the log of theta; only for ``"gene-cell"``.
     raw, raw_dropout
         Parts of the network from which the folded arrays were computed; None if there are none.
+
+    Examples
+    --------
+    >>> from ldvae_ext.core import LinearDecoder
+    >>> loadings = [[0], [np.log(3)]]
+    >>> decoder = LinearDecoder.from_loadings(loadings, [0, 0], genes=["a", "b"])
+    >>> decoder.rate([[0], [1]], library=100)
+    array([[50., 50.],
+           [25., 75.]])
     """
 
     weight_gk: np.ndarray

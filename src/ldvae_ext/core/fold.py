@@ -17,6 +17,15 @@ class BatchNorm:
     """Statistics and parameters of a batch norm in evaluation mode.
 
     ``h = gamma * (a - running_mean) / sqrt(running_var + eps) + beta``, each array of shape (genes,), in log-rate.
+
+    Examples
+    --------
+    >>> from ldvae_ext.core import BatchNorm
+    >>> one, zero = np.ones(2), np.zeros(2)
+    >>> BatchNorm(
+    ...     running_mean=zero, running_var=4 * one, gamma=one, beta=zero, eps=0.0
+    ... ).slope
+    array([0.5, 0.5])
     """
 
     running_mean: np.ndarray
@@ -76,6 +85,15 @@ class RawLinear:
         The batch norm after the linear layer, or None.
     batch_embedding
         Input of the batch columns for each batch, shape (batches, columns); None for one-hot vectors.
+
+    Examples
+    --------
+    >>> from ldvae_ext.core import RawLinear
+    >>> layer = RawLinear(weight=np.array([[1, 0, 5], [2, 1, 7]]))
+    >>> weight_gk, intercept_bg, _ = layer.fold(n_latent=1)  # and two batches
+    >>> intercept_bg
+    array([[0., 1.],
+           [5., 7.]])
     """
 
     weight: np.ndarray

@@ -40,6 +40,12 @@ def log_likelihood(
     Returns
     -------
     Shape (cells, genes), in nats.
+
+    Examples
+    --------
+    >>> from ldvae_ext.core import log_likelihood
+    >>> log_likelihood("poisson", np.array([[0, 2]]), np.array([[1, 2]])).round(3)
+    array([[-1.   , -1.307]])
     """
     return mean_dependent_part(likelihood, x_ng, mu_ng, theta, dropout_ng) + constant_part(likelihood, x_ng, theta)
 

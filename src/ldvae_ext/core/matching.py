@@ -44,6 +44,13 @@ def match_columns(cosine_kj: np.ndarray) -> Match:
     ----------
     cosine_kj
         Cosines or correlations, shape (factors, factors); with unequal numbers some stay without a partner.
+
+    Examples
+    --------
+    >>> from ldvae_ext.core import match_columns
+    >>> match = match_columns(np.array([[0.1, -0.9], [0.8, 0.3]]))
+    >>> match.second.tolist(), match.sign.tolist()
+    ([1, 0], [-1, 1])
     """
     first, second = linear_sum_assignment(-np.abs(cosine_kj))
     paired = cosine_kj[first, second]
@@ -66,6 +73,15 @@ def procrustes(a_gk: np.ndarray, b_gj: np.ndarray) -> tuple[np.ndarray, float]:
     Returns
     -------
     Q, shape (factors of b, factors of a), and the distance, in [0, 1]; 1 if all loadings of one are zero.
+
+    Examples
+    --------
+    >>> from ldvae_ext.core import procrustes
+    >>> loadings = np.array([[1, 0], [0, 1], [-1, -1]])
+    >>> exchanged = loadings[:, [1, 0]]
+    >>> rotation, distance = procrustes(loadings, exchanged)
+    >>> bool(np.allclose(exchanged @ rotation, loadings)), round(distance, 6)
+    (True, 0.0)
     """
     norm = np.linalg.norm(a_gk) * np.linalg.norm(b_gj)
     left, singular, right = np.linalg.svd(b_gj.T @ a_gk, full_matrices=False)
@@ -90,6 +106,14 @@ def consensus_loadings(loadings: Sequence[np.ndarray], n_factors: int | None = N
     Returns
     -------
     Shape (genes, factors). Signs are such that the longer tail of genes is positive; the order has no meaning.
+
+    Examples
+    --------
+    >>> from ldvae_ext.core import consensus_loadings
+    >>> loadings = np.array([[2, 0], [-2, 0], [0, 3], [0, -3]])
+    >>> consensus = consensus_loadings([loadings, loadings[:, [1, 0]]])
+    >>> np.abs(consensus).max(axis=1).round(6)
+    array([2., 2., 3., 3.])
     """
     n_factors = int(np.median([value.shape[1] for value in loadings])) if n_factors is None else n_factors
     pooled = np.concatenate(loadings, axis=1) / np.sqrt(len(loadings))

@@ -189,6 +189,16 @@ def path_attribution(
     Returns
     -------
     Shape (genes, factors + 1), float64, in log-rate; the last column is for the intercept.
+
+    Examples
+    --------
+    >>> from ldvae_ext.core import LinearDecoder, path_attribution
+    >>> loadings, zero = [[0], [np.log(3)]], np.zeros(2)
+    >>> decoder = LinearDecoder.from_loadings(loadings, zero, genes=["a", "b"])
+    >>> parts = path_attribution(decoder, np.ones(1), zero, np.zeros(1), zero)
+    >>> np.exp(parts).round(3)  # shares of 0.25 and 0.75 instead of 0.5 each
+    array([[0.5, 1. ],
+           [1.5, 1. ]])
     """
     direction_gk = np.concatenate(
         [decoder.weight_gk * (z_k - reference_k), (offset_g - reference_offset_g)[:, None]], axis=1
@@ -261,6 +271,15 @@ def within_directions(decoder: LinearDecoder, covariance_kk: np.ndarray) -> With
     -------
     ``loading_gj``, genes x directions, in log-rate per standard deviation of the cells (under a softplus link in its argument);
     ``variance_j``, its square, summed over genes; ``share_jk``, directions x factors.
+
+    Examples
+    --------
+    >>> from ldvae_ext.core import LinearDecoder, within_directions
+    >>> loadings = [[1, 0], [-1, 0], [0, 1], [0, -1]]
+    >>> decoder = LinearDecoder.from_loadings(loadings, [0] * 4, genes=list("abcd"))
+    >>> found = within_directions(decoder, np.diag([1, 4]))
+    >>> found.variance_j.round(6), found.share_jk.argmax(axis=1)
+    (array([8., 2.]), array([1, 0]))
     """
     weight_gk = decoder.centered().weight_gk
     value_k, vector_kk = np.linalg.eigh(covariance_kk)

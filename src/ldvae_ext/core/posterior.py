@@ -20,6 +20,12 @@ def kl_per_dimension(mean_nk: np.ndarray, variance_nk: np.ndarray) -> np.ndarray
     Returns
     -------
     Shape (cells, latents), float64, in nats; never negative.
+
+    Examples
+    --------
+    >>> from ldvae_ext.core import kl_per_dimension
+    >>> kl_per_dimension(np.array([[0, 2]]), np.array([[1, 1]]))
+    array([[0., 2.]])
     """
     mean_nk = np.asarray(mean_nk, dtype=np.float64)
     variance_nk = np.asarray(variance_nk, dtype=np.float64)

@@ -43,6 +43,14 @@ class AdditivePrograms:
         Scaled expression is capped here.
     explained
         Share of the variance of scaled expression that the programs reproduce, in the cells that they were fitted to.
+
+    Examples
+    --------
+    >>> from ldvae_ext.core import AdditivePrograms
+    >>> profiles = np.array([[0.5, 0], [0.5, 0], [0, 1]])
+    >>> programs = AdditivePrograms(profiles, scale_g=np.ones(3), cap=10, explained=1)
+    >>> programs.usages(np.array([[0.3, 0.3, 0.4]])).usage_nk.round(6)
+    array([[0.6, 0.4]])
     """
 
     profile_gk: np.ndarray
@@ -126,6 +134,15 @@ def fit_programs(
     ------
     ValueError
         If ``n_programs`` is no positive integer, or expression is negative or not finite.
+
+    Examples
+    --------
+    >>> from ldvae_ext.core import fit_programs
+    >>> usages = np.array([[1, 0], [0, 1], [0.5, 0.5], [0.8, 0.2]])
+    >>> profiles = np.array([[0.5, 0], [0.5, 0], [0, 1]])
+    >>> programs = fit_programs(usages @ profiles.T, np.ones(3), n_programs=2)
+    >>> bool(np.allclose(programs.profile_gk, profiles, atol=0.01))
+    True
     """
     from sklearn.decomposition import NMF
     from sklearn.exceptions import ConvergenceWarning
@@ -203,6 +220,15 @@ def program_direction(decoder: LinearDecoder, profile_g: np.ndarray, mean_g: np.
     Returns
     -------
     The direction, with its angle in degrees and the cosine of each factor.
+
+    Examples
+    --------
+    >>> from ldvae_ext.core import LinearDecoder, program_direction
+    >>> loadings = [[1, 0], [-1, 0], [0, 1], [0, -1]]
+    >>> decoder = LinearDecoder.from_loadings(loadings, [0] * 4, genes=list("abcd"))
+    >>> program, mean = np.array([0.5, 0, 0.5, 0]), np.full(4, 0.25)
+    >>> program_direction(decoder, program, mean).direction_k.round(3)
+    array([0.707, 0.707])
     """
     root_g = np.sqrt(mean_g)
     loading_gk = (decoder.weight_gk - mean_g @ decoder.weight_gk) * root_g[:, None]

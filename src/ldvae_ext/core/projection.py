@@ -31,7 +31,18 @@ _LEAST_CURVATURE = 0.1
 
 
 class CellPosteriors(NamedTuple):
-    """Posteriors of cells given a decoder, from :func:`posterior_of`."""
+    """Posteriors of cells given a decoder, from :func:`posterior_of`.
+
+    Examples
+    --------
+    >>> from ldvae_ext.core import LinearDecoder, posterior_of
+    >>> decoder = LinearDecoder.from_loadings([[1], [-1]], [0, 0], genes=["a", "b"])
+    >>> found = posterior_of(decoder, [[5, 5], [9, 1]])
+    >>> found.mean_nk.shape, found.covariance_nkk.shape
+    ((2, 1), (2, 1, 1))
+    >>> found.converged_n
+    array([ True,  True])
+    """
 
     mean_nk: np.ndarray
     """Posterior modes (of u under ``"ln"``), cells x factors."""
@@ -107,6 +118,13 @@ def posterior_of(
         If shapes do not agree, counts are negative or not finite, the prior covariance is not symmetric and positive definite, or a
         library size is not positive and finite. (Without ``library``, that of a cell without counts is 1, and its posterior is
         nearly the prior.)
+
+    Examples
+    --------
+    >>> from ldvae_ext.core import LinearDecoder, posterior_of
+    >>> decoder = LinearDecoder.from_loadings([[1], [-1]], [0, 0], genes=["a", "b"])
+    >>> posterior_of(decoder, [[9, 1], [1, 9]]).mean_nk[:, 0].round(3)
+    array([ 0.889, -0.889])
     """
     check_positive_int("max_iterations", max_iterations)
     check_positive_int("chunk_size", chunk_size)

@@ -38,6 +38,16 @@ class Rotation:
         Columns of unit length, shape (latents, factors): column j is factor j in the network's latents.
     method
         How it was found.
+
+    Examples
+    --------
+    >>> from ldvae_ext.core import Rotation
+    >>> matrix = np.array([[0.6, -0.8], [0.8, 0.6]])
+    >>> rotation = Rotation(matrix_kk=matrix, method="by hand")
+    >>> rotation.names, rotation.is_orthogonal
+    (['F_0', 'F_1'], True)
+    >>> rotation.variance(np.array([[1, 3]])).round(6)
+    array([[2.28, 1.72]])
     """
 
     matrix_kk: np.ndarray
@@ -105,6 +115,15 @@ def varimax(value_nk: np.ndarray, *, n_starts: int = N_STARTS) -> np.ndarray:
     Returns
     -------
     Orthogonal, shape (columns, columns), float64; order and signs of its columns have no meaning.
+
+    Examples
+    --------
+    >>> from ldvae_ext.core import varimax
+    >>> sparse = np.array([[2, 0], [-2, 0], [0, 1], [0, -1]])
+    >>> mixed = sparse @ np.array([[0.6, 0.8], [-0.8, 0.6]])
+    >>> found = mixed @ varimax(mixed)
+    >>> (np.abs(found) > 1e-6).sum(axis=1)  # each gene is in one factor again
+    array([1, 1, 1, 1])
     """
     value_nk = np.asarray(value_nk, dtype=np.float64)
     n_columns = value_nk.shape[1]
@@ -186,6 +205,14 @@ def promax(value_gk: np.ndarray, rotation_kk: np.ndarray, power: float = POWER) 
     ------
     ValueError
         If the rotation is of another size or not orthogonal, or ``power`` is below 1.
+
+    Examples
+    --------
+    >>> from ldvae_ext.core import promax, varimax
+    >>> loadings = np.array([[1, 0], [1, 0.1], [0.6, 0.8], [0.5, 0.9]])
+    >>> axes = promax(loadings, varimax(loadings))
+    >>> bool(np.allclose(axes.T @ axes, np.eye(2)))  # correlated under the prior
+    False
     """
     rotation_kk = axes_of_factors(rotation_kk, np.shape(value_gk)[1])
     if not is_orthogonal(rotation_kk) or not power >= 1:

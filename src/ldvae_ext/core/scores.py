@@ -12,7 +12,17 @@ TARGET_SUM = 1e4
 
 
 class GeneScores(NamedTuple):
-    """Scores of genes, shape (genes, factors) each."""
+    """Scores of genes, shape (genes, factors) each.
+
+    Examples
+    --------
+    >>> from ldvae_ext.core import SlopeSums
+    >>> sums = SlopeSums(n_genes=2, n_factors=1)
+    >>> sums.add(np.array([[1, 9], [5, 5], [9, 1]]), np.array([[-1], [0], [1]]))
+    >>> scores, errors = sums.scores()
+    >>> scores.shape, errors.shape
+    ((2, 1), (2, 1))
+    """
 
     score_gk: np.ndarray
     """Slope of the standardised log-normalised expression on the standardised usage: in [-1, 1], 0 where either is constant."""
@@ -31,6 +41,15 @@ class SlopeSums:
     ----------
     n_genes, n_factors
         Sizes.
+
+    Examples
+    --------
+    >>> from ldvae_ext.core import SlopeSums
+    >>> sums = SlopeSums(n_genes=2, n_factors=1)
+    >>> sums.add(np.array([[1, 9], [5, 5], [9, 1]]), np.array([[-1], [0], [1]]))
+    >>> sums.scores().score_gk.round(2)
+    array([[ 0.97],
+           [-0.97]])
     """
 
     def __init__(self, n_genes: int, n_factors: int) -> None:

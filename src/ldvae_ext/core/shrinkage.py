@@ -33,6 +33,19 @@ class LoadingInformation:
     ----------
     decoder
         The decoder, on the axes whose loadings are meant.
+
+    Examples
+    --------
+    >>> from ldvae_ext.core import LinearDecoder, LoadingInformation
+    >>> from ldvae_ext.core.cells import EncodedCells
+    >>> decoder = LinearDecoder.from_loadings([[0], [0]], [0, 0], genes=["a", "b"])
+    >>> mean, library, code = np.array([[-1], [1]]), np.full(2, 100), np.zeros(2, int)
+    >>> cells = EncodedCells(mean, np.ones((2, 1)), library, code, code, None, None)
+    >>> information = LoadingInformation(decoder)
+    >>> information.add(cells)
+    >>> information.errors().round(3)  # from 50 counts of each gene in each cell
+    array([[0.1],
+           [0.1]])
     """
 
     def __init__(self, decoder: LinearDecoder) -> None:
@@ -79,7 +92,15 @@ class LoadingInformation:
 
 
 class Shrunken(NamedTuple):
-    """Posterior of loadings under a prior that was estimated from all of them, shape (genes, factors) each."""
+    """Posterior of loadings under a prior that was estimated from all of them, shape (genes, factors) each.
+
+    Examples
+    --------
+    >>> from ldvae_ext.core import shrink
+    >>> found = shrink(np.array([[3], [0.1], [-0.1], [0]]), np.full((4, 1), 0.2))
+    >>> (found.lower_gk[:2, 0] > 0).tolist()  # only the first is surely positive
+    [True, False]
+    """
 
     mean_gk: np.ndarray
     """Posterior means."""
@@ -117,6 +138,14 @@ def shrink(weight_gk: np.ndarray, error_gk: np.ndarray, level: float = 0.95) -> 
     ------
     ValueError
         If shapes differ, values are not finite, errors are not positive, or ``level`` is not between 0 and 1.
+
+    Examples
+    --------
+    >>> from ldvae_ext.core import shrink
+    >>> weights = np.array([[3], [3], [0.1], [-0.1], [0]])
+    >>> errors = np.array([[0.2], [3], [0.2], [0.2], [0.2]])
+    >>> shrink(weights, errors).mean_gk[:2, 0].round(1)  # a small, a large error
+    array([3. , 0.1])
     """
     weight_gk, error_gk = np.asarray(weight_gk, dtype=np.float64), np.asarray(error_gk, dtype=np.float64)
     if weight_gk.ndim != 2 or weight_gk.shape != error_gk.shape:

@@ -62,6 +62,14 @@ def ablation_df(
         If ``groupby`` is no column.
     ValueError
         If no cell has a group, or the ablation is one of genes.
+
+    Examples
+    --------
+    >>> table = ldvae_ext.get.ablation_df(ablation, "bulk_labels")
+    >>> table.columns.tolist()
+    ['group', 'factor', 'n_cells', 'mean', 'median', 'share_helped', 'effect_size', 'p_value', 'q_value']
+    >>> len(table)  # ten populations, five latents
+    50
     """
     check_one_of("alternative", alternative, ALTERNATIVES)
     if (
@@ -153,6 +161,13 @@ def gene_ablation_df(ablation: AnnData, factor: Any = None) -> pd.DataFrame:
     ------
     ValueError
         If the ablation is not one of genes.
+
+    Examples
+    --------
+    >>> genes = ldvae_ext.tl.ablate_genes(adata, "bulk_labels")
+    >>> table = ldvae_ext.get.gene_ablation_df(genes, factor=0)
+    >>> table.columns.tolist()
+    ['group', 'factor', 'gene', 'n_cells', 'mean', 'share']
     """
     if not _is_of_genes(ablation):
         msg = "`ablation` must come from `ablate_genes`; `get.ablation_df` reads one of cells."

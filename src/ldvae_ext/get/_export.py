@@ -98,6 +98,12 @@ def decoder(adata: AnnData, *, key: str = DEFAULT_KEY) -> LinearDecoder:
         AnnData that :meth:`ldvae_ext.model.LDVAE.export_to_anndata` wrote to.
     key
         ``key_added`` of the export.
+
+    Examples
+    --------
+    >>> decoder = ldvae_ext.get.decoder(adata)
+    >>> decoder.scale(adata.obsm["X_ldvae"]).shape
+    (700, 765)
     """
     _, info = export_of(adata, key)
     exported = LinearDecoder.from_arrays(info["decoder"]).reordered(info["order"], info["signs"]).centered()
@@ -113,6 +119,11 @@ def loadings(adata: AnnData, *, key: str = DEFAULT_KEY) -> pd.DataFrame:
     ----------
     adata, key
         See :func:`decoder`.
+
+    Examples
+    --------
+    >>> ldvae_ext.get.loadings(adata).shape
+    (765, 5)
     """
     keys, info = export_of(adata, key)
     known = np.asarray(adata.var[keys.genes], dtype=bool)
@@ -136,6 +147,14 @@ def factors(adata: AnnData, *, key: str = DEFAULT_KEY) -> pd.DataFrame:
     Index: names. Columns: ``dimension`` (0-based, of the network), ``sign`` (+1 or -1, applied to loadings and latents),
     and the statistics of the export: ``kl`` (nats, mean over cells), ``kl_share``, ``active_unit``; of :func:`ldvae_ext.run` also
     ``reproducibility`` (0 to 1) and ``flag`` (``"stable"``, ``"uncertain"``, ``"unstable"``).
+
+    Examples
+    --------
+    >>> table = ldvae_ext.get.factors(adata)
+    >>> table.columns.tolist()
+    ['dimension', 'sign', 'kl', 'kl_share', 'active_unit']
+    >>> table["kl"].is_monotonic_decreasing
+    True
     """
     _, info = export_of(adata, key)
     table = {"dimension": np.asarray(info["order"]), "sign": np.asarray(info["signs"])}

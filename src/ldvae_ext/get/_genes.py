@@ -58,6 +58,14 @@ def gene_scores(
         ``statistic="error"`` of the other kinds (a logistic-normal latent has none).
     ValueError
         If genes of ``adata`` were renamed since the export, for ``"information"``.
+
+    Examples
+    --------
+    >>> scores = ldvae_ext.get.gene_scores(adata, kind="regression")
+    >>> scores.shape
+    (765, 5)
+    >>> bool(scores.abs().max().max() <= 1)
+    True
     """
     check_one_of("kind", kind, RANKS)
     check_one_of("statistic", statistic, ("score", "error"))
@@ -131,6 +139,15 @@ def top_genes(
         If the export has no slopes, for ``rank_by="regression"``.
     ValueError
         If a factor or population does not exist, or ``rank_by`` is combined with ``group``.
+
+    Examples
+    --------
+    >>> table = ldvae_ext.get.top_genes(adata, factor=0, n=3, rank_by="regression")
+    >>> table[["direction", "rank"]].head(3)
+      direction  rank
+    0        up     1
+    1        up     2
+    2        up     3
     """
     check_positive_int("n", n)
     if group is not None:

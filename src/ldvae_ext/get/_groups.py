@@ -55,6 +55,13 @@ def rank_factors_groups_df(
         If there is no such ranking.
     ValueError
         If it has no such group, or if ``group`` names none.
+
+    Examples
+    --------
+    >>> ldvae_ext.tl.rank_factors_groups(adata, "bulk_labels")
+    >>> best = ldvae_ext.get.rank_factors_groups_df(adata, "CD14+ Monocyte")
+    >>> best.columns.tolist()
+    ['group', 'factor', 'score', 'mean_difference', 'auroc', 'sign', 'p_value', 'q_value']
     """
     entry = ranking_of(adata, key)
     known = list(entry["names"].dtype.names)

@@ -65,6 +65,13 @@ def population_loadings_df(
         If there are none.
     ValueError
         If a population or factor does not exist.
+
+    Examples
+    --------
+    >>> ldvae_ext.tl.population_loadings(adata, "bulk_labels", "path")
+    >>> table = ldvae_ext.get.population_loadings_df(adata, group="CD14+ Monocyte")
+    >>> table.columns.tolist()
+    ['group', 'factor', 'gene', 'value', 'total']
     """
     value_gkp, info = populations_of(adata, key)
     names = strings(info["names"]).tolist()
@@ -106,6 +113,13 @@ def population_directions_df(adata: AnnData, *, key: str = POPULATION_LOADINGS) 
     Returns
     -------
     As from :meth:`ldvae_ext.model.LDVAE.get_population_directions`.
+
+    Examples
+    --------
+    >>> ldvae_ext.tl.population_loadings(adata, "bulk_labels", "within")
+    >>> table = ldvae_ext.get.population_directions_df(adata)
+    >>> table.columns.tolist()
+    ['group', 'direction', 'factor', 'share', 'variance', 'variance_share']
     """
     _, info = populations_of(adata, key)
     if info["kind"] != "within":

@@ -33,6 +33,15 @@ def programs(adata: AnnData, what: What = "scores", *, key: str = PROGRAMS_KEY) 
     ------
     KeyError
         If there are no programs under this key.
+
+    Examples
+    --------
+    >>> model.get_programs(5).export_to_anndata(adata)
+    >>> usages = ldvae_ext.get.programs(adata, "usages")
+    >>> usages.shape
+    (700, 5)
+    >>> bool(np.allclose(usages.sum(axis=1), 1))
+    True
     """
     check_is_annotated(adata)
     check_one_of("what", what, get_args(What))

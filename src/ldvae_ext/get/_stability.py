@@ -39,6 +39,14 @@ def stability(adata: AnnData, *, key: str = CONSENSUS_KEY) -> pd.DataFrame:
     -------
     One row for each factor: ``reproducibility``, ``lowest``, ``flag``, ``kl``, ``cells`` and, with disjoint halves, ``scores``,
     ``top_genes``, ``usages`` and ``replicates``; see :attr:`ldvae_ext.model.Ensemble.stats`.
+
+    Examples
+    --------
+    >>> table = ldvae_ext.get.stability(result.adata)
+    >>> table.columns.tolist()
+    ['reproducibility', 'lowest', 'flag', 'kl', 'cells']
+    >>> table.index.tolist()
+    ['C_0', 'C_1', 'C_2', 'C_3', 'C_4']
     """
     info = consensus_info(adata, key)
     statistics = {name: np.asarray(info["statistics"][name]) for name in STABILITY if name in info["statistics"]}
@@ -58,6 +66,11 @@ def consensus_loadings(adata: AnnData, *, spread: bool = False, key: str = CONSE
         See :func:`stability`.
     spread
         True to return their standard deviation over runs instead.
+
+    Examples
+    --------
+    >>> ldvae_ext.get.consensus_loadings(result.adata).shape
+    (765, 5)
     """
     info, keys = consensus_info(adata, key), consensus_keys(key)
     value_gk = np.asarray(adata.varm[keys.spread if spread else keys.loadings])
@@ -85,6 +98,12 @@ def rotation(adata: AnnData, *, key: str = DEFAULT_KEY) -> pd.DataFrame:
     ------
     KeyError
         If there is no such export, or it was made without a rotation.
+
+    Examples
+    --------
+    >>> rotation = ldvae_ext.get.rotation(result.adata)
+    >>> bool(np.allclose(rotation.T @ rotation, np.eye(5), atol=1e-6))
+    True
     """
     _, info = export_of(adata, key)
     if "rotation" not in info:
@@ -105,6 +124,12 @@ def factor_ranks(adata: AnnData, *, key: str = DEFAULT_KEY) -> pd.DataFrame:
     Returns
     -------
     Factors x measures. Their rank agreement (Spearman's) is ``factor_ranks(adata).corr()``.
+
+    Examples
+    --------
+    >>> ranks = ldvae_ext.get.factor_ranks(result.adata)
+    >>> sorted(ranks["kl"].astype(int))
+    [1, 2, 3, 4, 5]
     """
     table = factors(adata, key=key)
     return rank_table(table[[name for name in MEASURES if name in table]])

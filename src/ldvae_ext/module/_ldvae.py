@@ -76,6 +76,13 @@ class LDVAEModule(StrictLoading, QueryModule, TruncationModule, GenerativeModule
         Must be empty: the linear decoder takes none.
     extra_encoder_kwargs, batch_embedding_kwargs
         Passed to ``scvi.nn.Encoder`` and ``scvi.nn.Embedding``.
+
+    Examples
+    --------
+    >>> from ldvae_ext.module import LDVAEModule
+    >>> network = LDVAEModule(n_input=765, n_latent=5, use_observed_lib_size=True)
+    >>> network.get_loadings().shape
+    (765, 5)
     """
 
     def __init__(
@@ -216,6 +223,12 @@ class LDVAEModule(StrictLoading, QueryModule, TruncationModule, GenerativeModule
         ----------
         layers
             Class of the layers that change their mode.
+
+        Examples
+        --------
+        >>> with model.module.evaluating():
+        ...     print(model.module.training)
+        False
         """
         return evaluating(self, layers)
 
@@ -277,7 +290,13 @@ class LDVAEModule(StrictLoading, QueryModule, TruncationModule, GenerativeModule
 
     @torch.inference_mode()
     def get_loadings(self) -> np.ndarray:
-        """Weights of the linear decoder, folded with its batch norm if it has one; shape (genes, latents)."""
+        """Weights of the linear decoder, folded with its batch norm if it has one; shape (genes, latents).
+
+        Examples
+        --------
+        >>> model.module.get_loadings().shape
+        (765, 5)
+        """
         weight_pg, _ = fold_batch_norm(*self.decoder.factor_regressor.fc_layers[0][:2])
         # A copy: without batch norm this would be the network's own memory, which the next training step overwrites.
         return weight_pg[: self.n_latent].t().detach().cpu().numpy().copy()

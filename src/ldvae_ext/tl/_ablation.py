@@ -79,6 +79,15 @@ def ablate(
     ValueError
         If genes of the model are missing, the matrix does not hold counts, a latent, mode, batch or group does not exist, or
         an argument has no use in the mode.
+
+    Examples
+    --------
+    >>> effects = ldvae_ext.tl.ablate(adata)
+    >>> effects.shape
+    (700, 5)
+    >>> monocytes = adata.obs["bulk_labels"] == "CD14+ Monocyte"
+    >>> effects[monocytes].to_df().mean().idxmax()  # what they need most
+    'Z_...'
     """
     work = _ExportAblation(
         adata,
@@ -167,6 +176,12 @@ def ablate_genes(
     ------
     KeyError, ValueError
         As for :func:`ablate`.
+
+    Examples
+    --------
+    >>> genes = ldvae_ext.tl.ablate_genes(adata, "bulk_labels")
+    >>> ldvae_ext.get.gene_ablation_df(genes, factor=0).columns.tolist()
+    ['group', 'factor', 'gene', 'n_cells', 'mean', 'share']
     """
     work = _ExportAblation(
         adata,

@@ -64,6 +64,14 @@ def population_expression(
         If there is no such export or column.
     ValueError
         If a batch or gene does not exist, or no cell has a group.
+
+    Examples
+    --------
+    >>> expression = ldvae_ext.tl.population_expression(adata, "bulk_labels")
+    >>> expression.shape
+    (10, 765)
+    >>> bool(np.allclose(expression.sum(axis=1), 1))
+    True
     """
     check_positive_int("chunk_size", chunk_size)
     check_library_size(library_size)

@@ -110,6 +110,13 @@ def rank_factors_groups(
     * ``factors``: names of all factors in the exported order;
     * ``params``: ``groupby``, ``reference``, ``method``, ``corr_method``, ``key`` and ``use_raw`` (False; scanpy's readers
       need it).
+
+    Examples
+    --------
+    >>> ldvae_ext.tl.rank_factors_groups(adata, "bulk_labels")
+    >>> table = ldvae_ext.get.rank_factors_groups_df(adata, "CD14+ Monocyte")
+    >>> table["score"].abs().is_monotonic_decreasing
+    True
     """
     keys, info = export_of(adata, key)
     check_one_of("method", method, METHODS)

@@ -25,7 +25,16 @@ SOURCES = ("loadings", "gene_scores", "scores")
 
 @dataclass(frozen=True, eq=False, repr=False)
 class FactorMatch:
-    """Matched factors of two models, from :func:`match_factors`."""
+    """Matched factors of two models, from :func:`match_factors`.
+
+    Examples
+    --------
+    >>> match = ldvae_ext.tl.match_factors(*result.ensemble.models)
+    >>> match
+    FactorMatch(5 pairs, 765 shared genes, median |cosine| ..., Procrustes distance ...)
+    >>> match.cosine.shape
+    (5, 5)
+    """
 
     pairs: pd.DataFrame
     """One row for each pair: ``first``, ``second``, ``cosine`` (signed: negative if the factors have opposite directions) and
@@ -84,6 +93,14 @@ def match_factors(
         If ``a`` or ``b`` has no factors.
     ValueError
         If values are not finite, or the number of shared genes or cells does not exceed the number of factors.
+
+    Examples
+    --------
+    >>> match = ldvae_ext.tl.match_factors(adata, result.adata)
+    >>> match.pairs.columns.tolist()
+    ['first', 'second', 'cosine', 'aligned']
+    >>> match.n_shared
+    765
     """
     check_one_of("by", by, SOURCES)
     read = {"loadings": _loadings, "gene_scores": _gene_scores, "scores": _scores}[by]

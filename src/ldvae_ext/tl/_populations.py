@@ -80,6 +80,12 @@ def population_loadings(
       ``variance`` (populations x directions).
 
     :func:`ldvae_ext.get.population_loadings_df` reads them.
+
+    Examples
+    --------
+    >>> ldvae_ext.tl.population_loadings(adata, "bulk_labels", "path")
+    >>> adata.varm["ldvae_population_loadings"].shape  # genes x factors x groups
+    (765, 5, 10)
     """
     check_no_export(adata, key_added)
     check_positive_int("chunk_size", chunk_size)

@@ -134,6 +134,13 @@ def project(
       ``shift``: mean difference of each factor from the export.
 
     An export under the same key is replaced. The order of the factors is the reference's, whatever their KL is in these cells.
+
+    Examples
+    --------
+    >>> cells = adata[:100].copy()
+    >>> ldvae_ext.tl.project(cells, decoder, overwrite=True)
+    >>> cells.obsm["X_ldvae"].shape
+    (100, 5)
     """
     check_number("min_share", min_share, least=0, most=1)
     known = reference_of(reference, key)
