@@ -47,7 +47,18 @@ def rank_agreement(values: pd.DataFrame) -> pd.DataFrame:
 
 @dataclass(frozen=True, eq=False)
 class FactorStats:
-    """Statistics of the factors of a model, from :meth:`ldvae_ext.model.LDVAE.get_factor_stats`."""
+    """Statistics of the factors of a model, from :meth:`ldvae_ext.model.LDVAE.get_factor_stats`.
+
+    Examples
+    --------
+    >>> stats = model.get_factor_stats()
+    >>> stats.table().shape  # factors, measures
+    (5, 9)
+    >>> sorted(stats.ranks()["kl"].astype(int))
+    [1, 2, 3, 4, 5]
+    >>> stats.agreement().shape
+    (9, 9)
+    """
 
     factors: pd.DataFrame
     """One row for each group and factor: ``group``, ``factor``, ``n_cells``, ``kl_bits``, and the measures."""
@@ -72,6 +83,12 @@ class FactorStats:
         ------
         ValueError
             If there is no such group, or several and ``group`` is None.
+
+        Examples
+        --------
+        >>> table = model.get_factor_stats("phase").table("G1")
+        >>> table["kl"].idxmax()
+        'Z_...'
         """
         known = self.totals["group"].tolist()
         if group is None and len(known) == 1:

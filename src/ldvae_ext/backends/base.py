@@ -19,6 +19,8 @@ class Backend(ABC):
     """
 
     name: ClassVar[str]
+    stores_by_columns: ClassVar[bool] = False
+    """True if its steps are faster with weights that are stored column by column, see :func:`backends.layers.store_weights`."""
 
     @abstractmethod
     def obstacle(self, module: Any, device: str) -> str | None:

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from ldvae_ext.backends.batch_norm import fold_batch_norm, update_running_statistics
 from ldvae_ext.backends.counts import Counts
-from ldvae_ext.kernels.threads import compiled, over_rows
+from ldvae_ext.kernels.threads import compiled, over_rows, threads
 
 # Cells x genes below which a second thread costs more than it saves.
 _PER_THREAD = 400_000
@@ -262,7 +262,7 @@ def head_gradients(
 
 
 def _threads_for(n_values: int) -> int:
-    return max(1, min(torch.get_num_threads(), n_values // _PER_THREAD))
+    return max(1, min(threads(), n_values // _PER_THREAD))
 
 
 def _total(per_thread: np.ndarray) -> np.ndarray:

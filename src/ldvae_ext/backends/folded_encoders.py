@@ -70,9 +70,9 @@ class FoldedEncoders:
         check_genes(x_ng, self._module.n_input)
         counts = Counts.of(csr_of_dense(x_ng.float()) if x_ng.layout is torch.strided else x_ng)
         indptr, indices, values = counts.arrays
-        hidden_nh = np.tile(self._bias_h, (counts.n_cells, 1))
+        hidden_nh = np.empty((counts.n_cells, len(self._bias_h)), np.float32)
         seen = np.log1p(values) if self._module.log_variational else values
-        loops.sparse_dense_product(indptr, indices, seen, self._weight_gh, hidden_nh)
+        loops.sparse_dense_product(indptr, indices, seen, self._weight_gh, self._bias_h, hidden_nh)
         np.maximum(hidden_nh, 0, out=hidden_nh)
         latent_nh = hidden_nh[:, : self._n_hidden]
         mean_nk = latent_nh @ self._mean[0] + self._mean[1]

@@ -30,7 +30,13 @@ from ldvae_ext.backends.decoder_head import (
 )
 from ldvae_ext.backends.decoder_inputs import dispersion_codes, with_one_hot
 from ldvae_ext.backends.inference import seen_counts
-from ldvae_ext.backends.layers import encoders_in_use, has_moving_averages, has_one_hidden_layer, is_plain
+from ldvae_ext.backends.layers import (
+    encoders_in_use,
+    has_moving_averages,
+    has_one_hidden_layer,
+    is_plain,
+    transposed,
+)
 
 
 class NormalPrior(NamedTuple):
@@ -72,6 +78,7 @@ class EncoderPass:
 
     def __init__(self, layers: EncoderLayers, seen: Counts, prior: NormalPrior) -> None:
         from ldvae_ext.kernels import encoder as loops
+        from ldvae_ext.kernels import sparse
 
         self._layers, self._seen, self._prior = layers, seen, prior
         arrays = [value.detach().numpy() for value in layers.parameters[1:]]
@@ -82,7 +89,9 @@ class EncoderPass:
         if layers.dropout is not None:
             kept = kept.bernoulli_(1 - layers.dropout.p).div_(1 - layers.dropout.p)
         draw_nk = torch.empty(n_cells, len(mean_bias_k)).normal_().numpy()
-        before_nh = _first_layer(layers.linear.weight.detach().numpy(), bias_h, seen)
+        before_nh = np.empty((n_cells, n_hidden), np.float32)
+        weight_gh = transposed(layers.linear.weight)
+        sparse.sparse_dense_product(*seen.arrays, weight_gh, bias_h, before_nh)
         self._norm = gamma_h, beta_h, kept.numpy()
         normal_nh, hidden_nh = np.empty((2, n_cells, n_hidden), np.float32)
         inverse_h = np.empty(n_hidden, np.float32)
@@ -119,20 +128,10 @@ class EncoderPass:
         )
         d_gamma_h, d_beta_h, d_bias_h = np.zeros((3, hidden_nh.shape[1]), np.float32)
         loops.hidden_layer_backward(d_hidden_nh, *self._norm, *self._normal, d_before_nh, d_gamma_h, d_beta_h)
-        d_weight_hg = np.empty(self._layers.linear.weight.shape, np.float32)
-        sparse.sparse_dense_product_transposed(*self._seen.by_gene, d_before_nh, d_weight_hg)
+        d_weight_gh = np.empty(self._layers.linear.weight.shape[::-1], np.float32)
         # A bias before a batch norm has no effect, and its gradient stays zero.
-        return [torch.from_numpy(value) for value in (d_weight_hg, d_bias_h, d_gamma_h, d_beta_h, *d_heads)]
-
-
-def _first_layer(weight_hg: np.ndarray, bias_h: np.ndarray, seen: Counts) -> np.ndarray:
-    from ldvae_ext.kernels import sparse
-
-    weight_gh = np.empty(weight_hg.shape[::-1], np.float32)
-    sparse.transpose_dense(np.ascontiguousarray(weight_hg), weight_gh)
-    out_nh = np.tile(bias_h, (seen.n_cells, 1))
-    sparse.sparse_dense_product(*seen.arrays, weight_gh, out_nh)
-    return out_nh
+        sparse.sparse_dense_product(*self._seen.by_gene, d_before_nh, d_bias_h, d_weight_gh)
+        return [torch.from_numpy(value) for value in (d_weight_gh.T, d_bias_h, d_gamma_h, d_beta_h, *d_heads)]
 
 
 class HeadLayers:
@@ -165,7 +164,7 @@ class HeadPass:
 
     def __init__(self, layers: HeadLayers, input_np: np.ndarray) -> None:
         self._linear, self._norm = layers.linear, layers.norm
-        weight_pg = np.ascontiguousarray(self._linear.weight.detach().numpy().T)
+        weight_pg = transposed(self._linear.weight)
         bias = None if self._linear.bias is None else self._linear.bias.detach()
         self._folded: Folded | None = None
         if self._norm is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from scvi.nn import Encoder, FCLayers
 
@@ -78,6 +79,50 @@ def has_one_hidden_layer(encoder: Any) -> bool:
             for layer in (linear, encoder.mean_encoder, encoder.var_encoder)
         )
     )
+
+
+def transposed(weight_hg: torch.Tensor) -> np.ndarray:
+    """Transpose of a weight, row-major: no copy if the weight is stored column by column, see :func:`store_weights`.
+
+    Parameters
+    ----------
+    weight_hg
+        The weight.
+    """
+    return weight_hg.detach().t().contiguous().numpy()
+
+
+def store_weights(module: Any, *, by_columns: bool, optimizers: Iterable[torch.optim.Optimizer] = ()) -> None:
+    """Store the weights next to the genes column by column, or row by row as torch does. Their values and shapes stay.
+
+    Compiled loops read the weights of a gene and of a latent, and write their gradients, in one piece. The optimizer's
+    loops run through parameter, gradient and moments in the order of memory.
+
+    Parameters
+    ----------
+    module
+        A network whose encoders and heads are scvi-tools' own.
+    by_columns
+        True for column by column.
+    optimizers
+        Optimizers whose moments follow.
+    """
+    firsts = [encoder.encoder.fc_layers[0][0] for encoder in encoders_in_use(module)]
+    heads = [head.fc_layers[0][0] for head in (module.decoder.factor_regressor, module.decoder.px_dropout_decoder)]
+    for weight in (layer.weight for layer in (*firsts, *heads)):
+        weight.data = _stored(weight.data, by_columns=by_columns)
+        for optimizer in optimizers:
+            # Nothing is stored before the first step, unless a training is resumed.
+            state = optimizer.state.get(weight, {})
+            state |= {
+                name: _stored(value, by_columns=by_columns)
+                for name, value in state.items()
+                if value.shape == weight.shape
+            }
+
+
+def _stored(value: torch.Tensor, *, by_columns: bool) -> torch.Tensor:
+    return value.t().contiguous().t() if by_columns else value.contiguous()
 
 
 def is_linear_head(layers: Any) -> bool:

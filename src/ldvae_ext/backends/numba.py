@@ -28,6 +28,7 @@ class NumbaBackend(Backend):
     """Compiled loops: the fused step in training where the network is the usual one, else layer by layer."""
 
     name: ClassVar[str] = "numba"
+    stores_by_columns: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self._step: FusedStep | None = None

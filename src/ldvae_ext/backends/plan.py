@@ -9,8 +9,10 @@ import torch
 from scvi.module.base import LossOutput
 from scvi.train import TrainingPlan
 
-from ldvae_ext._scvi import FastHookNames, is_logging_step, skip_graph_capture_check
+from ldvae_ext._scvi import FastHookNames, ShortSteps, is_logging_step, is_on_one_cpu, skip_graph_capture_check
 from ldvae_ext.backends.base import Backend
+from ldvae_ext.backends.layers import store_weights
+from ldvae_ext.backends.loader import CountsSplitter
 
 
 class GatheringPlan(FastHookNames, TrainingPlan):
@@ -39,6 +41,7 @@ class GatheringPlan(FastHookNames, TrainingPlan):
     ) -> None:
         super().__init__(*args, **kwargs)
         self._backend, self._decoder_penalty = backend, decoder_penalty
+        self._short_steps: ShortSteps | None = None
         self._gathered: dict[str, _Sums] = {"train": _Sums(), "validation": _Sums()}
 
     @property
@@ -51,6 +54,25 @@ class GatheringPlan(FastHookNames, TrainingPlan):
         config = super().configure_optimizers()
         skip_graph_capture_check(config["optimizer"])
         return config
+
+    def on_train_start(self) -> None:
+        """Store weights as the backend reads them, and pass by Lightning's hooks if nothing is attached to them."""
+        if not uses_backend(type(self)) or not is_on_one_cpu(self.trainer):
+            return
+        if self._backend is not None and self._backend.stores_by_columns:
+            store_weights(self.module, by_columns=True, optimizers=self.trainer.optimizers)
+        data = self.trainer.datamodule
+        stays_as_loaded = isinstance(data, CountsSplitter) and not data.load_sparse_tensor
+        if stays_as_loaded and self.on_epoch and not self.on_step and ShortSteps.fit(self.trainer):
+            self._short_steps = ShortSteps(self.trainer)
+            self._short_steps.start()
+
+    def on_train_end(self) -> None:
+        """As in scvi-tools."""
+        if self._short_steps is not None:
+            self._short_steps.end()
+            self._short_steps = None
+        super().on_train_end()
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         """As in scvi-tools.

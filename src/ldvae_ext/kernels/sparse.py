@@ -113,9 +113,14 @@ def _add_products(
 
 @njit(**LOOP)
 def sparse_dense_product(
-    indptr: IntegerArray, indices: IntegerArray, values: Float32Array, matrix_gh: Float32Array, out_nh: Float32Array
+    indptr: IntegerArray,
+    indices: IntegerArray,
+    values: Float32Array,
+    matrix_gh: Float32Array,
+    start_h: Float32Array,
+    out_nh: Float32Array,
 ) -> None:
-    """Sparse-dense product, added to ``out_nh``.
+    """Sparse-dense product. With the CSC arrays of the sparse matrix it is the product of its transpose.
 
     Parameters
     ----------
@@ -123,68 +128,13 @@ def sparse_dense_product(
         Counts as CSR arrays, (cells + 1,), (stored counts,) and (stored counts,); integers, integers, float32.
     matrix_gh
         Dense matrix, (genes, columns), float32.
+    start_h
+        Added to each row, (columns,), float32.
     out_nh
-        Sums, (cells, columns), float32; added to.
+        Output, (cells, columns), float32.
     """
     for n in range(out_nh.shape[0]):
-        _add_products(indptr[n], indptr[n + 1], indices, values, matrix_gh, out_nh[n])
-
-
-@njit(**LOOP)
-def sparse_dense_product_transposed(
-    indptr: IntegerArray, indices: IntegerArray, values: Float32Array, matrix_nh: Float32Array, out_hg: Float32Array
-) -> None:
-    """Transpose of a sparse-dense product.
-
-    Parameters
-    ----------
-    indptr, indices, values
-        Counts as CSC arrays, (genes + 1,), (stored counts,) and (stored counts,); integers, integers, float32.
-    matrix_nh
-        Dense matrix, (cells, columns), float32.
-    out_hg
-        Output, (columns, genes), float32.
-    """
-    n_hidden, n_genes = out_hg.shape
-    tile = np.empty((8, n_hidden), np.float32)
-    a, b, c, d, e, f, g, h = tile[0], tile[1], tile[2], tile[3], tile[4], tile[5], tile[6], tile[7]
-    for first in range(0, n_genes, 8):
-        size = min(8, n_genes - first)
-        for i in range(8):
-            for row in range(n_hidden):
-                tile[i, row] = np.float32(0)
-        for i in range(size):
-            _add_products(indptr[first + i], indptr[first + i + 1], indices, values, matrix_nh, tile[i])
-        if size == 8:
-            for row in range(n_hidden):
-                out = out_hg[row, first : first + 8]
-                out[0], out[1], out[2], out[3] = a[row], b[row], c[row], d[row]
-                out[4], out[5], out[6], out[7] = e[row], f[row], g[row], h[row]
-        else:
-            for row in range(n_hidden):
-                for i in range(size):
-                    out_hg[row, first + i] = tile[i, row]
-
-
-@njit(**LOOP)
-def transpose_dense(matrix_hg: Float32Array, out_gh: Float32Array) -> None:
-    """Transpose of a dense matrix. Eight rows are read in each loop.
-
-    Parameters
-    ----------
-    matrix_hg
-        Matrix, (rows, columns), float32.
-    out_gh
-        Output, (columns, rows), float32.
-    """
-    n_rows, n_columns = matrix_hg.shape
-    for top in range(0, n_rows - 7, 8):
-        a, b, c, d = matrix_hg[top], matrix_hg[top + 1], matrix_hg[top + 2], matrix_hg[top + 3]
-        e, f, g, h = matrix_hg[top + 4], matrix_hg[top + 5], matrix_hg[top + 6], matrix_hg[top + 7]
-        for column in range(n_columns):
-            out = out_gh[column, top : top + 8]
-            out[0], out[1], out[2], out[3] = a[column], b[column], c[column], d[column]
-            out[4], out[5], out[6], out[7] = e[column], f[column], g[column], h[column]
-    for row in range(n_rows // 8 * 8, n_rows):
-        for column in range(n_columns):
-            out_gh[column, row] = matrix_hg[row, column]
+        out = out_nh[n]
+        for h in range(out.size):
+            out[h] = start_h[h]
+        _add_products(indptr[n], indptr[n + 1], indices, values, matrix_gh, out)

@@ -97,6 +97,12 @@ class AblationMixin(LDVAEBase):
             minified without counts.
         TypeError
             If ``adata`` is no AnnData, or ``dataloader`` an iterator that would have to be read twice.
+
+        Examples
+        --------
+        >>> effects = model.ablate(latents=["Z_0", "Z_3"])
+        >>> effects.shape
+        (700, 2)
         """
         check_one_of("use_posterior", use_posterior, (*POSTERIORS, REFINED))
         self._check_has_counts("ablate")
@@ -199,6 +205,12 @@ class AblationMixin(LDVAEBase):
         ------
         ValueError, TypeError
             As for :meth:`ablate`.
+
+        Examples
+        --------
+        >>> genes = model.ablate_genes("bulk_labels")
+        >>> genes.shape  # ten populations times 765 genes
+        (7650, 5)
         """
         check_one_of("use_posterior", use_posterior, (*POSTERIORS, REFINED))
         self._check_has_counts("ablate_genes")
@@ -294,6 +306,12 @@ class AblationMixin(LDVAEBase):
             As for :meth:`ablate`, or if the mode draws at random.
         TypeError
             If ``adata`` is no AnnData, or ``dataloader`` an iterator.
+
+        Examples
+        --------
+        >>> table = model.get_explained_deviance()
+        >>> bool((table["cumulative"].diff()[1:] > 0).all())  # each adds something
+        True
         """
         # The deviance would change with each draw of random latents.
         check_one_of("mode", mode, [known for known in MODES if known not in RANDOM_MODES])
@@ -367,6 +385,11 @@ class AblationMixin(LDVAEBase):
         ------
         ValueError, TypeError
             As for :meth:`ablate`.
+
+        Examples
+        --------
+        >>> model.get_ablated_expression("Z_0").shape
+        (700, 765)
         """
         request = ablation_request(
             self, dataloader, groupby, None, latents={"all": latents}, mode=mode, value=value, seed=seed

@@ -242,6 +242,10 @@ class LDVAEBase(
         ValueError
             If counts are negative, NaN, infinite or all zero, a column has NaN, or a size factor is not positive. Nothing
             is written then.
+
+        Examples
+        --------
+        >>> ldvae_ext.model.LDVAE.setup_anndata(adata, batch_key="phase")
         """
         setup_method_args = cls._get_setup_method_args(**locals())
         unknown = sorted(set(kwargs) - {"source_registry", "extend_categories", "allow_missing_labels"})
@@ -314,6 +318,10 @@ class LDVAEBase(
         Returns
         -------
         Shape (genes,).
+
+        Examples
+        --------
+        >>> names = model.get_var_names()  # of 765 genes
         """
         names = state_of(self.registry, REGISTRY_KEYS.X_KEY).get("column_names")
         return super().get_var_names(legacy_mudata_format) if names is None else np.asarray(names)

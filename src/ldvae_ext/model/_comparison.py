@@ -100,6 +100,12 @@ class ComparisonMixin(LDVAEBase):
             their own, which scvi-tools does not do.
         KeyError
             If ``groupby`` is no column of ``adata.obs``.
+
+        Examples
+        --------
+        >>> table = model.differential_expression(groupby="phase", factors=["Z_0"])
+        >>> table["comparison"].unique().tolist()
+        ['G1 vs Rest', 'G2M vs Rest', 'S vs Rest']
         """
         if batch_correction is None:
             batch_correction = factors is not None
@@ -175,6 +181,19 @@ class ComparisonMixin(LDVAEBase):
         Returns
         -------
         Weights that sum to 1, shape (samples * cells,).
+
+        Examples
+        --------
+        >>> from torch import distributions, tensor
+        >>> from scvi.distributions import NegativeBinomial
+        >>> cells = np.arange(20)
+        >>> z, variance = model.get_latent_representation(indices=cells, return_dist=True)
+        >>> qz = distributions.Normal(tensor(z), tensor(variance).sqrt())
+        >>> scale, theta = tensor(decoder.scale(z)), tensor(decoder.theta())
+        >>> px = NegativeBinomial(mu=scale, theta=theta, scale=scale)
+        >>> weights = model.get_importance_weights(adata, cells, qz, px, tensor(z))
+        >>> weights.shape
+        (20,)
         """
         module, indices = self.module, np.asarray(indices)
         is_negative_binomial = module.gene_likelihood in ("nb", "zinb") and not module.use_size_factor_key
@@ -245,6 +264,12 @@ class ComparisonMixin(LDVAEBase):
         -------
         None: cells x samples are written to ``adata.obsm["da_log_probs"]``, or to the AnnData ``adata_sub``. With
         ``dataloader`` they are returned.
+
+        Examples
+        --------
+        >>> model.differential_abundance(sample_key="phase")
+        >>> adata.obsm["da_log_probs"].shape
+        (700, 3)
         """
         if dataloader is not None and self.adata is not None:
             msg = "`dataloader` is for a model without an AnnData; this one compares the cells of `adata`."

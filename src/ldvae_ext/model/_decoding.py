@@ -61,6 +61,11 @@ class DecodingMixin(LDVAEBase):
         ------
         ValueError
             If a rotation is requested without one in force, or the model has no data to order latents by.
+
+        Examples
+        --------
+        >>> model.get_loadings().shape
+        (765, 5)
         """
         if not canonical and not rotated:
             return pd.DataFrame(self.module.get_loadings(), index=self.get_var_names(), columns=self.latent_names)
@@ -85,6 +90,12 @@ class DecodingMixin(LDVAEBase):
         ------
         ValueError
             As in :meth:`get_loadings`.
+
+        Examples
+        --------
+        >>> decoder = model.get_decoder()
+        >>> decoder.weight_gk.shape, decoder.likelihood
+        ((765, 5), 'nb')
         """
         rotated = (canonical and self.rotation is not None) if rotated is None else rotated
         if rotated and self.rotation is None:
@@ -139,6 +150,12 @@ class DecodingMixin(LDVAEBase):
         ------
         ValueError
             If a batch or covariate is missing or unknown, or ``z``, ``batch`` and ``covariates`` are indexed otherwise.
+
+        Examples
+        --------
+        >>> expression = model.decode(np.zeros((2, 5)), library_size=1000)
+        >>> expression.sum(axis=1).round(6).tolist()
+        [1000.0, 1000.0]
         """
         index = None
         if isinstance(z, pd.DataFrame):
@@ -213,6 +230,12 @@ class DecodingMixin(LDVAEBase):
         ------
         ValueError
             If ``use_posterior_mean`` is combined with several samples or with weights, or a gene is not in the model.
+
+        Examples
+        --------
+        >>> shares = model.get_normalized_expression(use_posterior_mean=True)
+        >>> shares.shape
+        (700, 765)
         """
         if weights == "importance" and self.module.gene_likelihood == "normal":
             msg = "`weights='importance'` weighs by the likelihood of counts; `gene_likelihood='normal'` has none."
@@ -319,5 +342,11 @@ class DecodingMixin(LDVAEBase):
         ``"deviance"`` in the order of the rotation. Each points to its longer tail of genes
         (:meth:`ldvae_ext.core.LinearDecoder.signs`). Varimax: Kaiser (1958); for sparse factors Rohe & Zeng (2020),
         arXiv:2004.05387. Promax: Hendrickson & White (1964), with power 3. FastICA: Hyvarinen (1999), 10.1109/72.761722.
+
+        Examples
+        --------
+        >>> model.rotate("varimax")
+        >>> model.factor_names
+        ['F_0', 'F_1', 'F_2', 'F_3', 'F_4']
         """
         rotate(self, method, adata, indices, batch_size)

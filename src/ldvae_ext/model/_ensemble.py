@@ -26,7 +26,15 @@ CELLS = {None: "same", "halves": "disjoint halves", "bootstrap": "bootstrap"}
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Ensemble:
-    """Models of the same data, and their consensus; from :func:`fit_ensemble`."""
+    """Models of the same data, and their consensus; from :func:`fit_ensemble`.
+
+    Examples
+    --------
+    >>> models
+    Ensemble of 2 runs (...); 5 consensus factors: ...
+    >>> models.loadings.shape
+    (765, 5)
+    """
 
     models: list[LDVAE]
     """Successful runs, each with its varimax rotation, on which no result below depends."""
@@ -77,6 +85,11 @@ class Ensemble:
         ``top_genes`` and ``usages`` (:attr:`replication`), and ``replicates``: True if ``scores`` are at least 0.8 and ``usages`` at
         least 0.9. The flag is about loadings, of which rare genes decide; ``replicates`` is about the genes and cells that a factor is
         read by.
+
+        Examples
+        --------
+        >>> models.stats[["reproducibility", "flag", "replicates"]].shape
+        (5, 3)
         """
         reproducibility_k = self.consensus.reproducibility_k
         table = pd.DataFrame(
@@ -130,6 +143,11 @@ class Ensemble:
         ------
         ValueError
             If the ensemble was not fitted with ``resample="halves"``, or a half has less than two cells for each program.
+
+        Examples
+        --------
+        >>> models.compare_readouts().index.tolist()
+        ['factors, loadings', 'factors', 'promax', 'programs']
         """
         self._replication()
         check_positive_int("n_top", n_top)
@@ -172,6 +190,12 @@ class Ensemble:
         The rotation (orthogonal Procrustes, Schonemann 1966, 10.1007/BF02289451) is a view as any other (:meth:`LDVAE.rotate`),
         called ``"consensus"``, with the order and signs of the consensus. Use the model to encode cells, to export and to
         ablate. It has a network of its own, so that the run in ``models`` does not change, and shares the data.
+
+        Examples
+        --------
+        >>> model = models.representative()
+        >>> model.rotation.method
+        'consensus'
         """
         nearest = copy(self.models[int(np.argmax(self.consensus.cosine_mk.mean(axis=1)))])
         nearest.module = deepcopy(nearest.module)
@@ -200,6 +224,11 @@ class Ensemble:
         -------
         The programs. Their ``stability`` compares them with the programs of single runs, which with
         ``resample="halves"`` have seen other cells. Factors in ``relations`` are the consensus factors of :meth:`representative`.
+
+        Examples
+        --------
+        >>> models.programs(n_programs=5).names
+        ['P_0', 'P_1', 'P_2', 'P_3', 'P_4']
         """
         return additive_programs(
             self.models,
@@ -242,6 +271,12 @@ class Ensemble:
           ``"bootstrap"``), ``thresholds``, ``n_failed``.
 
         :func:`ldvae_ext.get.stability` and :func:`ldvae_ext.pl.stability` read them.
+
+        Examples
+        --------
+        >>> models.export_to_anndata(adata)
+        >>> ldvae_ext.get.stability(adata).index.tolist()
+        ['C_0', 'C_1', 'C_2', 'C_3', 'C_4']
         """
         keys = consensus_keys(CONSENSUS_KEY if key_added is None else key_added)
         info = adata.uns.get(keys.info)

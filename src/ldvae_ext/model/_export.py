@@ -82,6 +82,12 @@ class ExportMixin(LDVAEBase):
         Returns
         -------
         Cells x ``Z_i`` in the network's order, float64, in nats; an array if ``dataloader`` is given.
+
+        Examples
+        --------
+        >>> kl = model.get_latent_kl()
+        >>> kl.shape, bool((kl >= 0).all(axis=None))
+        ((700, 5), True)
         """
         with network_stream(self, adata, indices, batch_size, dataloader, use_posterior=use_posterior) as cells:
             kl = [kl_per_dimension(chunk.mean, chunk.variance) for chunk in cells.chunks]
@@ -166,6 +172,14 @@ class ExportMixin(LDVAEBase):
           ``versions``;
         * with ``as_pca``: ``obsm["X_pca"]``, ``varm["PCs"]`` (0 for other genes) and ``uns["pca"]``; its ``variance`` and
           ``variance_ratio`` are the KL and its share, as ``params`` notes.
+
+        Examples
+        --------
+        >>> model.export_to_anndata(stats=True)
+        >>> adata.obsm["X_ldvae"].shape, adata.varm["ldvae_loadings"].shape
+        ((700, 5), (765, 5))
+        >>> adata.uns["ldvae"]["order_by"]
+        'kl'
         """
         if order_by is None:
             order_by = "network" if self._has_own_order else "kl"

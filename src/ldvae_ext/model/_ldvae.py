@@ -79,10 +79,12 @@ class LDVAE(
     Examples
     --------
     >>> from ldvae_ext.model import LDVAE as LinearSCVI
-    >>> LinearSCVI.setup_anndata(adata, batch_key="batch")
-    >>> model = LinearSCVI(adata)
-    >>> model.train(kl_warmup="auto")
+    >>> LinearSCVI.setup_anndata(adata)
+    >>> model = LinearSCVI(adata, n_latent=5)
+    >>> model.train(max_epochs=5, kl_warmup="auto")
     >>> model.export_to_anndata()
+    >>> adata.obsm["X_ldvae"].shape
+    (700, 5)
     """
 
     def save(
@@ -108,6 +110,12 @@ class LDVAE(
         ValueError
             If ``save_anndata`` is True and a name or column of the AnnData cannot be written. The model is saved, and an
             AnnData in the folder, incomplete or of another model, is removed.
+
+        Examples
+        --------
+        >>> model.save("model", save_anndata=True)
+        >>> ldvae_ext.model.LDVAE.load("model").latent_names
+        ['Z_0', 'Z_1', 'Z_2', 'Z_3', 'Z_4']
         """
         folder = Path(dir_path)
         arguments: dict[str, Any] = {
@@ -152,6 +160,13 @@ class LDVAE(
             As in :meth:`scvi.model.base.BaseModelClass.load`. ``adata=False`` opens the model without data.
         allowed_classes_names_list
             Names of further classes whose directories may be opened; ``"LinearSCVI"`` is always among them.
+
+        Examples
+        --------
+        >>> model.save("model")
+        >>> loaded = ldvae_ext.model.LDVAE.load("model", adata)
+        >>> loaded.get_loadings().equals(model.get_loadings())
+        True
         """
         model = super().load(
             dir_path,
@@ -173,6 +188,16 @@ class LDVAE(
         """An LDVAE with the network, data and training history of a LinearSCVI model, which stays as it is.
 
         Latent representation, loadings and decoded expression are equal to the given model's.
+
+        Examples
+        --------
+        >>> from scvi.model import LinearSCVI
+        >>> LinearSCVI.setup_anndata(adata)
+        >>> linear = LinearSCVI(adata, n_latent=5)
+        >>> linear.train(max_epochs=1)
+        >>> same = ldvae_ext.model.LDVAE.from_linear_scvi(linear)
+        >>> same.get_loadings().equals(linear.get_loadings())
+        True
         """
         if not isinstance(model, LinearSCVI):
             msg = (

@@ -90,6 +90,12 @@ class PopulationsMixin(LDVAEBase):
         genes, since the link depends on the constant. There ``"gradient"`` and ``"path"`` are of ``log softplus``, and populations may rank genes
         otherwise on the log scale too; ``"contribution"`` and ``"within"`` are in units of the argument of the softplus, which is the
         log-rate only where expression is low.
+
+        Examples
+        --------
+        >>> loadings = model.get_population_loadings("bulk_labels", "path")
+        >>> loadings["CD14+ Monocyte"].shape
+        (765, 5)
         """
         loadings, groups = _population_loadings(
             self, groupby, kind, adata, indices, reference, scale, batch_size, use_posterior
@@ -123,6 +129,12 @@ class PopulationsMixin(LDVAEBase):
         One row for each group, direction and factor: ``group``, ``direction`` (``D_0``, ...), ``factor``, ``share`` of the factor in
         the direction (adding up to 1; negative if it opposes the others), ``variance`` of the log-rates along the
         direction, summed over genes, and ``variance_share``, its part in the variance of all directions of the group.
+
+        Examples
+        --------
+        >>> table = model.get_population_directions("bulk_labels")
+        >>> table.columns.tolist()
+        ['group', 'direction', 'factor', 'share', 'variance', 'variance_share']
         """
         loadings, groups = _population_loadings(
             self, groupby, "within", adata, indices, "rest", None, batch_size, use_posterior
@@ -168,6 +180,11 @@ class PopulationsMixin(LDVAEBase):
             If ``groupby`` is no column.
         ValueError
             If a batch or gene does not exist, or no cell has a group.
+
+        Examples
+        --------
+        >>> model.get_population_expression("bulk_labels").shape
+        (10, 765)
         """
         positions, groups, chosen_n = _chosen_groups(self, groupby, adata, indices)
         decoder = network_decoder(self)

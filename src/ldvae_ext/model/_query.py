@@ -147,6 +147,13 @@ class QueryMixin(LDVAEBase):
             If a column of ``obs`` is missing.
         ValueError
             If the query has other genes, is minified, or does not fit the arguments. Nothing is written before the checks.
+
+        Examples
+        --------
+        >>> query = adata[:100].copy()
+        >>> mapped = ldvae_ext.model.LDVAE.load_query_data(query, model)
+        >>> mapped.get_loadings().equals(model.get_loadings())
+        True
         """
         if not freeze_classifier:
             msg = "`freeze_classifier` must be True; got False. An LDVAE has no classifier."
@@ -229,6 +236,13 @@ class QueryMixin(LDVAEBase):
         Returns
         -------
         The prepared AnnData, None with ``inplace``, or the genes of the reference.
+
+        Examples
+        --------
+        >>> query = adata[:, 100:].copy()
+        >>> ldvae_ext.model.LDVAE.prepare_query_anndata(query, model)
+        >>> query.n_vars  # genes that it lacked are all zero
+        765
         """
         if isinstance(reference_model, os.PathLike):
             reference_model = os.fspath(reference_model)

@@ -69,6 +69,12 @@ class ReadoutsMixin(LDVAEBase):
         -----
         UserWarning
             If the programs reproduce less than 85 % of the variance of scaled decoded expression.
+
+        Examples
+        --------
+        >>> programs = model.get_programs(n_programs=5)
+        >>> programs.names
+        ['P_0', 'P_1', 'P_2', 'P_3', 'P_4']
         """
         return additive_programs(
             [self], n_programs, groupby, adata, indices, max_cells=max_cells, seed=seed, batch_size=batch_size
@@ -114,5 +120,11 @@ class ReadoutsMixin(LDVAEBase):
         ValueError
             If there are no cells, ``level`` is not between 0 and 1, or the latent is logistic-normal: its loadings have no
             standard errors, since the latents of a cell sum to 1.
+
+        Examples
+        --------
+        >>> shrunken = model.get_shrunken_loadings()
+        >>> shrunken.mean.shape, shrunken.level
+        ((765, 5), 0.95)
         """
         return shrunken_loadings(self, adata, indices, level, max_cells, seed, batch_size)

@@ -24,7 +24,14 @@ from ldvae_ext.model._threads import with_torch_threads
 
 @dataclass(frozen=True, eq=False, repr=False)
 class RefinedPosterior:
-    """Posteriors of cells from the decoder alone, from :meth:`LDVAE.get_refined_posterior`."""
+    """Posteriors of cells from the decoder alone, from :meth:`LDVAE.get_refined_posterior`.
+
+    Examples
+    --------
+    >>> posterior = model.get_refined_posterior(indices=np.arange(100))
+    >>> posterior.covariance.shape
+    (100, 5, 5)
+    """
 
     mean: pd.DataFrame
     """Posterior modes (of u under ``"ln"``), cells x factors."""
@@ -68,6 +75,12 @@ class RefinementMixin(LDVAEBase):
         ------
         ValueError
             If there are no counts or no cells.
+
+        Examples
+        --------
+        >>> posterior = model.get_refined_posterior(indices=np.arange(100))
+        >>> posterior.mean.shape, bool(posterior.converged.all())
+        ((100, 5), True)
         """
         self._check_has_counts("get_refined_posterior")
         decoder, parts = network_decoder(self), []
@@ -129,6 +142,12 @@ class RefinementMixin(LDVAEBase):
         ------
         ValueError
             If there are no counts or no cells.
+
+        Examples
+        --------
+        >>> table = model.get_amortization_gap(groupby="phase")
+        >>> table.columns.tolist()
+        ['encoder', 'refined', 'gap', 'n_cells']
         """
         self._check_has_counts("get_amortization_gap")
         check_positive_int("n_samples", n_samples)

@@ -26,6 +26,13 @@ class ShrunkenLoadings:
 
     Tables are genes x factors, in log-rate per unit of latent. Under softmax, which ignores a constant added to the
     loadings of a factor, they are relative to the mean loading weighed by ``1 / errors**2``.
+
+    Examples
+    --------
+    >>> shrunken = model.get_shrunken_loadings()
+    >>> is_certain = shrunken.false_sign_rate["Z_0"] < 0.05
+    >>> shrunken.mean["Z_0"][is_certain].sort_values().index[-1] in adata.var_names
+    True
     """
 
     loadings: pd.DataFrame

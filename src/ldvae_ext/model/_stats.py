@@ -101,6 +101,12 @@ class StatsMixin(LDVAEBase):
         ------
         KeyError, ValueError
             If there is no such column, or no cells.
+
+        Examples
+        --------
+        >>> stats = model.get_factor_stats()
+        >>> stats.table()[["kl", "explained_deviance", "ablation_zero"]].shape
+        (5, 3)
         """
         return factor_stats(
             self,

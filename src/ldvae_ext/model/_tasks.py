@@ -78,6 +78,11 @@ class TasksMixin(LDVAEBase):
         ------
         ValueError
             If refined posteriors are requested without observed library sizes or size factors, or from a data loader.
+
+        Examples
+        --------
+        >>> float(model.get_marginal_ll(n_mc_samples=10)) < 0
+        True
         """
         check_one_of("use_posterior", use_posterior, (ENCODER, REFINED))
         if use_posterior == REFINED:
@@ -128,6 +133,11 @@ class TasksMixin(LDVAEBase):
         -------
         Cells x latents, float32, in the network's order; with ``return_dist`` the means and variances (of u under
         ``"ln"``).
+
+        Examples
+        --------
+        >>> model.get_latent_representation().shape
+        (700, 5)
         """
         is_deterministic = use_posterior_mean and not return_dist and self.module.latent_distribution == "ln"
         if is_deterministic and not give_mean:
@@ -174,6 +184,11 @@ class TasksMixin(LDVAEBase):
         Returns
         -------
         ``{"reconstruction_loss": tensor}``: the mean over cells, or shape (cells,).
+
+        Examples
+        --------
+        >>> model.get_reconstruction_error(use_posterior_mean=True)
+        {'reconstruction_loss': tensor(...)}
         """
         if not use_posterior_mean:
             return super().get_reconstruction_error(
@@ -214,6 +229,12 @@ class TasksMixin(LDVAEBase):
         -------
         ``"mean"``, ``"dispersions"`` (not under ``"poisson"``; standard deviations under ``"normal"``) and, under
         ``"zinb"``, ``"dropout"``: shape (cells, genes), or (samples, cells, genes).
+
+        Examples
+        --------
+        >>> parameters = model.get_likelihood_parameters()
+        >>> sorted(parameters)
+        ['dispersions', 'mean']
         """
         if self.module.gene_likelihood in ("nb", "zinb"):
             return super().get_likelihood_parameters(
@@ -293,6 +314,11 @@ class TasksMixin(LDVAEBase):
         ------
         ValueError
             Under ``gene_likelihood="normal"``, which has no rate before the noise of counting.
+
+        Examples
+        --------
+        >>> model.get_feature_correlation_matrix(n_samples=1).shape
+        (765, 765)
         """
         if self.module.gene_likelihood == "normal":
             msg = "The correlation is of rates without count noise; `gene_likelihood='normal'` has no counts."
@@ -339,6 +365,12 @@ class TasksMixin(LDVAEBase):
         use_latent_qzm_key, use_latent_qzv_key
             Keys of ``adata.obsm`` with means and variances of the posteriors, as ``get_latent_representation(return_dist=True)``
             returns them. If neither exists, they are computed. (scvi-tools requires them.)
+
+        Examples
+        --------
+        >>> model.minify_adata()
+        >>> model.minified_data_type
+        'latent_posterior_parameters'
         """
         keys = (use_latent_qzm_key, use_latent_qzv_key)
         computed = not any(key in self.adata.obsm for key in keys)

@@ -21,6 +21,7 @@ from ldvae_ext.core._views import check_rotatable
 from ldvae_ext.model._base import LDVAEBase
 from ldvae_ext.model._batch_norm import recalibrate_batch_norm
 from ldvae_ext.model._ordered import check_can_be_ordered, check_epochs, check_not_decided, order_factors
+from ldvae_ext.model._threads import set_up_for
 from ldvae_ext.module._query import QueryTrainingPlan
 
 _WARMED_UP = 0.95
@@ -94,6 +95,11 @@ class TrainingMixin(LDVAEBase):
         ------
         ValueError
             If ``evaluation_mode`` or ``decoder_penalty`` is requested of another training plan, a penalty is negative or unknown, ``kl_warmup`` is combined with a warm-up in ``plan_kwargs``, or the network does not support ``backend``.
+
+        Examples
+        --------
+        >>> model = ldvae_ext.model.LDVAE(adata, n_latent=5)
+        >>> model.train(max_epochs=5, kl_warmup="auto")
         """
         if datamodule is None and self.adata is None:
             msg = "This model has no AnnData to train on: give `datamodule`."
@@ -133,7 +139,7 @@ class TrainingMixin(LDVAEBase):
                 raise ValueError(msg)
             plan_kwargs["decoder_penalty"] = penalties(decoder_penalty)
         splitter = None if chosen.name == "scvi" else CountsSplitter
-        with self._axes_of_other_loadings_ended(), splitting_cells_by(self, splitter):
+        with self._axes_of_other_loadings_ended(), splitting_cells_by(self, splitter), set_up_for(chosen, self.module):
             result = super().train(
                 max_epochs=max_epochs,
                 accelerator=accelerator,
@@ -192,6 +198,13 @@ class TrainingMixin(LDVAEBase):
         ValueError
             If the model is not trained, has no counts, a logistic-normal latent or batch norm in the decoder, or is a query
             whose reference is frozen.
+
+        Examples
+        --------
+        >>> from ldvae_ext.model import LDVAE
+        >>> model = LDVAE(adata, n_latent=2, use_batch_norm="encoder", bias="auto")
+        >>> model.train(max_epochs=5, kl_warmup="auto")
+        >>> model.order_factors(fine_tune_epochs=2)
         """
         order_factors(self, fine_tune_epochs, lr, batch_size, accelerator, devices, plan_kwargs, trainer_kwargs)
 
@@ -242,6 +255,10 @@ class TrainingMixin(LDVAEBase):
         ------
         ValueError
             If the options of the model do not let it be ordered; see :meth:`order_factors`.
+
+        Examples
+        --------
+        >>> model = ldvae_ext.model.LDVAE.train_ordered(adata, n_latent=2, max_epochs=5)
         """
         check_not_decided(
             "train_ordered", trainer_kwargs, "`train_kwargs` are for the ordinary training", "plan_kwargs"
@@ -305,6 +322,11 @@ class TrainingMixin(LDVAEBase):
         ValueError
             If the decoder has no batch norm, or one that query mapping has frozen, if no cells were held out, or if
             those of another AnnData are not given.
+
+        Examples
+        --------
+        >>> sorted(model.recalibrate_batch_norm())
+        ['after', 'before', 'kept']
         """
         return recalibrate_batch_norm(self, adata, indices, validation_indices, batch_size)
 

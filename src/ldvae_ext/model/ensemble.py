@@ -93,6 +93,13 @@ def fit_ensemble(
         If an option is unknown or decided by the ensemble, or the latent is logistic-normal, which has no other axes.
     RuntimeError
         If fewer than two runs, or none on one of the halves, succeeded.
+
+    Examples
+    --------
+    >>> from ldvae_ext.model import fit_ensemble
+    >>> models = fit_ensemble(adata, n_runs=2, n_latent=5, max_epochs=3)
+    >>> models.names
+    ['C_0', 'C_1', 'C_2', 'C_3', 'C_4']
     """
     if not isinstance(adata, AnnData):
         msg = f"`adata` must be an AnnData that `LDVAE.setup_anndata` registered; got {type(adata).__name__}."

@@ -17,7 +17,17 @@ from ldvae_ext.model.ensemble import fit_ensemble
 
 @dataclass(frozen=True, eq=False, repr=False)
 class NLatentSuggestion:
-    """Estimate of the number of factors in the data, from :func:`suggest_n_latent`."""
+    """Estimate of the number of factors in the data, from :func:`suggest_n_latent`.
+
+    Examples
+    --------
+    >>> from ldvae_ext.model import LDVAE, suggest_n_latent
+    >>> cells, _ = ldvae_ext.datasets.simulate(200, 50, n_latent=2)
+    >>> LDVAE.setup_anndata(cells)
+    >>> suggestion = suggest_n_latent(cells, n_latent=4, n_runs=2, max_epochs=10)
+    >>> print("Suggestion:", suggestion.message)
+    Suggestion: ... of 4 factors replicate between halves of the cells ...
+    """
 
     n_factors: int
     """Number of factors that replicate between halves of the cells or, of other ensembles, are stable: the answer."""
@@ -105,6 +115,15 @@ def suggest_n_latent(
     ------
     ValueError
         If both or neither of ``adata`` and ``ensemble`` are given; as :func:`fit_ensemble`.
+
+    Examples
+    --------
+    >>> from ldvae_ext.model import LDVAE, suggest_n_latent
+    >>> cells, _ = ldvae_ext.datasets.simulate(200, 50, n_latent=2)
+    >>> LDVAE.setup_anndata(cells)
+    >>> suggestion = suggest_n_latent(cells, n_latent=4, n_runs=2, max_epochs=10)
+    >>> suggestion.increments.shape  # runs, factors
+    (2, 4)
     """
     is_fitted = ensemble is not None
     if (adata is None) != is_fitted or (is_fitted and (kwargs or n_latent is not None or n_runs is not None)):

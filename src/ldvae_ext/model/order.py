@@ -82,6 +82,14 @@ def order_latents(
     The KL is from the standard normal, whatever the model's prior is. SCVI, TOTALVI, PEAKVI, MULTIVI and LinearSCVI
     have this prior. The prior of SCANVI depends on the label, and the prior of some others can be a mixture (SysVI, CYTOVI,
     CondSCVI): for them the order is by distance from the standard normal, which is not a term of their ELBO.
+
+    Examples
+    --------
+    >>> table = ldvae_ext.model.order_latents(model)
+    >>> table["kl"].is_monotonic_decreasing
+    True
+    >>> adata.obsm["X_ordered_latent"].shape
+    (700, 5)
     """
     _check_model(model)
     keys = export_keys(ORDERED_KEY if key_added is None else key_added)

@@ -41,6 +41,14 @@ class Programs:
 
     Decoded expression of a cell, without its library size and batch, is written as ``sum_k usage_k profile_k``, where profiles
     and usages are not negative and sum to one.
+
+    Examples
+    --------
+    >>> programs = model.get_programs(n_programs=5)
+    >>> programs.usages.shape, programs.profiles.shape
+    ((700, 5), (765, 5))
+    >>> programs.top_genes(3).shape
+    (3, 5)
     """
 
     profiles: pd.DataFrame
@@ -119,6 +127,12 @@ class Programs:
         * ``obs["ldvae_programs_residual"]``: residual of each cell;
         * ``uns["ldvae_programs"]``: ``names``, ``usage``, ``stability``, ``lowest``, ``explained``, ``compared``, ``relations``
           and ``curve``, column by column.
+
+        Examples
+        --------
+        >>> model.get_programs(n_programs=5).export_to_anndata(adata)
+        >>> adata.obsm["X_ldvae_programs"].shape
+        (700, 5)
         """
         keys = program_keys(PROGRAMS_KEY if key_added is None else key_added)
         taken = [name for name in (keys.usages,) if name in adata.obsm]
