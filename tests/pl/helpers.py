@@ -14,7 +14,7 @@ def drawn_texts(figure: Figure) -> list[Text]:
     texts = list(figure.texts)
     children = [child for ax in figure.axes for child in ax.child_axes]
     for ax in [*figure.axes, *children]:
-        texts += [ax.title, ax.xaxis.label, ax.yaxis.label, *ax.texts]
+        texts += [ax.title, ax._left_title, ax.xaxis.label, ax.yaxis.label, *ax.texts]
         for axis in filter(Artist.get_visible, (ax.xaxis, ax.yaxis)):
             low, high = sorted(axis.get_view_interval())
             slack = 1e-9 * (high - low)

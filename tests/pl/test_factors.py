@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_hex
 
 from ldvae_ext import get, pl
+from ldvae_ext.pl._figure import BLUE
 from tests.pl.helpers import assert_legible
 
 
@@ -42,3 +44,33 @@ def test_the_first_five_are_drawn(exported):
         pl.factors(adata, groupby="type")
     with pytest.raises(ValueError, match="`n_genes`"):
         pl.factors(adata, groupby="population", n_genes=0)
+
+
+def colors_of(ax):
+    return [to_hex(color) for color in ax.collections[0].get_edgecolors()]
+
+
+def test_populations_have_the_colours_of_the_anndata_also_where_one_has_no_cells(exported):
+    adata = exported()
+    colors = ["#111111", "#222222", "#333333", "#444444"]
+    adata.uns["population_colors"] = np.array(colors)
+    present = adata[adata.obs["population"] != "B"].copy()
+    present.uns["population_colors"] = np.array(colors)
+    present.obs["population"] = present.obs["population"].cat.set_categories(adata.obs["population"].cat.categories)
+    for data, expected in ((adata, colors), (present, [colors[i] for i in (0, 1, 3)])):
+        figure = pl.factors(data, groupby="population", factors=0, rank_by="loading", return_fig=True)
+        assert colors_of(figure.axes[1]) == expected
+
+
+def test_too_few_colours_are_not_used(exported):
+    adata = exported()
+    adata.uns["population_colors"] = ["#111111", "#222222"]
+    figure = pl.factors(adata, groupby="population", factors=0, rank_by="loading", return_fig=True)
+    assert set(colors_of(figure.axes[1])) == {BLUE.lower()}
+
+
+def test_genes_and_populations_have_rows_of_the_same_height(exported):
+    figure = pl.factors(exported(), groupby="population", factors=0, rank_by="loading", return_fig=True)
+    left, right = figure.axes
+    assert left.get_ylim() == right.get_ylim()
+    assert left.get_ylim()[0] > max(*left.get_yticks(), *right.get_yticks())

@@ -10,7 +10,9 @@ import scanpy as sc
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ldvae_ext import pl, tl
+from ldvae_ext import get, pl, tl
+from ldvae_ext.pl._figure import em, folded
+from tests.pl.helpers import assert_legible, drawn_texts
 
 SINGLE = [
     "factor_scree",
@@ -154,3 +156,143 @@ def test_larger_type_makes_larger_figures(draw, name):
     with plt.rc_context({"font.size": 15}):
         large = draw(name, return_fig=True).get_size_inches()
     assert (large > 1.2 * small).all()
+
+
+FLAGGED = ["Z_0", "Z_1 (uncertain)", "Z_2", "Z_3 (unstable)"]
+
+
+@pytest.fixture
+def flagged(readable):
+    """Draws a figure of four factors, two of which other trainings do not confirm, with results of that export."""
+    adata = readable(4)
+    info = adata.uns["ldvae"]
+    scores = dict(zip([f"Z_{k}" for k in range(4)], [0.95, 0.7, 0.8, 0.3]))
+    info["statistics"]["reproducibility"] = np.array([scores[name] for name in info["names"]])
+    adata.obsm["X_umap"] = np.random.default_rng(0).normal(size=(adata.n_obs, 2))
+    tl.rank_factors_groups(adata, "population")
+    tl.population_loadings(adata, "population", "path")
+    ablation, genes = tl.ablate(adata), tl.ablate_genes(adata, "population")
+    for result in (ablation, genes):
+        result.var["flag"] = get.factors(adata)["flag"]
+    info["rotation"] = {"method": "varimax", "matrix": np.eye(4), "latents": info["names"]}
+    arguments = {
+        "ablation": (ablation, "population"),
+        "ablation_genes": (genes, "Z_1"),
+        "population_loadings": (adata, "Z_1"),
+        "attribution": (adata, adata.var_names[5], "B"),
+    }
+    options = {"factors": {"groupby": "population"}}
+
+    def draw(name, **kwargs):
+        return getattr(pl, name)(*arguments.get(name, (adata,)), **options.get(name, {}), **kwargs)
+
+    draw.adata = adata
+    return draw
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        *(
+            (name, {})
+            for name in ("factors", "loadings", "embedding_factors", "latent_pairs", "factor_scree", "rotation")
+        ),
+        *((name, {}) for name in ("factor_groups", "ablation", "attribution")),
+        ("factor_scree", {"measures": "kl"}),
+        ("ablation", {"kind": "dotplot"}),
+    ],
+)
+def test_factors_that_others_do_not_confirm_have_a_flag_in_every_figure(flagged, name, kwargs):
+    figure = flagged(name, return_fig=True, **kwargs)
+    named = {text.get_text().split(":")[0] for text in drawn_texts(figure)}
+    assert set(FLAGGED) <= named
+    assert not named & {"Z_0 (stable)", "Z_2 (stable)"}
+    # The network's latents, left of a rotation, are not the factors that were compared.
+    assert name == "rotation" or not named & {"Z_1", "Z_3"}
+
+
+@pytest.mark.parametrize("name", ["ablation_genes", "population_loadings"])
+def test_a_figure_of_one_factor_has_its_flag_in_the_title(flagged, name):
+    assert flagged(name, show=False).get_title().split("\n")[0] == "Z_1 (uncertain)"
+
+
+@pytest.mark.parametrize("name", ["factor_groups", "attribution"])
+def test_flags_of_a_later_export_are_not_those_of_a_result(flagged, name):
+    def flags():
+        return {text.get_text() for text in drawn_texts(flagged(name, return_fig=True))} & set(FLAGGED) - {"Z_0", "Z_2"}
+
+    assert flags()
+    info = flagged.adata.uns["ldvae"]
+    info["statistics"]["kl"] = info["statistics"]["kl"] + 1
+    with pytest.warns(UserWarning, match="computed from an earlier export"):
+        assert not flags()
+    del flagged.adata.uns["ldvae"]
+    assert not flags()
+
+
+def test_long_names_are_in_two_lines_where_there_is_room():
+    long, short = "CD4+/CD45RA+/CD25- Naive T, subset 0001 (20)", "CD4+/CD45RA+/CD25- Naive T (20)"
+    assert folded([long, short], 4 * em()) == ["CD4+/CD45RA+/CD25-\nNaive T, subset 0001 (20)", short]
+    assert folded([long, short], 3 * em()) == [long, short]
+    assert folded(["x" * 60], 4 * em()) == ["x" * 60]
+
+
+@pytest.fixture
+def draw_many(readable, consensus):
+    """Draws a figure of many factors and of populations with names of 40 characters, at 7 points."""
+
+    def draw(name, n_latent, n_groups, **kwargs):
+        adata = consensus(readable(n_latent, n_groups), n_latent)
+        names = [f"CD4+/CD45RA+/CD25- Naive T, subset no. {p:02d}" for p in range(n_groups)]
+        adata.obs["population"] = adata.obs["population"].cat.rename_categories(names)
+        adata.obsm["X_umap"] = np.random.default_rng(0).normal(size=(adata.n_obs, 2))
+        arguments = (adata,)
+        match name:
+            case "ablation":
+                arguments = tl.ablate(adata), "population"
+            case "ablation_genes":
+                arguments = tl.ablate_genes(adata, "population"), 0
+            case "attribution":
+                tl.population_loadings(adata, "population", "path")
+                arguments = adata, adata.var_names[5], names[1]
+            case "factor_groups":
+                tl.rank_factors_groups(adata, "population")
+            case "factors":
+                kwargs["groupby"] = "population"
+            case "latent_pairs":
+                kwargs["color"] = "population"
+            case "match":
+                arguments = (tl.match_factors(adata, adata),)
+            case "population_loadings":
+                tl.population_loadings(adata, "population")
+                arguments = adata, 0
+            case "rotation":
+                info = adata.uns["ldvae"]
+                info["rotation"] = {"method": "varimax", "matrix": np.eye(n_latent), "latents": info["names"]}
+        with plt.rc_context({"font.size": 7}):
+            if "figsize" in kwargs:
+                kwargs["ax"] = plt.subplots(figsize=kwargs.pop("figsize"), layout="constrained")[1]
+            return getattr(pl, name)(*arguments, **kwargs, return_fig=True)
+
+    return draw
+
+
+ANY_SIZE = sorted({*SINGLE, *MULTI} - {"training_curves"})
+MILLIMETRES = 25.4
+
+
+@pytest.mark.grid(1)
+@pytest.mark.parametrize("n_groups", [3, 40])
+@pytest.mark.parametrize("n_latent", [2, 10, 50])
+@pytest.mark.parametrize("name", ANY_SIZE)
+def test_figures_are_legible_and_not_wider_than_a_page_is_high(draw_many, name, n_latent, n_groups):
+    figure = draw_many(name, n_latent, n_groups)
+    assert_legible(figure)
+    width = figure.get_size_inches()[0] * MILLIMETRES
+    # A rotation has two panels with a column for each factor.
+    assert width < (330 if name == "rotation" else 250)
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_ten_factors_and_three_populations_fit_in_a_column(draw_many, name):
+    assert_legible(draw_many(name, 10, 3, figsize=(85 / MILLIMETRES, 90 / MILLIMETRES)))

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import matplotlib.pyplot as plt
 import numpy as np
+import pytest
 
+from ldvae_ext.pl._figure import em
 from ldvae_ext.pl._heatmap import heatmap, top_rows
 
 
@@ -45,3 +48,17 @@ def test_faint_values_have_no_sign_and_given_colours_are_shown_to_their_ends():
     image = ax.images[0]
     assert (image.norm.vmin, image.norm.vmax) == (-1, 1)
     assert ax.figure.axes[1].get_ylim() == (-1, 1)
+
+
+def test_cells_that_are_smaller_than_a_minus_sign_have_none():
+    names = list(map(str, range(60)))
+    _, ax = plt.subplots(figsize=(2, 2))
+    assert not heatmap(np.full((60, 60), -1.0), names, names, label="", ax=ax).texts
+
+
+@pytest.mark.parametrize("n_rows", [3, 60])
+def test_the_colour_bar_is_as_wide_in_a_high_figure_as_in_a_low_one(n_rows):
+    rows = list(map(str, range(n_rows)))
+    figure = heatmap(np.arange(2.0 * n_rows).reshape(n_rows, 2), rows, ["x", "y"], label="").figure
+    figure.draw_without_rendering()
+    assert figure.axes[1].get_window_extent().width / figure.dpi / em() == pytest.approx(1, abs=0.4)

@@ -88,6 +88,19 @@ def test_every_likelihood_and_dispersion_agrees(options, setup):
     agree(model, adata, setup)
 
 
+def test_flags_of_the_export_are_those_of_single_factors(tmp_path):
+    _, adata = exported()
+    assert tl.ablate(adata).var.columns.empty
+    adata.uns["ldvae"]["statistics"]["reproducibility"] = np.linspace(0.95, 0.3, len(get.factors(adata)))
+    flags = get.factors(adata)["flag"]
+    assert set(flags) >= {"stable", "unstable"}
+    first = flags.index[0]
+    ablation = tl.ablate(adata, {first: [first], "both": flags.index[:2].tolist()})
+    assert ablation.var["flag"].to_dict() == {first: flags[first], "both": ""}
+    assert tl.ablate_genes(adata).var["flag"].to_dict() == flags.to_dict()
+    ablation.write_h5ad(tmp_path / "a.h5ad")
+
+
 @pytest.mark.parametrize("size_factor", [False, True])
 def test_covariates_labels_and_size_factors_are_read_from_obs(size_factor):
     adata = covariate_counts(n_batches=2)

@@ -1,4 +1,8 @@
-"""Figures of exports, tools and ablations, drawn with matplotlib, without torch; nothing is written."""
+"""Figures of exports, tools and ablations, drawn with matplotlib, without torch; nothing is written.
+
+Where other trainings do not confirm a factor of an export, its name has the flag of :func:`ldvae_ext.get.factors` behind it,
+"(uncertain)" or "(unstable)".
+"""
 
 from __future__ import annotations
 

@@ -16,7 +16,17 @@ from ldvae_ext import get
 from ldvae_ext._keys import ABLATION_INFO
 from ldvae_ext._validate import check_one_of
 from ldvae_ext.pl._dots import CELL, dress, laid_out_diameter, size_legend
-from ldvae_ext.pl._figure import CHARACTER, em, factors_in_order, finish, panels, plain_text
+from ldvae_ext.pl._figure import (
+    CHARACTER,
+    em,
+    factor_labels,
+    factors_in_order,
+    finish,
+    folded,
+    inches,
+    panels,
+    plain_text,
+)
 from ldvae_ext.pl._heatmap import color_bar, heatmap, largest_of
 
 KINDS = ("heatmap", "dotplot")
@@ -49,7 +59,8 @@ def ablation(
     Parameters
     ----------
     ablation
-        Cells x latents, from :meth:`ldvae_ext.model.LDVAE.ablate` or :func:`ldvae_ext.tl.ablate`.
+        Cells x latents, from :meth:`ldvae_ext.model.LDVAE.ablate` or :func:`ldvae_ext.tl.ablate`. With the column ``flag`` of
+        :func:`ldvae_ext.get.factors` in its ``var``, the names of uncertain and unstable factors have their flag.
     groupby
         Categorical column of its ``obs``; cells without a value and groups without cells are left out. All cells are one
         group, ``"all"``, if None.
@@ -81,6 +92,14 @@ def ablation(
         If ``groupby`` is no column.
     ValueError
         If ``factors`` names none or an unknown one, if no cell has a group, or if there is no such kind.
+
+    Examples
+    --------
+    >>> axes = ldvae_ext.pl.ablation(ablation, "bulk_labels", show=False)
+
+    The first two factors as dots, with a flag if other trainings do not confirm them:
+
+    >>> axes = ldvae_ext.pl.ablation(result.ablation, "bulk_labels", kind="dotplot", factors=[0, 1], show=False)
     """
     check_one_of("kind", kind, KINDS)
     if min_effect and kind != "dotplot":
@@ -97,10 +116,11 @@ def ablation(
     )
     own = ax is None
     label, ylabel = change_label(ablation), "" if groupby is None else groupby
+    columns = factor_labels(ablation.var, chosen)
     if kind == "heatmap":
-        ax = heatmap(mean_pk, labels, chosen, label=label, xlabel="Factor", ylabel=ylabel, ax=ax)
+        ax = heatmap(mean_pk, labels, columns, label=label, xlabel="Factor", ylabel=ylabel, ax=ax)
     else:
-        ax = _dotplot(mean_pk, share_pk, q_pk < _SIGNIFICANT, labels, chosen, label=label, ylabel=ylabel, ax=ax)
+        ax = _dotplot(mean_pk, share_pk, q_pk < _SIGNIFICANT, labels, columns, label=label, ylabel=ylabel, ax=ax)
     return finish(ax, show=show, return_fig=return_fig, own=own)
 
 
@@ -130,6 +150,9 @@ def _dotplot(
     own = ax is None
     width = max(12, min(3 * len(factors), 36), CELL * len(factors)) * em()
     height = max(22, CELL * len(groups), CHARACTER * len(ylabel)) * em()
+    if ax is not None:
+        width, height = inches(ax)
+    groups = folded(groups, height / len(groups))
     if ax is None:
         ax = panels(1, 1, width, height, beside=max(map(len, groups)))[1].item()
     largest = largest_of(mean_pk)
@@ -147,7 +170,7 @@ def _dotplot(
     )
     dress(ax, groups, factors, ylabel)
     # The lower half; the legend of sizes and rings is above it.
-    bar = color_bar(points, ax, mean_pk, label, shrink=0.45, anchor=(0, 0), aspect=12)
+    bar = color_bar(points, ax, mean_pk, label, shrink=0.45, anchor=(0, 0))
     legend = size_legend(
         bar,
         ax,

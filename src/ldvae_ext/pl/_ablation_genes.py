@@ -12,7 +12,7 @@ from ldvae_ext import get
 from ldvae_ext._keys import ABLATION_INFO
 from ldvae_ext._validate import check_positive_int
 from ldvae_ext.pl._ablation import change_label, with_sizes
-from ldvae_ext.pl._figure import finish, groups_in_order, one_factor, plain_text
+from ldvae_ext.pl._figure import factor_labels, finish, groups_in_order, one_factor, plain_text
 from ldvae_ext.pl._heatmap import heatmap, top_rows
 
 
@@ -41,6 +41,7 @@ def ablation_genes(
     ----------
     ablation
         (Groups x genes) x latents, from :meth:`ldvae_ext.model.LDVAE.ablate_genes` or :func:`ldvae_ext.tl.ablate_genes`.
+        With a column ``flag`` in its ``var``, as for :func:`ablation`, the title has the flag of the factor.
     factor
         One of its columns: a name (``"Z_3"``) or position.
     n_genes
@@ -62,6 +63,11 @@ def ablation_genes(
     ------
     ValueError
         If the ablation is not one of genes, the factor or a group does not exist, or ``n_genes`` is no count.
+
+    Examples
+    --------
+    >>> genes = ldvae_ext.tl.ablate_genes(adata, "bulk_labels")
+    >>> axes = ldvae_ext.pl.ablation_genes(genes, 0, show=False)
     """
     check_positive_int("n_genes", n_genes)
     name = one_factor(factor, ablation.var_names.astype(str).tolist())
@@ -77,7 +83,7 @@ def ablation_genes(
         with_sizes(chosen, n_cells),
         label=change_label(ablation),
         xlabel=ablation.uns[ABLATION_INFO].get("groupby", ""),
-        title=name,
+        title=factor_labels(ablation.var, [name])[0],
         ax=ax,
     )
     return finish(ax, show=show, return_fig=return_fig, own=own)

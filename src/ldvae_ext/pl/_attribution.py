@@ -20,19 +20,23 @@ from ldvae_ext.get._populations import populations_of
 from ldvae_ext.pl._figure import (
     BLUE,
     CHARACTER,
+    DARK,
     ORANGE,
     SMALL,
     Ticks,
     em,
     finish,
     fit,
+    inches,
+    labels_in_result,
     panels,
+    plain_axes,
     plain_text,
     turn_crowded,
 )
 from ldvae_ext.pl._populations import reference_line
 
-_GRAY, _DARK = "darkgray", "#333333"
+_GRAY = "darkgray"
 _BAR = 0.7
 # Between the last part and the total, in rows.
 _GAP = 0.4
@@ -92,6 +96,12 @@ def attribution(
     ValueError
         If they are of another kind, a gene or the population does not exist, ``n_factors`` or ``ncols`` is no count, or ``ax``
         is given for several genes.
+
+    Examples
+    --------
+    >>> ldvae_ext.tl.population_loadings(adata, "bulk_labels", "path", key_added="path")
+    >>> gene = ldvae_ext.get.top_genes(adata, 0, n=1)["gene"].iloc[0]
+    >>> axes = ldvae_ext.pl.attribution(adata, gene, "CD14+ Monocyte", key="path", show=False)
     """
     check_positive_int("n_factors", n_factors)
     check_positive_int("ncols", ncols)
@@ -117,14 +127,14 @@ def attribution(
             empty.remove()
     else:
         axes = [ax]
-        width = ax.get_window_extent().width / ax.figure.figure.dpi
+        width, _ = inches(ax)
     limits = _limits(falls, CHARACTER * (max(len(text) for row in texts for text in row) + 2) * em() / width)
     n_ticks = int(np.clip(width / em() / 4, 2, 6))
     for panel, name, fall, row in zip(axes, value_gk.index, falls, texts, strict=True):
         _panel(panel, fall, row, limits, n_ticks)
         panel.set_title("\n".join([name, *about]) if is_single else name, fontsize=SMALL if is_single else "medium")
     if is_single:
-        axes[0].set_xlabel("Log-ratio (natural logarithm)", fontsize=SMALL)
+        axes[0].set_xlabel("Log-ratio (natural logarithm)")
         axes[0].child_axes[-1].set_xlabel("Fold change", fontsize=SMALL)
     else:
         figure.suptitle("\n".join(about), fontsize="medium")
@@ -188,6 +198,7 @@ def _path(adata: AnnData, gene: Any, group: str, key: str) -> tuple[pd.DataFrame
     if unknown or not genes:
         msg = f"`gene` must name genes of the model; got {listed(unknown) or 'none'}."
         raise ValueError(msg)
+    value_gk.columns = pd.Index(labels_in_result(adata, value_gk.columns, info))
     return value_gk.loc[genes], [group, *reference_line(info)]
 
 
@@ -206,7 +217,7 @@ def _waterfall(value_k: pd.Series, n_factors: int) -> _Fall:
         colors.append(_GRAY)
     width = np.array([*parts.values()])
     start = np.cumsum(width) - width
-    return _Fall([*parts, "total"], np.append(width, width.sum()), np.append(start, 0.0), [*colors, _DARK])
+    return _Fall([*parts, "total"], np.append(width, width.sum()), np.append(start, 0.0), [*colors, DARK])
 
 
 def _written(falls: list[_Fall]) -> list[list[str]]:
@@ -260,9 +271,7 @@ def _panel(ax: Axes, fall: _Fall, texts: list[str], limits: tuple[float, float],
     folds = ax.secondary_xaxis("top")
     folds.xaxis.set_major_locator(Folds(n_ticks))
     folds.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{np.exp(x):g}"))
-    for axes in (ax, folds):
-        axes.tick_params(labelsize=SMALL)
+    plain_axes(ax, lines=("bottom",))
+    folds.tick_params(labelsize=SMALL)
     ax.tick_params(labelbottom=True)
     ax.tick_params(axis="y", length=0)
-    ax.grid(visible=False)
-    ax.spines[["left", "right", "top"]].set_visible(False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -38,6 +39,14 @@ def _own_colors(adata: AnnData, color: str) -> list[str]:
     if wrong:
         warn(f"`adata.uns[{key!r}]` has {listed(wrong)}, which is no colour; the default colours are used.")
     return [] if wrong else colors
+
+
+def group_colors(adata: AnnData, groupby: str, groups: Sequence[str]) -> list[str]:
+    """Colours of groups in ``uns``, which are in the order of the categories; one for all if there are too few."""
+    categories = list(map(str, pd.Categorical(pd.Series(adata.obs[groupby])).categories))
+    own = _own_colors(adata, groupby)
+    color_of = dict(zip(categories, own)) if len(own) >= len(categories) else {}
+    return [color_of.get(group, BLUE) for group in groups]
 
 
 def look_of(adata: AnnData, color: str | None) -> Look:

@@ -11,10 +11,12 @@ from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.transforms import blended_transform_factory
 
-from ldvae_ext.pl._figure import SMALL, em, fit, turn_crowded
+from ldvae_ext.pl._figure import ROW, SMALL, em, fit, plain_axes, turn_crowded
 
 # Side of the square that a dot has to itself, and width of the largest dot, in em.
-CELL, DOT = 1.8, 1.5
+CELL, DOT = ROW, 1.5
+# The largest dot, as a share of a square that is small.
+_SHARE = 0.85
 
 
 def dress(ax: Axes, groups: Sequence[str], factors: Sequence[str], ylabel: str) -> None:
@@ -23,11 +25,10 @@ def dress(ax: Axes, groups: Sequence[str], factors: Sequence[str], ylabel: str) 
     ax.set_yticks(np.arange(len(groups)), groups)
     ax.set_xlim(-0.6, len(factors) - 0.4)
     ax.set_ylim(len(groups) - 0.4, -0.6)
-    ax.set_xlabel("Factor")
-    ax.set_ylabel(ylabel, fontsize=SMALL)
+    ax.set(xlabel="Factor", ylabel=ylabel)
     ax.set_axisbelow(True)
-    ax.grid(visible=False)
-    ax.tick_params(labelsize=SMALL, length=0)
+    plain_axes(ax, lines=("left", "right", "top", "bottom"))
+    ax.tick_params(length=0)
 
 
 def size_legend(bar: Colorbar, ax: Axes, handles: Sequence[Line2D], labels: Sequence[str], title: str) -> Legend:
@@ -56,4 +57,4 @@ def laid_out_diameter(ax: Axes, n_groups: int, n_factors: int, *, own: bool, wid
         turn_crowded(ax)
     panel = ax.get_window_extent()
     cell = min(panel.width / n_factors, panel.height / n_groups) / ax.figure.figure.dpi / em()
-    return 72 * em() * min(DOT, DOT / CELL * cell)
+    return 72 * em() * min(DOT, _SHARE * cell)

@@ -18,11 +18,12 @@ from ldvae_ext.pl._figure import (
     ORANGE,
     SMALL,
     em,
-    factor_label,
+    factor_labels,
     factors_in_order,
     finish,
     fit,
     panels,
+    plain_axes,
     plain_text,
 )
 
@@ -79,8 +80,13 @@ def embedding_factors(
         If there is no such export or embedding.
     ValueError
         If the export has no such factor, or the embedding has less than two columns.
+
+    Examples
+    --------
+    >>> figure = ldvae_ext.pl.embedding_factors(result.adata, factors=[0, 1], show=False)
     """
-    names = get.factors(adata, key=key).index.tolist()
+    table = get.factors(adata, key=key)
+    names = table.index.tolist()
     chosen = factors_in_order(factors, names)
     check_positive_int("ncols", ncols)
     xy, axis = _embedding(adata, "umap" if basis is None else basis)
@@ -94,19 +100,20 @@ def embedding_factors(
         ax.remove()
     area = min(_AREA / max(1, len(xy)), 20.0) if size is None else size
     drawn = None
-    for ax, k, value_n in zip(axes.flat, chosen, latent_nk.T, strict=False):
+    labels = factor_labels(table, [names[k] for k in chosen])
+    for ax, label, value_n in zip(axes.flat, labels, latent_nk.T, strict=False):
         order = np.argsort(np.abs(value_n), kind="stable")
         drawn = ax.scatter(
             *xy[order].T, c=value_n[order], cmap=DIVERGING, norm=scale, s=area, linewidths=0, rasterized=True
         )
-        ax.set_title(factor_label(adata, names[k], key), fontsize="medium")
+        ax.set_title(label, fontsize="medium")
         ax.set_xticks([])
         ax.set_yticks([])
-        ax.grid(visible=False)
+        plain_axes(ax, lines=("left", "right", "top", "bottom"))
     for ax in axes[:, 0]:
-        ax.set_ylabel(f"{axis}2", fontsize=SMALL)
+        ax.set_ylabel(f"{axis}2")
     for ax in axes.flat[max(0, len(chosen) - n_cols) : len(chosen)]:
-        ax.set_xlabel(f"{axis}1", fontsize=SMALL)
+        ax.set_xlabel(f"{axis}1")
     if drawn is not None:
         bar = figure.colorbar(drawn, ax=axes.ravel().tolist()[: len(chosen)], extend="both", shrink=0.8, aspect=30)
         bar.set_label("Factor (standard deviations of the prior)", fontsize=SMALL)

@@ -15,11 +15,11 @@ from ldvae_ext._keys import DEFAULT_KEY
 from ldvae_ext._validate import check_one_of, check_positive_int
 from ldvae_ext.get._export import latents_of
 from ldvae_ext.get._genes import RANKS, Rank
+from ldvae_ext.pl._color import group_colors
 from ldvae_ext.pl._figure import (
-    BLUE,
-    SMALL,
+    DARK,
     em,
-    factor_label,
+    factor_labels,
     factors_in_order,
     finish,
     fit,
@@ -44,7 +44,8 @@ def factors(
     """A row for each factor: the genes at its two ends, and its values in each population.
 
     Left: canonical loadings, in log-rate per unit of latent. Right: median and quartiles of the factor in each
-    population. The cards of the report (:func:`ldvae_ext.report`) have more.
+    population, in the colours of ``uns[f"{groupby}_colors"]`` if there are enough. The cards of the report
+    (:func:`ldvae_ext.report`) have more.
 
     Parameters
     ----------
@@ -75,6 +76,10 @@ def factors(
         If there is no such export or column.
     ValueError
         If it has no such factor, or ``n_genes`` is no count.
+
+    Examples
+    --------
+    >>> figure = ldvae_ext.pl.factors(adata, groupby="bulk_labels", factors=[0, 1], show=False)
     """
     table = get.factors(adata, key=key)
     names = table.index.tolist()
@@ -85,19 +90,23 @@ def factors(
     top = get.top_genes(adata, [names[k] for k in chosen], n=n_genes, rank_by=rank_by, key=key)
     latent_nk = latents_of(adata, key).astype(np.float64)
     n_rows = len(chosen)
-    height = max(2 * n_genes + 2, len(groups) + 1) * 1.3 * em()
+    # Genes and populations have rows of the same height.
+    bottom = max(2 * n_genes + 1, len(groups))
+    height = 1.3 * (bottom + 1) * em()
+    colors = group_colors(adata, groupby, groups)
+    labels = factor_labels(table, [names[k] for k in chosen])
     longest = max([*map(len, groups), *top["gene"].astype(str).str.len()])
-    figure, axes = panels(n_rows, 2, 18 * em(), height, beside=longest, sharex="col")
-    for (left, right), k in zip(axes, chosen, strict=True):
+    figure, axes = panels(n_rows, 2, 14 * em(), height, beside=longest, sharex="col")
+    for (left, right), k, label in zip(axes, chosen, labels, strict=True):
         genes = top[top["factor"] == names[k]]
         _bars(left, genes["gene"].astype(str).tolist(), genes["loading"].to_numpy(), genes["direction"].to_numpy())
-        left.set_title(
-            f"{factor_label(adata, names[k], key)}: KL {table['kl'].iloc[k]:.2f} nats", fontsize="medium", loc="left"
-        )
-        _ranges(right, groups, [latent_nk[code_n == p, k] for p in range(len(groups))])
-    axes[-1, 0].set_xlabel("Loading (log-rate per unit)", fontsize=SMALL)
-    axes[-1, 1].set_xlabel("Factor (median, quartiles)", fontsize=SMALL)
-    fit(axes[0, 0], 18 * em(), height, n_rows=n_rows, n_cols=2)
+        left.set_title(f"{label}: KL {table['kl'].iloc[k]:.2f} nats per cell", fontsize="medium", loc="left")
+        _ranges(right, groups, [latent_nk[code_n == p, k] for p in range(len(groups))], colors)
+        for ax in (left, right):
+            dress(ax, bottom)
+    axes[-1, 0].set_xlabel("Loading\n(log-rate per unit of latent)")
+    axes[-1, 1].set_xlabel("Median and quartiles\n(units of latent)")
+    fit(axes[0, 0], 14 * em(), height, n_rows=n_rows, n_cols=2)
     return finish(figure, show=show, return_fig=return_fig)
 
 
@@ -107,10 +116,9 @@ def _bars(ax: Axes, genes: list[str], values: np.ndarray, directions: np.ndarray
     gene_bars(ax, genes, values, at)
 
 
-def _ranges(ax: Axes, groups: list[str], values: list[np.ndarray]) -> None:
+def _ranges(ax: Axes, groups: list[str], values: list[np.ndarray], colors: list[str]) -> None:
     at = np.arange(len(groups), dtype=float)
     low, median, high = np.array([np.quantile(v, [0.25, 0.5, 0.75]) for v in values]).T
-    ax.hlines(at, low, high, color=BLUE, linewidth=1.5)
-    ax.plot(median, at, "o", color=BLUE, markersize=4)
+    ax.hlines(at, low, high, colors=colors, linewidth=2.5)
+    ax.plot(median, at, "o", color=DARK, markersize=3)
     ax.set_yticks(at, groups)
-    dress(ax, at)

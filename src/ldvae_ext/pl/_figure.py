@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from typing import Any
 
@@ -16,17 +17,21 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.ticker import MaxNLocator
 
-from ldvae_ext._keys import DEFAULT_KEY
 from ldvae_ext._validate import factor_indices, listed
 from ldvae_ext.get import factors as factor_table
+from ldvae_ext.get._export import export_mark
 
 # Okabe & Ito's colours, which are distinct with any kind of colour vision; black is for text.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
 BLUE, ORANGE = PALETTE[:2]
-MISSING = "lightgray"
+MISSING, DARK = "lightgray", "#333333"
 SMALL = "small"
 # Width of a character in em, on the safe side.
 CHARACTER = 0.65
+# Least height of a row and width of a column in em: a name fits beside the one, a vertical name below the other.
+ROW, COLUMN = 1.4, 1.35
+# Characters of a name that stays in one line, and room in em that makes two lines of a longer one.
+_LINE, _TWO_LINES = 32, 3.5
 
 
 class Ticks(MaxNLocator):
@@ -54,6 +59,17 @@ def plain_text[**P, R](plot: Callable[P, R]) -> Callable[P, R]:
 def em() -> float:
     """Size of the small type in inches, from the user's settings: the unit of rows and columns."""
     return FontProperties(size=SMALL).get_size_in_points() / 72
+
+
+def plain_axes(*axes: Axes, lines: Sequence[str] = ("left", "bottom")) -> None:
+    """The look of all axes: small names and numbers, no grid, and lines on these sides only."""
+    for ax in axes:
+        ax.grid(visible=False)
+        ax.tick_params(labelsize=SMALL)
+        for label in (ax.xaxis.label, ax.yaxis.label):
+            label.set_fontsize(SMALL)
+        for side, line in ax.spines.items():
+            line.set_visible(side in lines)
 
 
 def panels(
@@ -88,6 +104,25 @@ def fit(ax: Axes, width: float, height: float, *, n_rows: int = 1, n_cols: int =
         figure.set_size_inches(figure.get_size_inches() + lacking)
 
 
+def inches(ax: Axes) -> tuple[float, float]:
+    """Width and height of axes."""
+    panel, dpi = ax.get_window_extent(), ax.figure.figure.dpi
+    return panel.width / dpi, panel.height / dpi
+
+
+def folded(names: Sequence[str], room: float) -> list[str]:
+    """Names, the long ones in two lines if each name has room for them, in inches."""
+    return list(names) if room < _TWO_LINES * em() else [_folded(name) for name in names]
+
+
+def _folded(name: str) -> str:
+    breaks = [found.end() for found in re.finditer(r"[\s/,;:_-]+", name[:-1])]
+    if len(name) <= _LINE or not breaks:
+        return name
+    middle = min(breaks, key=lambda at: abs(at - len(name) / 2))
+    return f"{name[:middle].rstrip()}\n{name[middle:]}"
+
+
 def turn_crowded(*axes: Axes) -> None:
     """Lay out a figure; make the labels below these axes vertical if they would overlap or one is wider than the axes."""
     figure = axes[0].figure.figure
@@ -115,15 +150,24 @@ def factors_in_order(factors: Any, names: Sequence[str]) -> list[int]:
     return list(dict.fromkeys(factor_indices([factor], names, argument="factors").item() for factor in given))
 
 
-def factor_label(adata: AnnData, name: str, key: str = DEFAULT_KEY) -> str:
-    """Name of a factor, with its flag where other trainings do not confirm it."""
-    table = factor_table(adata, key=key)
-    return with_flag(name, table["flag"][name] if "flag" in table else None)
+def factor_labels(table: Any, names: Iterable[str]) -> list[str]:
+    """Names of factors, with a flag behind those that other trainings do not confirm.
+
+    The table has a row for each factor: ``get.factors(adata)``, or ``var`` of an ablation. A name without a row, or in a
+    table without a column ``flag``, stays as it is.
+    """
+    flags = dict(table["flag"]) if "flag" in table else {}
+    return [f"{name} ({flags[name]})" if flags.get(name) in ("uncertain", "unstable") else name for name in names]
 
 
-def with_flag(name: str, flag: object) -> str:
-    """The name, with a flag that is not "stable" behind it."""
-    return f"{name} ({flag})" if flag in ("uncertain", "unstable") else name
+def labels_in_result(adata: AnnData, names: Iterable[str], source: Mapping[str, Any]) -> list[str]:
+    """:func:`factor_labels` by the export that a result names as its source; without flags if that was replaced."""
+    key = str(source.get("key"))
+    export = adata.uns.get(key)
+    if not isinstance(export, Mapping) or "decoder" not in export:
+        return list(names)
+    is_same = source.get("export") in (None, export_mark(export))
+    return factor_labels(factor_table(adata, key=key), names) if is_same else list(names)
 
 
 def one_factor(factor: Any, names: Sequence[str]) -> str:

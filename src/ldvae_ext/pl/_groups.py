@@ -16,7 +16,19 @@ from ldvae_ext._keys import GROUPS_INFO
 from ldvae_ext.core._arrays import strings
 from ldvae_ext.get._groups import ranking_of
 from ldvae_ext.pl._dots import CELL, dress, laid_out_diameter, size_legend
-from ldvae_ext.pl._figure import CHARACTER, SMALL, em, factors_in_order, finish, panels, plain_text
+from ldvae_ext.pl._figure import (
+    CHARACTER,
+    SMALL,
+    em,
+    factors_in_order,
+    finish,
+    folded,
+    inches,
+    labels_in_result,
+    panels,
+    plain_text,
+)
+from ldvae_ext.pl._heatmap import color_bar, largest_of
 
 # AUROCs in the legend, largest first.
 _SHOWN = (1.0, 0.9, 0.75, 0.6)
@@ -64,6 +76,11 @@ def factor_groups(
         If there is no such ranking.
     ValueError
         If ``factors`` names none or an unknown one.
+
+    Examples
+    --------
+    >>> ldvae_ext.tl.rank_factors_groups(adata, "bulk_labels")
+    >>> axes = ldvae_ext.pl.factor_groups(adata, show=False)
     """
     entry = ranking_of(adata, key)
     names = strings(entry["factors"]).tolist()
@@ -78,26 +95,30 @@ def factor_groups(
     own = ax is None
     width = max(12, min(3 * len(chosen), 36), CELL * len(chosen), CHARACTER * len(title)) * em()
     height = max(20, CELL * len(groups), CHARACTER * len(groupby)) * em()
+    if ax is not None:
+        width, height = inches(ax)
+    rows = folded(groups, height / len(groups))
     if ax is None:
-        ax = panels(1, 1, width, height, beside=max(map(len, groups)))[1].item()
+        ax = panels(1, 1, width, height, beside=max(map(len, rows)))[1].item()
+    largest = largest_of(difference_pk)
     row, column = np.indices(difference_pk.shape).reshape(2, -1)
     points = ax.scatter(
         column,
         row,
         c=difference_pk.ravel(),
         cmap="RdBu_r",
-        norm=CenteredNorm(halfrange=np.abs(difference_pk).max() or 1.0),
+        norm=CenteredNorm(halfrange=largest),
         # A dot of no difference is as white as the paper.
         edgecolors="dimgray",
         linewidths=0.4,
     )
-    dress(ax, groups, chosen, groupby)
+    dress(ax, rows, labels_in_result(adata, chosen, entry["params"]), groupby)
     ax.set_title(title, fontsize=SMALL)
     # The lower half; the legend of the sizes is above it.
-    bar = ax.figure.colorbar(points, ax=ax, pad=0.02, shrink=0.45, anchor=(0, 0), aspect=12)
     other = "rest" if reference == "rest" else "reference"
-    bar.set_label(f"Mean in group\n\N{MINUS SIGN} mean in {other}\n(units of latent)", fontsize=SMALL)
-    bar.ax.tick_params(labelsize=SMALL)
+    label = f"Mean in group\n\N{MINUS SIGN} mean in {other}\n(units of latent)"
+    bar = color_bar(points, ax, difference_pk, label, shrink=0.45, anchor=(0, 0))
+    bar.ax.set_ylim(-largest, largest)
     legend = size_legend(
         bar,
         ax,

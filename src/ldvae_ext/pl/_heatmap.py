@@ -12,7 +12,24 @@ from matplotlib.colorbar import Colorbar
 from matplotlib.colors import CenteredNorm
 from matplotlib.image import AxesImage
 
-from ldvae_ext.pl._figure import CHARACTER, SMALL, em, fit, panels, turn_crowded
+from ldvae_ext.pl._figure import (
+    CHARACTER,
+    COLUMN,
+    ROW,
+    SMALL,
+    em,
+    fit,
+    folded,
+    inches,
+    panels,
+    plain_axes,
+    turn_crowded,
+)
+
+# Width up to which columns are as wide as their numbers, in em.
+_WITH_NUMBERS = 48
+# Side of the smallest cell with a minus sign, in em.
+_SIGN = 0.9
 
 
 def heatmap(
@@ -30,6 +47,8 @@ def heatmap(
     ax: Axes | None = None,
 ) -> Axes:
     """Draw a matrix with its values written into the cells where they fit; elsewhere a minus sign marks the negative ones.
+
+    Cells that are smaller than a minus sign, as in small axes that were given, stay empty.
 
     Parameters
     ----------
@@ -56,13 +75,15 @@ def heatmap(
     own = ax is None
     column = CHARACTER * (longest_number(value_rc, largest) + 1)
     above = CHARACTER * max(map(len, title.split("\n")))
-    width = max(12, 1.5 * len(columns), min(column * len(columns), 70), above) * em()
-    height = max(14, 1.8 * len(rows), CHARACTER * len(ylabel)) * em()
+    width = max(12, COLUMN * len(columns), min(column * len(columns), _WITH_NUMBERS), above) * em()
+    height = max(14, ROW * len(rows), CHARACTER * len(ylabel)) * em()
+    if ax is not None:
+        width, height = inches(ax)
+    rows, columns = folded(rows, height / len(rows)), folded(columns, width / len(columns))
     if ax is None:
         ax = panels(1, 1, width, height, beside=max(map(len, rows)))[1].item()
     image = matrix(ax, value_rc, rows, columns, cmap=cmap, largest=largest)
-    ax.set_xlabel(xlabel)
-    ax.set_ylabel(ylabel, fontsize=SMALL)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.set_title(title, fontsize=SMALL)
     bar = color_bar(image, ax, value_rc, label)
     if is_given:
@@ -82,9 +103,8 @@ def matrix(
     image = ax.imshow(value_rc, cmap=cmap, norm=CenteredNorm(halfrange=largest), aspect="auto")
     ax.set_xticks(np.arange(len(columns)), columns)
     ax.set_yticks(np.arange(len(rows)), rows)
-    ax.grid(visible=False)
-    ax.tick_params(labelsize=SMALL, length=0)
-    ax.spines[:].set_visible(False)
+    plain_axes(ax, lines=())
+    ax.tick_params(length=0)
     return image
 
 
@@ -98,10 +118,14 @@ def digits_for(largest: float) -> int:
     return max(0, 2 - int(np.floor(np.log10(largest))))
 
 
-def color_bar(drawn: ScalarMappable, ax: Axes, values: np.ndarray, label: str, **kwargs: Any) -> Colorbar:
+def color_bar(
+    drawn: ScalarMappable, ax: Axes, values: np.ndarray, label: str, *, shrink: float = 1.0, **kwargs: Any
+) -> Colorbar:
     """Colour bar with the range of the values, out of colours that are symmetric around 0."""
     finite = values[np.isfinite(values)]
-    bar = ax.figure.colorbar(drawn, ax=ax, pad=0.02, **kwargs)
+    # As wide as a character is high, whatever the height of the figure.
+    height = shrink * inches(ax)[1] / em()
+    bar = ax.figure.colorbar(drawn, ax=ax, pad=0.02, shrink=shrink, aspect=max(height, 5), **kwargs)
     bar.set_label(label, fontsize=SMALL)
     bar.ax.tick_params(labelsize=SMALL)
     bar.ax.set_ylim(finite.min(initial=0), finite.max(initial=0) or 0.05 * largest_of(values))
@@ -132,10 +156,13 @@ def annotate(image: AxesImage, value_rc: np.ndarray, largest: float, faint: floa
     ax, rgba_rc = image.axes, image.to_rgba(value_rc)
     shown_rc, texts = _rounded(value_rc, largest)
     panel = ax.get_window_extent()
-    inches = em() * ax.figure.figure.dpi
+    size = em() * ax.figure.figure.dpi
     longest = max(len(text) for row in texts for text in row)
     n_rows, n_columns = shown_rc.shape
-    roomy = panel.width / n_columns >= CHARACTER * longest * inches and panel.height / n_rows >= 1.1 * inches
+    width, height = panel.width / n_columns / size, panel.height / n_rows / size
+    roomy = width >= CHARACTER * longest and height >= 1.1
+    if width < _SIGN or height < _SIGN:
+        return
     for (r, c), value in np.ndenumerate(shown_rc):
         # A value that is not known has no colour and no sign.
         if np.isnan(value) or (not roomy and value >= -faint):

@@ -20,11 +20,12 @@ from ldvae_ext.pl._figure import (
     SMALL,
     Ticks,
     em,
-    factor_label,
+    factor_labels,
     factors_in_order,
     finish,
     fit,
     panels,
+    plain_axes,
     plain_text,
 )
 
@@ -77,6 +78,10 @@ def loadings(
         If there is no such export.
     ValueError
         If it has no such factor, or if ``n_genes`` or ``ncols`` is no count or the model has too few genes.
+
+    Examples
+    --------
+    >>> figure = ldvae_ext.pl.loadings(adata, n_genes=5, ncols=4, show=False)
     """
     table = get.loadings(adata, key=key)
     chosen = factors_in_order(factors, table.columns.tolist())
@@ -95,14 +100,15 @@ def loadings(
     n_cols = min(ncols, len(chosen))
     n_rows = -(-len(chosen) // n_cols)
     # A single panel is wide enough for the label of the axis below it.
-    width, height = max(13, 32 / n_cols) * em(), (2 * n_genes + 2) * 1.3 * em()
+    width, height = max(11, 32 / n_cols) * em(), (2 * n_genes + 2) * 1.3 * em()
     figure, axes = panels(n_rows, n_cols, width, height, beside=max(map(len, genes_gk.flat)), sharex=True)
     for ax in axes.flat[len(chosen) :]:
         ax.remove()
-    for i, k in enumerate(chosen):
-        _panel(axes.flat[i], factor_label(adata, table.columns[k], key), genes_gk[:, i], values_gk[:, i])
+    labels = factor_labels(get.factors(adata, key=key), table.columns[chosen])
+    for i, label in enumerate(labels):
+        _panel(axes.flat[i], label, genes_gk[:, i], values_gk[:, i])
     chosen_by = "" if rank_by == "loading" else f"; genes by {rank_by}"
-    figure.supxlabel(f"Loading (log-rate per unit of latent{chosen_by})", fontsize="medium")
+    figure.supxlabel(f"Loading (log-rate per unit of latent{chosen_by})", fontsize=SMALL)
     fit(axes[0, 0], width, height, n_rows=n_rows, n_cols=n_cols)
     return finish(figure, show=show, return_fig=return_fig)
 
@@ -119,15 +125,14 @@ def gene_bars(ax: Axes, genes: Sequence[str] | np.ndarray, values: np.ndarray, a
     """Bars of genes, orange where they rise."""
     ax.barh(at, values, color=np.where(values < 0, BLUE, ORANGE).tolist(), height=0.75)
     ax.set_yticks(at, genes)
-    dress(ax, at)
+    dress(ax, at[-1] + 1)
 
 
-def dress(ax: Axes, at: np.ndarray) -> None:
-    """Rows at these heights, from the top, on both sides of 0."""
+def dress(ax: Axes, bottom: float) -> None:
+    """Rows from the top to a height, on both sides of 0."""
     ax.axvline(0, color="black", linewidth=0.8)
-    ax.set_ylim(at[-1] + 1, -1)
+    ax.set_ylim(bottom, -1)
     ax.xaxis.set_major_locator(Ticks(3))
-    ax.grid(visible=False)
-    ax.tick_params(labelsize=SMALL, labelbottom=True)
+    plain_axes(ax, lines=("bottom",))
+    ax.tick_params(labelbottom=True)
     ax.tick_params(axis="y", length=0)
-    ax.spines[["top", "left", "right"]].set_visible(False)

@@ -45,6 +45,11 @@ def match(
     ------
     TypeError
         If ``match`` is no such match.
+
+    Examples
+    --------
+    >>> matched = ldvae_ext.tl.match_factors(*result.ensemble.models)
+    >>> axes = ldvae_ext.pl.match(matched, show=False)
     """
     if not all(hasattr(match, name) for name in ("pairs", "cosine", "procrustes_distance", "n_shared", "by")):
         msg = f"`match` must be a `FactorMatch`, from `tl.match_factors`; got {type(match).__name__}."

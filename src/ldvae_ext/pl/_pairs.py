@@ -16,7 +16,18 @@ from ldvae_ext._keys import DEFAULT_KEY
 from ldvae_ext._validate import check_column, listed
 from ldvae_ext.get._export import latents_of
 from ldvae_ext.pl._color import look_of
-from ldvae_ext.pl._figure import SMALL, Ticks, em, factors_in_order, finish, fit, panels, plain_text
+from ldvae_ext.pl._figure import (
+    SMALL,
+    Ticks,
+    em,
+    factor_labels,
+    factors_in_order,
+    finish,
+    fit,
+    panels,
+    plain_axes,
+    plain_text,
+)
 
 _DEFAULT_FACTORS = 4
 _MANY_CELLS = 5_000
@@ -60,8 +71,13 @@ def latent_pairs(
         If there is no such export, or if ``color`` is no column.
     ValueError
         If the export has no such factor, or if there are fewer than two.
+
+    Examples
+    --------
+    >>> figure = ldvae_ext.pl.latent_pairs(adata, factors=[0, 1, 2], color="bulk_labels", show=False)
     """
-    names = get.factors(adata, key=key).index.tolist()
+    table = get.factors(adata, key=key)
+    names = table.index.tolist()
     chosen = factors_in_order(range(min(_DEFAULT_FACTORS, len(names))) if factors is None else factors, names)
     if len(chosen) < 2:
         msg = f"`factors` must name at least two factors; got {listed(names[k] for k in chosen)}."
@@ -70,6 +86,7 @@ def latent_pairs(
         check_column(adata.obs.columns, "color", color)
     latent_nk = latents_of(adata, key)[:, chosen]
     look = look_of(adata, color)
+    labels = factor_labels(table, [names[k] for k in chosen])
 
     n = len(chosen) - 1
     side = max(16, 36 / n) * em()
@@ -96,14 +113,13 @@ def latent_pairs(
         points.set_paths([shapes[marker] for marker in look.marker_n[drawn]])
         for axis in (ax.xaxis, ax.yaxis):
             axis.set_major_locator(Ticks(4))
-        ax.grid(visible=False)
-        ax.tick_params(labelsize=SMALL)
+        plain_axes(ax, lines=("left", "right", "top", "bottom"))
         ax.label_outer()
-        ax.set(
-            xlabel=names[chosen[column]] if row == n - 1 else "", ylabel=names[chosen[row + 1]] if column == 0 else ""
-        )
+        ax.set(xlabel=labels[column] if row == n - 1 else "", ylabel=labels[row + 1] if column == 0 else "")
     if look.mappable is not None:
-        figure.colorbar(look.mappable, ax=figure.axes, label=color, aspect=30)
+        bar = figure.colorbar(look.mappable, ax=figure.axes, aspect=30)
+        bar.set_label(str(color), fontsize=SMALL)
+        bar.ax.tick_params(labelsize=SMALL)
     if look.labels:
         figure.legend(
             look.handles,

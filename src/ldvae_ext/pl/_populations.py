@@ -13,7 +13,7 @@ from ldvae_ext._keys import POPULATION_LOADINGS
 from ldvae_ext._validate import check_positive_int
 from ldvae_ext.core._arrays import strings
 from ldvae_ext.get._populations import populations_of
-from ldvae_ext.pl._figure import finish, groups_in_order, one_factor, plain_text
+from ldvae_ext.pl._figure import finish, groups_in_order, labels_in_result, one_factor, plain_text
 from ldvae_ext.pl._heatmap import heatmap, top_rows
 
 # Shares of expression are small; they are shown as counts in a cell with this total.
@@ -80,6 +80,11 @@ def population_loadings(
     ``"contribution"`` and ``"path"``; log-rate per standard deviation of the population's cells for ``"within"``. Gradients on
     the log scale differ between populations by one number for each factor only, see
     :meth:`ldvae_ext.model.LDVAE.get_population_loadings`.
+
+    Examples
+    --------
+    >>> ldvae_ext.tl.population_loadings(adata, "bulk_labels")
+    >>> axes = ldvae_ext.pl.population_loadings(adata, 0, n_genes=10, show=False)
     """
     check_positive_int("n_genes", n_genes)
     _, info = populations_of(adata, key)
@@ -89,6 +94,9 @@ def population_loadings(
     table = get.population_loadings_df(adata, name, chosen, key=key)
     values = table.pivot(index="gene", columns="group", values="value").loc[table["gene"].unique(), chosen] * times
     values = values.iloc[top_rows(values.to_numpy(), n_genes)]
+    above = [*labels_in_result(adata, [name], info), *reference_line(info)]
+    if info["kind"] == "within":
+        above.append("another in each")
     own = ax is None
     ax = heatmap(
         values.to_numpy(),
@@ -97,7 +105,7 @@ def population_loadings(
         label=label,
         cmap="RdBu_r",
         xlabel=str(info["groupby"]),
-        title="\n".join([name, *reference_line(info), *(["another in each"] if info["kind"] == "within" else [])]),
+        title="\n".join(above),
         ax=ax,
     )
     return finish(ax, show=show, return_fig=return_fig, own=own)

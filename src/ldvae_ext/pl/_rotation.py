@@ -13,7 +13,7 @@ from ldvae_ext._validate import check_one_of, check_positive_int
 from ldvae_ext.core.matching import cosines, match_columns
 from ldvae_ext.get._export import export_of
 from ldvae_ext.get._genes import RANKS, Rank
-from ldvae_ext.pl._figure import CHARACTER, SMALL, em, finish, fit, panels, plain_text
+from ldvae_ext.pl._figure import CHARACTER, COLUMN, ROW, SMALL, em, factor_labels, finish, fit, panels, plain_text
 from ldvae_ext.pl._heatmap import annotate, color_bar, largest_of, longest_number, matrix, top_rows
 
 # Share of the largest loading up to which a cell is nearly white.
@@ -70,6 +70,12 @@ def rotation(
         If there is no such export, or it was made without a rotation.
     ValueError
         If ``n_genes`` is no count.
+
+    Examples
+    --------
+    >>> model.rotate("varimax")
+    >>> model.export_to_anndata()
+    >>> figure = ldvae_ext.pl.rotation(adata, n_genes=2, show=False)
     """
     check_positive_int("n_genes", n_genes)
     check_one_of("rank_by", rank_by, RANKS)
@@ -84,6 +90,7 @@ def rotation(
     rows = rows[top_rows(after.to_numpy()[rows], len(rows))]
     tables = before.iloc[rows], after.iloc[rows]
     genes = after.index[rows].astype(str).tolist()
+    after_labels = factor_labels(get.factors(adata, key=key), after.columns)
     method = str(export_of(adata, key)[1]["rotation"]["method"])
 
     both_gk = np.concatenate(tables, axis=1)
@@ -91,17 +98,17 @@ def rotation(
     titles = "Before: latents", f"After: {method}"
     n_factors = after.shape[1]
     column = CHARACTER * (longest_number(both_gk, largest) + 1) if n_factors < _FEW else 2
-    width = max(12, min(column * n_factors, 33), 1.5 * n_factors, CHARACTER * max(map(len, titles))) * em()
-    height = max(14, 1.4 * len(genes)) * em()
-    figure, axes = panels(1, 2, width, height, beside=max(map(len, [*genes, *after.columns])), sharey=True)
+    width = max(12, min(column * n_factors, 33), COLUMN * n_factors, CHARACTER * max(map(len, titles))) * em()
+    height = max(14, ROW * len(genes)) * em()
+    figure, axes = panels(1, 2, width, height, beside=max(map(len, [*genes, *after_labels])), sharey=True)
     images = []
-    for ax, table, title in zip(axes[0], tables, titles, strict=True):
-        columns = table.columns.astype(str).tolist()
+    names = before.columns.tolist(), after_labels
+    for ax, table, columns, title in zip(axes[0], tables, names, titles, strict=True):
         images.append(matrix(ax, table.to_numpy(), genes, columns, cmap="RdBu_r", largest=largest))
         ax.set_title(title, fontsize="medium")
         if n_factors >= _FEW:
             ax.tick_params(axis="x", labelrotation=90)
-    color_bar(images[1], axes[0, 1], both_gk, "Loading\n(log-rate per\nunit of latent)", aspect=30)
+    color_bar(images[1], axes[0, 1], both_gk, "Loading\n(log-rate per\nunit of latent)")
     figure.supxlabel(
         f"Squared loadings that lie in the largest of each gene:\n{share[0]:.0%} before, {share[1]:.0%} after",
         fontsize=SMALL,

@@ -17,13 +17,17 @@ from ldvae_ext._validate import check_one_of, given_names, listed
 from ldvae_ext.pl._figure import (
     BLUE,
     CHARACTER,
+    COLUMN,
     ORANGE,
     SMALL,
     Ticks,
     em,
+    factor_labels,
     finish,
     fit,
+    inches,
     panels,
+    plain_axes,
     plain_text,
     turn_crowded,
 )
@@ -92,6 +96,11 @@ def factor_scree(
         If there is no such export.
     ValueError
         If a measure is unknown or not stored, or ``ax`` is given for a list of them.
+
+    Examples
+    --------
+    >>> axes = ldvae_ext.pl.factor_scree(adata, show=False)
+    >>> figure = ldvae_ext.pl.factor_scree(adata, measures=["kl", "active_unit"], show=False)
     """
     table = get.factors(adata, key=key)
     own = ax is None
@@ -100,16 +109,19 @@ def factor_scree(
         if ax is not None and not isinstance(measures, str):
             msg = "`ax` has room for one measure, given by its name; several make a figure of their own."
             raise ValueError(msg)
-        first = _measure_panels(table[names], get.factor_ranks(adata, key=key)[names], ax)
+        first = _measure_panels(
+            table[names], get.factor_ranks(adata, key=key)[names], factor_labels(table, table.index), ax
+        )
         if isinstance(measures, str):
             return finish(first, show=show, return_fig=return_fig, own=own)
         return finish(first.figure.figure, show=show, return_fig=return_fig)
-    width, height = max(24, min(3 * len(table), 60), 1.6 * len(table)) * em(), 20 * em()
+    width, height = _width(len(table)), 20 * em()
+    labels = factor_labels(table, table.index)
     if ax is None:
-        ax = panels(1, 1, width, height)[1].item()
+        ax = panels(1, 1, width, height, beside=max(map(len, labels)))[1].item()
     at = np.arange(len(table))
     ax.bar(at, table["kl"], color=BLUE, width=0.7)
-    ax.set_xticks(at, table.index)
+    ax.set_xticks(at, labels)
     ax.set_xlim(-0.6, len(table) - 0.4)
     ax.set_xlabel("Factor")
     ax.set_ylabel("KL (nats per cell)", color=BLUE)
@@ -120,10 +132,7 @@ def factor_scree(
     share.set_ylabel("Cumulative share of KL", color=ORANGE)
     share.set_yticks([0, 0.25, 0.5, 0.75, 1])
     share.yaxis.set_major_formatter(PercentFormatter(1))
-    for axes in (ax, share):
-        axes.grid(visible=False)
-        axes.spines["top"].set_visible(False)
-        axes.tick_params(labelsize=SMALL)
+    plain_axes(ax, share, lines=("left", "right", "bottom"))
     if own:
         fit(ax, width, height)
     else:
@@ -144,24 +153,27 @@ def _stored(measures: str | Sequence[str], table: pd.DataFrame, key: str) -> lis
     return names
 
 
-def _measure_panels(values: pd.DataFrame, ranks: pd.DataFrame, ax: Axes | None) -> Axes:
+def _width(n_factors: int) -> float:
+    return max(26, min(3 * n_factors, 48), COLUMN * n_factors) * em()
+
+
+def _measure_panels(values: pd.DataFrame, ranks: pd.DataFrame, labels: list[str], ax: Axes | None) -> Axes:
     """A panel for each column, one below the other; the first of them."""
     n_factors, n_measures = values.shape
-    width, height = max(26, min(3 * n_factors, 60), 1.6 * n_factors) * em(), (16 if n_measures == 1 else 10) * em()
+    width, height = _width(n_factors), (16 if n_measures == 1 else 10) * em()
     own = ax is None
     if ax is None:
-        beside = max(map(len, values.index))
+        beside = max(map(len, labels))
         axes = panels(n_measures, 1, width, height, beside=beside, sharex=True)[1].ravel().tolist()
     else:
         axes = [ax]
-        panel = ax.get_window_extent()
-        width, height = (side / ax.figure.figure.dpi for side in (panel.width, panel.height))
+        width, height = inches(ax)
     for panel, measure in zip(axes, values.columns.tolist(), strict=True):
         _measure(panel, values[measure].to_numpy(), ranks[measure].to_numpy(), width, height)
         title, unit = _MEASURES[measure]
         panel.set_title(title, fontsize=SMALL, loc="left")
-        panel.set_ylabel(unit, fontsize=SMALL)
-    axes[-1].set_xticks(np.arange(n_factors), values.index)
+        panel.set_ylabel(unit)
+    axes[-1].set_xticks(np.arange(n_factors), labels)
     axes[-1].set_xlabel("Factor")
     if own:
         axes[0].figure.figure.align_ylabels(axes)
@@ -179,9 +191,7 @@ def _measure(ax: Axes, value_k: np.ndarray, rank_k: np.ndarray, width: float, he
     ax.axhline(0, color="black", linewidth=0.8)
     ax.set_xlim(-0.6, len(at) - 0.4)
     ax.yaxis.set_major_locator(Ticks(3))
-    ax.grid(visible=False)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.tick_params(labelsize=SMALL)
+    plain_axes(ax)
     if not is_known_k.any():
         ax.set_ylim(0, 1)
         ax.set_yticks([])
@@ -189,7 +199,7 @@ def _measure(ax: Axes, value_k: np.ndarray, rank_k: np.ndarray, width: float, he
         return
     texts = ["" if np.isnan(rank) else f"{rank:g}" for rank in rank_k]
     long = CHARACTER * max(map(len, texts)) * em()
-    is_upright = long > width / len(at)
+    is_upright = long + 0.3 * em() > width / len(at)
     # Room above the highest bar, and below the lowest where one is negative.
     room = min(0.5, ((long if is_upright else em()) + 0.5 * em()) / height)
     low, high = min(0.0, known_k.min()), max(0.0, known_k.max())

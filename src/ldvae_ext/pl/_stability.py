@@ -20,6 +20,8 @@ from ldvae_ext.get._stability import consensus_info
 from ldvae_ext.pl._figure import (
     BLUE,
     CHARACTER,
+    COLUMN,
+    DARK,
     ORANGE,
     PALETTE,
     SMALL,
@@ -27,13 +29,13 @@ from ldvae_ext.pl._figure import (
     finish,
     fit,
     panels,
+    plain_axes,
     plain_text,
     turn_crowded,
 )
 
 # Colour and shape of the mean, by flag.
 _LOOKS = dict(zip(FLAGS, ((BLUE, "o"), (PALETTE[4], "D"), (ORANGE, "X")), strict=True))
-_RUN = "#333333"
 # Width of the marker of a mean, in points.
 _SIZE = 8
 # Differences between runs: agreement between seeds is easily overrated.
@@ -89,6 +91,10 @@ def stability(
         If there is no such consensus.
     ValueError
         If ``key`` names none, or ``ax`` is given for several.
+
+    Examples
+    --------
+    >>> axes = ldvae_ext.pl.stability(result.adata, show=False)
     """
     is_single = isinstance(key, str)
     keys = given_names("key", key)
@@ -100,7 +106,7 @@ def stability(
     own = ax is None
     n_factors = max(len(one.table) for one in drawn)
     above = CHARACTER * max(len(line) for one in drawn for line in one.title.split("\n"))
-    width, height = max(20 if is_single else 14, min(3 * n_factors, 40), 1.6 * n_factors, above) * em(), 20 * em()
+    width, height = max(20 if is_single else 14, min(3 * n_factors, 40), COLUMN * n_factors, above) * em(), 20 * em()
     if ax is None:
         beside = max(len(name) for one in drawn for name in one.table.index)
         figure, grid = panels(1, len(keys), width, height, beside=beside, sharey=True)
@@ -154,7 +160,7 @@ def _panel(ax: Axes, one: _Drawn) -> None:
         (at + beside_m[:, None]).ravel(),
         one.cosine_mk.ravel(),
         s=12,
-        color=_RUN,
+        color=DARK,
         edgecolors="white",
         linewidths=0.4,
         clip_on=False,
@@ -184,9 +190,7 @@ def _panel(ax: Axes, one: _Drawn) -> None:
     ax.set_yticks(np.linspace(0, 1, 6))
     ax.set_xlabel("Consensus factor")
     ax.set_title(one.title, fontsize=SMALL)
-    ax.grid(visible=False)
-    ax.tick_params(labelsize=SMALL)
-    ax.spines[["top", "right"]].set_visible(False)
+    plain_axes(ax)
 
 
 def _name_bands(ax: Axes, one: _Drawn) -> None:

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ldvae_ext._validate import listed
-from ldvae_ext.pl._figure import BLUE, ORANGE, SMALL, Ticks, em, finish, fit, panels, plain_text
+from ldvae_ext.pl._figure import BLUE, ORANGE, SMALL, Ticks, em, finish, fit, panels, plain_axes, plain_text
 
 _TITLES = {
     "elbo": "Negative ELBO\n(lower is better)",
@@ -53,6 +53,10 @@ def training_curves(
         If ``history`` is no mapping, as before training.
     KeyError
         If it has none of these metrics.
+
+    Examples
+    --------
+    >>> figure = ldvae_ext.pl.training_curves(model.history, show=False)
     """
     if not isinstance(history, Mapping):
         msg = f"`history` must be `model.history` of a trained model, a mapping; got {type(history).__name__}."
@@ -67,7 +71,7 @@ def training_curves(
     }
     curves = {metric: of for metric, of in curves.items() if of}
 
-    n_cols, width, height = len(curves), 24 * em(), 18 * em()
+    n_cols, width, height = len(curves), 18 * em(), 14 * em()
     figure, axes = panels(1, n_cols, width, height)
     for ax, (metric, of) in zip(axes[0], curves.items(), strict=True):
         for cells, curve in of.items():
@@ -78,9 +82,7 @@ def training_curves(
         ax.set_xlabel("Epoch")
         ax.xaxis.set_major_locator(Ticks(5, integer=True))
         ax.yaxis.set_major_locator(Ticks(5))
-        ax.grid(visible=False)
-        ax.tick_params(labelsize=SMALL)
-        ax.spines[["top", "right"]].set_visible(False)
+        plain_axes(ax)
     axes[0, 0].set_ylabel("nats per cell")
     handles = {label: handle for ax in axes[0] for handle, label in zip(*ax.get_legend_handles_labels())}
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False, fontsize=SMALL)

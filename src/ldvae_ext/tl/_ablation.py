@@ -16,6 +16,7 @@ from ldvae_ext._keys import ABLATION_INFO, DEFAULT_KEY
 from ldvae_ext._validate import cell_positions, check_positive_int, factor_indices
 from ldvae_ext.core.cells import EncodedCells
 from ldvae_ext.core.plan import AblationPlan, AblationRequest, LatentSummary, Mode, Scheme, value_of_each
+from ldvae_ext.get._export import factors
 from ldvae_ext.tl._cells import ExportedCells
 
 CHUNK_SIZE = 1024
@@ -70,7 +71,8 @@ def ablate(
     Returns
     -------
     AnnData, cells x sets of latents, in the exported order. ``X`` is float64, in nats per cell: positive where the latents
-    help to explain the cell, negative where they hurt. ``obs`` is a copy; ``uns["ldvae_ablation"]`` describes the ablation.
+    help to explain the cell, negative where they hurt. ``obs`` is a copy; ``uns["ldvae_ablation"]`` describes the ablation, and
+    ``var["flag"]`` has the flags of :func:`ldvae_ext.get.factors`, if there are any.
 
     Raises
     ------
@@ -115,7 +117,7 @@ def ablate(
     return AnnData(
         X=effect_ns[:, in_order],
         obs=cast("pd.DataFrame", adata.obs).iloc[positions].copy(),
-        var=pd.DataFrame(index=[plan.names[column] for column in in_order]),
+        var=_described(adata, key, [plan.names[column] for column in in_order]),
         uns={ABLATION_INFO: work.description(plan, groupby)},
     )
 
@@ -209,7 +211,17 @@ def ablate_genes(
         n_p += np.bincount(group_n[group_n >= 0], minlength=len(n_p))
     in_order = work.in_order(plan.names)
     names = [plan.names[column] for column in in_order]
-    return gene_ablation(total_pgs[:, :, in_order], n_p, work.groups, genes, names, work.description(plan, groupby))
+    ablation = gene_ablation(total_pgs[:, :, in_order], n_p, work.groups, genes, names, work.description(plan, groupby))
+    ablation.var = _described(adata, key, names)
+    return ablation
+
+
+def _described(adata: AnnData, key: str, names: list[str]) -> pd.DataFrame:
+    """Table of the sets of latents, with the flags of single factors if the export has them."""
+    table, index = factors(adata, key=key), pd.Index(names)
+    if "flag" not in table:
+        return pd.DataFrame(index=index)
+    return pd.DataFrame({"flag": table["flag"].reindex(index, fill_value="").to_numpy(dtype=object)}, index=index)
 
 
 class _ExportAblation:
