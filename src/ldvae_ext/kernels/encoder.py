@@ -7,7 +7,7 @@ import math
 import numpy as np
 from numba import njit
 
-from ldvae_ext.kernels.jit import LOOP, Float32Array
+from ldvae_ext.kernels.jit import LOOP, Float32Array, IntegerArray
 
 _F = np.float32
 
@@ -22,13 +22,15 @@ def hidden_layer(
     running_mean_h: Float32Array,
     running_variance_h: Float32Array,
     momentum: float,
+    is_frozen: bool,
     normal_nh: Float32Array,
     inverse_h: Float32Array,
     out_nh: Float32Array,
 ) -> None:
-    """Batch norm in training, ReLU and dropout: ``out = kept * max(0, gamma * normal + beta)``.
+    """Batch norm, ReLU and dropout: ``out = kept * max(0, gamma * normal + beta)``.
 
-    ``normal`` is the standardised input. Running statistics are updated.
+    ``normal`` is the input standardised by the statistics of the minibatch, of which the running statistics take a share; or,
+    frozen, by the running statistics.
 
     Parameters
     ----------
@@ -41,7 +43,9 @@ def hidden_layer(
     eps, momentum
         Constants of the batch norm.
     running_mean_h, running_variance_h
-        Running statistics, (hidden units,), float32; updated.
+        Running statistics, (hidden units,), float32; updated unless frozen.
+    is_frozen
+        True for a batch norm in evaluation mode.
     normal_nh, inverse_h
         Output: standardised inputs, (cells, hidden units), and 1 / standard deviations, (hidden units,); float32.
     out_nh
@@ -49,23 +53,28 @@ def hidden_layer(
     """
     n_cells, n_hidden = before_nh.shape
     mean_h, variance_h = np.zeros(n_hidden), np.zeros(n_hidden)
-    for n in range(n_cells):
-        row = before_nh[n]
+    if is_frozen:
         for h in range(n_hidden):
-            mean_h[h] += row[h]
-    for h in range(n_hidden):
-        mean_h[h] /= n_cells
-    for n in range(n_cells):
-        row = before_nh[n]
+            mean_h[h], variance_h[h] = running_mean_h[h], running_variance_h[h]
+    else:
+        for n in range(n_cells):
+            row = before_nh[n]
+            for h in range(n_hidden):
+                mean_h[h] += row[h]
         for h in range(n_hidden):
-            centred = row[h] - mean_h[h]
-            variance_h[h] += centred * centred
-    for h in range(n_hidden):
-        running_mean_h[h] += _F(momentum * (mean_h[h] - running_mean_h[h]))
-        running_variance_h[h] += _F(momentum * (variance_h[h] / (n_cells - 1) - running_variance_h[h]))
-        inverse_h[h] = 1.0 / math.sqrt(variance_h[h] / n_cells + eps)
+            mean_h[h] /= n_cells
+        for n in range(n_cells):
+            row = before_nh[n]
+            for h in range(n_hidden):
+                centred = row[h] - mean_h[h]
+                variance_h[h] += centred * centred
+        for h in range(n_hidden):
+            running_mean_h[h] += _F(momentum * (mean_h[h] - running_mean_h[h]))
+            running_variance_h[h] += _F(momentum * (variance_h[h] / (n_cells - 1) - running_variance_h[h]))
+            variance_h[h] /= n_cells
     shift_h = np.empty(n_hidden, _F)
     for h in range(n_hidden):
+        inverse_h[h] = 1.0 / math.sqrt(variance_h[h] + eps)
         shift_h[h] = mean_h[h]
     for n in range(n_cells):
         row, normal, kept, out = before_nh[n], normal_nh[n], kept_nh[n], out_nh[n]
@@ -84,6 +93,7 @@ def hidden_layer_backward(
     kept_nh: Float32Array,
     normal_nh: Float32Array,
     inverse_h: Float32Array,
+    is_frozen: bool,
     d_before_nh: Float32Array,
     d_gamma_h: Float32Array,
     d_beta_h: Float32Array,
@@ -94,7 +104,7 @@ def hidden_layer_backward(
     ----------
     d_out_nh
         Gradient of the output, (cells, hidden units), float32.
-    gamma_h, beta_h, kept_nh, normal_nh, inverse_h
+    gamma_h, beta_h, kept_nh, normal_nh, inverse_h, is_frozen
         Inputs and outputs of :func:`hidden_layer`.
     d_before_nh
         Output: gradient of the input, (cells, hidden units), float32.
@@ -112,7 +122,9 @@ def hidden_layer_backward(
             d_gamma_h[h] += gradient * normal[h]
     mean_h, along_h, scale_h = np.empty(n_hidden, _F), np.empty(n_hidden, _F), np.empty(n_hidden, _F)
     for h in range(n_hidden):
-        mean_h[h], along_h[h] = d_beta_h[h] / n_cells, d_gamma_h[h] / n_cells
+        # Frozen statistics do not depend on the cells.
+        mean_h[h] = _F(0) if is_frozen else d_beta_h[h] / n_cells
+        along_h[h] = _F(0) if is_frozen else d_gamma_h[h] / n_cells
         scale_h[h] = gamma_h[h] * inverse_h[h]
     for n in range(n_cells):
         normal, d_before = normal_nh[n], d_before_nh[n]
@@ -131,6 +143,7 @@ def posterior(
     draw_nk: Float32Array,
     prior_mean_n: Float32Array,
     prior_scale_n: Float32Array,
+    n_kept_n: IntegerArray,
     mean_nk: Float32Array,
     scale_nk: Float32Array,
     sample_nk: Float32Array,
@@ -138,7 +151,8 @@ def posterior(
 ) -> None:
     """Mean, standard deviation and a sample of the posterior, and its KL divergence from a normal prior.
 
-    ``sample = mean + draw * scale``, ``KL = sum_k (r + ((mean - m0) / s0)^2 - 1 - log r) / 2`` with ``r = (scale / s0)^2``.
+    ``sample = mean + draw * scale``, ``KL = sum_k (r + ((mean - m0) / s0)^2 - 1 - log r) / 2`` with ``r = (scale / s0)^2``. Latents
+    that a cell does not keep are 0 in the sample, and have no KL divergence.
 
     Parameters
     ----------
@@ -154,6 +168,8 @@ def posterior(
         Standard normal draws, (cells, latents), float32.
     prior_mean_n, prior_scale_n
         Mean and standard deviation of the prior of all latents of a cell, (cells,), float32.
+    n_kept_n
+        Number of latents that each cell keeps, the first ones, (cells,), integers.
     mean_nk, scale_nk, sample_nk
         Output, (cells, latents), float32.
     divergence_n
@@ -172,6 +188,9 @@ def posterior(
             variance = math.exp(free + variance_bias_k[k]) + _F(least_variance)
             scale = math.sqrt(variance)
             mean_nk[n, k], scale_nk[n, k] = mean, scale
+            if k >= n_kept_n[n]:
+                sample_nk[n, k] = _F(0)
+                continue
             sample_nk[n, k] = mean + draw_nk[n, k] * scale
             distance = (mean - prior_mean_n[n]) / prior_scale_n[n]
             ratio = scale / prior_scale_n[n]
@@ -189,6 +208,7 @@ def posterior_backward(
     draw_nk: Float32Array,
     prior_mean_n: Float32Array,
     prior_scale_n: Float32Array,
+    n_kept_n: IntegerArray,
     mean_nk: Float32Array,
     scale_nk: Float32Array,
     d_sample_nk: Float32Array,
@@ -203,7 +223,7 @@ def posterior_backward(
 
     Parameters
     ----------
-    hidden_nh, mean_weight_kh, variance_weight_kh, least_variance, draw_nk, prior_mean_n, prior_scale_n, mean_nk, scale_nk
+    hidden_nh, mean_weight_kh, variance_weight_kh, least_variance, draw_nk, prior_mean_n, prior_scale_n, n_kept_n, mean_nk, scale_nk
         Inputs and outputs of :func:`posterior`.
     d_sample_nk, d_divergence_n
         Gradients of the outputs, (cells, latents) and (cells,), float32.
@@ -215,7 +235,7 @@ def posterior_backward(
     n_hidden = hidden_nh.shape[1]
     for n in range(hidden_nh.shape[0]):
         row, d_row, weight = hidden_nh[n], d_hidden_nh[n], d_divergence_n[n]
-        for k in range(mean_nk.shape[1]):
+        for k in range(n_kept_n[n]):
             mean, scale, prior_scale = mean_nk[n, k], scale_nk[n, k], prior_scale_n[n]
             d_mean = d_sample_nk[n, k] + weight * (mean - prior_mean_n[n]) / (prior_scale * prior_scale)
             d_scale = d_sample_nk[n, k] * draw_nk[n, k]

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from scvi import REGISTRY_KEYS
 from scvi.nn import FCLayers
@@ -102,27 +103,41 @@ class QueryTrainingPlan(GatheringPlan):
         """Set training mode for trained layers, evaluation mode for frozen batch norms or as requested."""
         super().on_train_start()
         self.module.train(not self.evaluation_mode)
+        # Copied here, where weights are stored as in the steps.
+        self._references = [value.detach().clone() for value, _ in self._frozen]
 
     def configure_optimizers(self) -> dict[str, Any]:
         """scvi-tools' optimizer, which restores frozen entries after each step."""
         config = super().configure_optimizers()
-        learnable = self.module.learnable or {}
         # torch.compile puts a prefix before the names.
         parameters = {name.removeprefix("_orig_mod."): value for name, value in self.module.named_parameters()}
-        kept = [
-            (parameters[name], mask.to(parameters[name].device), parameters[name].detach().clone())
-            for name, mask in learnable.items()
-            if parameters[name].requires_grad and not mask.all()
+        self._frozen = [
+            (parameters[name], parts)
+            for name, mask in (self.module.learnable or {}).items()
+            if parameters[name].requires_grad and (parts := _frozen_parts(mask))
         ]
-        if kept:
-            config["optimizer"].register_step_post_hook(partial(_restore, kept))
+        if self._frozen:
+            config["optimizer"].register_step_post_hook(self._restore)
         return config
 
+    @torch.no_grad()
+    def _restore(self, *_of_hook: Any) -> None:
+        for (value, parts), reference in zip(self._frozen, self._references, strict=True):
+            for part in parts:
+                value[part] = reference[part]
 
-@torch.no_grad()
-def _restore(kept: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], *_of_hook: Any) -> None:
-    for value, mask, reference in kept:
-        value.copy_(torch.where(mask, value, reference))
+
+def _frozen_parts(mask: torch.Tensor) -> list[tuple[slice, ...]]:
+    """Blocks of adjacent rows or columns of a parameter that are not trained, from the mask of its trained entries."""
+    for dim in reversed(range(mask.ndim)):
+        first = mask.select(1 - dim, 0) if mask.ndim > 1 else mask
+        if mask.ndim > 1 and not (mask == first.unsqueeze(1 - dim)).all():
+            continue
+        changes = np.flatnonzero(np.diff(np.concatenate([[False], ~first.cpu().numpy(), [False]]).astype(np.int8)))
+        whole = [slice(None)] * mask.ndim
+        return [(*whole[:dim], slice(start, end), *whole[dim + 1 :]) for start, end in changes.reshape(-1, 2).tolist()]
+    msg = "Trained entries of a parameter must be whole rows or columns."
+    raise ValueError(msg)
 
 
 def _linears(module: torch.nn.Module) -> Iterator[tuple[str, FCLayers, int]]:
@@ -258,14 +273,14 @@ def freeze(module: Any, reference: Levels, options: Freezing) -> None:
         # Linear layers with other trained entries keep a gradient, of zero, as in scvi-tools.
         value.requires_grad_(name in hooked or bool(learnable[name].any()))
         if value.requires_grad and not learnable[name].all():
-            value.register_hook(partial(_only_learnable, module, name))
+            value.register_hook(partial(_only_learnable, _frozen_parts(learnable[name])))
 
 
-def _only_learnable(module: Any, name: str, gradient: torch.Tensor) -> torch.Tensor:
-    mask = module.learnable[name]
-    if mask.device != gradient.device:
-        mask = module.learnable[name] = mask.to(gradient.device)
-    return torch.where(mask, gradient, 0)
+def _only_learnable(frozen: Sequence[tuple[slice, ...]], gradient: torch.Tensor) -> torch.Tensor:
+    learnable = gradient.clone()
+    for part in frozen:
+        learnable[part] = 0
+    return learnable
 
 
 def _is_frozen_norm(path: str, options: Freezing) -> bool:
