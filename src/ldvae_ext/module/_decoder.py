@@ -67,8 +67,18 @@ class LinearDecoderLayer(LinearDecoderSCVI):
         *cat_list
             Codes of the categorical covariates.
         """
-        logits = self.factor_regressor(z, *cat_list)
-        scale = torch.nn.functional.softplus(logits) if self.softplus else torch.softmax(logits, dim=-1)
+        scale = self.scale(z, *cat_list)
         log_theta = self.px_r_decoder(z, *cat_list) if self.has_dispersion else None
         dropout = self.px_dropout_decoder(z, *cat_list) if self.has_dropout else None
         return scale, log_theta, torch.exp(library) * scale, dropout
+
+    def scale(self, z: torch.Tensor, *cat_list: torch.Tensor) -> torch.Tensor:
+        """Expression for a library of 1, shape (cells, genes).
+
+        Parameters
+        ----------
+        z, *cat_list
+            As in :meth:`forward`.
+        """
+        logits = self.factor_regressor(z, *cat_list)
+        return torch.nn.functional.softplus(logits) if self.softplus else torch.softmax(logits, dim=-1)
