@@ -197,7 +197,7 @@ _DATA_HOOKS = ("on_before_batch_transfer",)
 
 
 class ShortSteps:
-    """Training steps that pass by Lightning's hooks if nothing is attached to them.
+    """Training steps that skip Lightning's hooks where nothing is attached to them.
 
     Lightning calls some forty hooks in a step, which takes as long as a sixth of a step of 2,000 genes. Inside of an epoch, where
     nothing is logged either, the same calls remain: the training step, ``zero_grad``, the backward pass, the optimizer's step,
@@ -234,7 +234,7 @@ class ShortSteps:
             and len(trainer.optimizers) == 1
             and all(config.interval == "epoch" for config in trainer.lr_scheduler_configs)
             and not any(_has_own(callback, Callback, _CALLBACK_HOOKS) for callback in trainer.callbacks)
-            and not _has_own(plan, LightningModule, _PLAN_HOOKS)
+            and not _has_own(plan, LightningModule, (*_PLAN_HOOKS, *_DATA_HOOKS))
             and not _has_own(data, LightningDataModule, _DATA_HOOKS)
         )
 
@@ -243,7 +243,7 @@ class ShortSteps:
         self._loop.advance = self
 
     def end(self) -> None:
-        """Give it back."""
+        """Restore Lightning's step."""
         self._loop.__dict__.pop("advance", None)
 
     def __call__(self, batches: Any) -> None:
@@ -267,10 +267,15 @@ class ShortSteps:
         progress.increment_ready()
         progress.increment_started()
         steps.step.increment_ready()
-        loss = plan.training_step(minibatch, n_done)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+
+        def closure() -> Any:
+            loss = plan.training_step(minibatch, n_done)
+            optimizer.zero_grad()
+            loss.backward()
+            return loss
+
+        # Some optimizers call it several times.
+        optimizer.step(closure)
         for counted in (steps.zero_grad.total, steps.zero_grad.current):
             counted.ready += 1
             counted.started += 1
@@ -281,8 +286,10 @@ class ShortSteps:
 
 
 def _has_own(value: Any, base: type, names: tuple[str, ...]) -> bool:
-    """True if an object has methods of its own instead of those of a base class."""
-    return any(getattr(type(value), name, None) is not getattr(base, name, None) for name in names)
+    """True if an object has methods of its own instead of those of a base class; a callback may have them on itself."""
+    return any(
+        getattr(type(value), name, None) is not getattr(base, name, None) or name in vars(value) for name in names
+    )
 
 
 def skip_graph_capture_check(optimizer: Any) -> None:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import time
 from types import SimpleNamespace
 from typing import Any
 
+import anndata as ad
 import joblib
 import numpy as np
 import pandas as pd
 import pytest
+import scvi
 import torch
 from lightning.pytorch.callbacks import LambdaCallback
 
 from ldvae_ext import datasets
 from ldvae_ext._progress import Progress
-from ldvae_ext.model import LDVAE, _processes, fit_ensemble
+from ldvae_ext.model import LDVAE, _processes, ensemble, fit_ensemble
 from ldvae_ext.model._processes import n_processes
 
 TRAINING = {"accelerator": "cpu", "check_val_every_n_epoch": None}
@@ -37,7 +41,7 @@ def cells() -> Any:
     return adata
 
 
-def fitted(cells, n_jobs: int, **kwargs: Any) -> Any:
+def fitted(cells, n_jobs: int | None, **kwargs: Any) -> Any:
     options = {"n_latent": 3, "max_epochs": 3, "train_kwargs": TRAINING, "silent": True, **kwargs}
     return fit_ensemble(cells, 3, n_jobs=n_jobs, **options)
 
@@ -94,11 +98,9 @@ def test_a_run_that_fails_in_a_process_is_left_out(cells, tmp_path):
         raise RuntimeError(msg)
 
     with pytest.warns(UserWarning, match="no luck"):
-        ensemble = fitted(
-            cells, 2, train_kwargs={**TRAINING, "callbacks": [LambdaCallback(on_train_start=first_fails)]}
-        )
-    assert len(ensemble.models) == 2
-    assert sorted([*ensemble.seeds, *ensemble.failures]) == [0, 1, 2]
+        found = fitted(cells, 2, train_kwargs={**TRAINING, "callbacks": [LambdaCallback(on_train_start=first_fails)]})
+    assert len(found.models) == 2
+    assert sorted([*found.seeds, *found.failures]) == [0, 1, 2]
 
 
 def test_an_unknown_argument_of_training_is_raised(cells):
@@ -138,3 +140,89 @@ def test_the_bar_counts_epochs_of_other_processes(cells):
         progress.show()
         assert progress._events.read_bytes().count(b"e") == 9
         assert progress._events.read_bytes().count(b"s") == 3
+
+
+class OddError(Exception):
+    """An error that pickle writes and cannot read."""
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(f"{first} {second}")
+
+
+def test_an_error_that_cannot_be_sent_is_the_failure_of_its_run(cells, tmp_path):
+    def first_fails(*_: Any) -> None:
+        try:
+            (tmp_path / "taken").touch(exist_ok=False)
+        except FileExistsError:
+            return
+        raise OddError(*("no", "luck"))
+
+    callbacks = [LambdaCallback(on_train_start=first_fails)]
+    with pytest.warns(UserWarning, match="OddError: no luck"):
+        found = fitted(cells, 2, train_kwargs={**TRAINING, "callbacks": callbacks})
+    assert len(found.models) == 2
+
+
+def test_runs_of_a_killed_process_are_trained_here(cells, tmp_path):
+    parent = os.getpid()
+
+    def first_is_killed(*_: Any) -> None:
+        if os.getpid() == parent:
+            return
+        try:
+            (tmp_path / "taken").touch(exist_ok=False)
+        except FileExistsError:
+            return
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    callbacks = [LambdaCallback(on_train_start=first_is_killed)]
+    with pytest.warns(UserWarning, match="ended from outside"):
+        found = fitted(cells, 2, train_kwargs={**TRAINING, "callbacks": callbacks})
+    assert found.seeds == [0, 1, 2]
+    for here, model in zip(fitted(cells, 1).models, found.models, strict=True):
+        np.testing.assert_allclose(model.get_loadings(), here.get_loadings(), rtol=1e-4, atol=1e-5)
+
+
+def test_random_states_and_columns_that_are_not_registered_stay_here(cells):
+    odd, _ = datasets.simulate(n_cells=150, n_genes=30, n_latent=2, n_batches=2, seed=0)
+    odd.obs["lock"] = [threading.Lock() for _ in range(odd.n_obs)]
+    LDVAE.setup_anndata(odd, batch_key="batch")
+    torch.manual_seed(7)
+    np.random.seed(7)  # noqa: NPY002
+    fitted(odd, 2)
+    after = torch.rand(1).item(), np.random.rand()  # noqa: NPY002
+    torch.manual_seed(7)
+    np.random.seed(7)  # noqa: NPY002
+    assert after == (torch.rand(1).item(), np.random.rand())  # noqa: NPY002
+
+
+def test_objects_of_the_caller_keep_trainings_here(monkeypatch):
+    cells, _ = datasets.simulate(n_cells=150, n_genes=30, n_latent=2, seed=0)
+    LDVAE.setup_anndata(cells)
+    monkeypatch.setattr(ensemble, "n_processes", lambda *_, **__: pytest.fail("asked for processes"))
+    seen: list[int] = []
+    callbacks = [LambdaCallback(on_train_start=lambda *_: seen.append(os.getpid()))]
+    fitted(cells, None, train_kwargs={**TRAINING, "trainer_config": {"callbacks": callbacks}})
+    assert seen == [os.getpid()] * 3
+
+
+def test_settings_of_a_process_are_those_of_the_caller_and_end_with_the_run(monkeypatch):
+    settings = _processes._Settings.now(1)
+    before = _processes._Settings.now(torch.get_num_threads())
+    scvi.settings.batch_size = 77
+    try:
+        with settings.in_force():
+            assert scvi.settings.batch_size == settings.of_scvi["batch_size"]
+            assert torch.get_num_threads() == 1
+        assert scvi.settings.batch_size == 77
+        assert torch.get_num_threads() == before.n_threads
+    finally:
+        scvi.settings.batch_size = before.of_scvi["batch_size"]
+
+
+def test_counts_on_disk_are_refused(cells, tmp_path):
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    backed = ad.read_h5ad(tmp_path / "cells.h5ad", backed="r")
+    LDVAE.setup_anndata(backed, batch_key="batch")
+    with pytest.raises(ValueError, match="`n_jobs=2` needs counts in memory"):
+        fitted(backed, 2)

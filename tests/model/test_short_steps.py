@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import scvi
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import LambdaCallback
 
 from ldvae_ext import _scvi
 from ldvae_ext.model import LDVAE
@@ -26,17 +29,14 @@ def trained(epochs=3, **kwargs):
     return model
 
 
-class Listener(Callback):
-    """Counts the calls of one hook."""
+def listener(hook, *, on_class):
+    """A callback with one hook, on its class or on itself, as those of LambdaCallback are; and the list of its calls."""
+    calls = []
 
-    def __init__(self, hook):
-        self.n_calls = 0
+    def listen(*_, **__):
+        calls.append(1)
 
-        def listen(*_, **__):
-            self.n_calls += 1
-
-        # On a class of its own: Lightning looks hooks up there.
-        self.__class__ = type("Listener", (Listener,), {hook: listen})
+    return (type("Listener", (Callback,), {hook: listen})() if on_class else LambdaCallback(**{hook: listen})), calls
 
 
 @pytest.mark.parametrize(
@@ -93,14 +93,18 @@ def test_steps_inside_of_an_epoch_are_short(monkeypatch):
     assert taken == [(i, 0 < i < n_batches - 1) for _ in range(2) for i in range(n_batches)]
 
 
+@pytest.mark.parametrize("on_class", [True, False])
 @pytest.mark.parametrize("hook", _scvi._CALLBACK_HOOKS)
-def test_a_callback_is_called_at_each_step(hook):
-    listener = Listener(hook)
-    model = trained(callbacks=[listener])
-    assert listener.n_calls == model.trainer.global_step > 0
+def test_a_callback_is_called_at_each_step(hook, on_class):
+    callback, calls = listener(hook, on_class=on_class)
+    model = trained(callbacks=[callback])
+    assert len(calls) == model.trainer.global_step > 0
 
 
-@pytest.mark.parametrize("hook", ["optimizer_step", "on_before_zero_grad", "configure_gradient_clipping"])
+@pytest.mark.parametrize(
+    "hook", ["optimizer_step", "on_before_zero_grad", "configure_gradient_clipping", "on_before_batch_transfer"]
+)
+@pytest.mark.filterwarnings("ignore:You have overridden `on_before_batch_transfer` in `LightningModule`")
 def test_a_hook_of_a_training_plan_is_called_at_each_step(monkeypatch, hook):
     n_calls = 0
     own = getattr(QueryTrainingPlan, hook)
@@ -184,3 +188,28 @@ def test_a_resumed_training_has_its_moments_where_its_weights_are(tmp_path):
         second.train(4, **QUIET, backend=backend, ckpt_path=path)
         losses.append(second.history["train_loss"].to_numpy()[-1].item())
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_an_optimizer_that_takes_several_evaluations_for_a_step_trains(monkeypatch):
+    losses = []
+    for own in (True, False):
+        if not own:
+            monkeypatch.setattr(_scvi.ShortSteps, "fit", staticmethod(lambda _: False))
+        creator = partial(torch.optim.LBFGS, lr=0.01, max_iter=2)
+        losses.append(
+            trained(1, plan_kwargs={"optimizer": "Custom", "optimizer_creator": creator}).history["train_loss"]
+        )
+    np.testing.assert_array_equal(losses[0].to_numpy(), losses[1].to_numpy())
+
+
+def test_a_parameter_that_a_callback_replaces_is_trained():
+    class Replaces(Callback):
+        def on_train_epoch_start(self, trainer, plan):
+            if trainer.current_epoch == 1:
+                plan.module.px_r = torch.nn.Parameter(plan.module.px_r.detach().clone() + 1.0)
+                trainer.optimizers[0].add_param_group({"params": [plan.module.px_r]})
+                self.value = plan.module.px_r.detach().clone()
+
+    replaces = Replaces()
+    model = trained(3, callbacks=[replaces])
+    assert not torch.equal(model.module.px_r.detach(), replaces.value)

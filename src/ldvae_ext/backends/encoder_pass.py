@@ -40,9 +40,13 @@ class EncoderLayers:
     def __init__(self, encoder: Encoder) -> None:
         self.linear, self.norm, _, _, self.dropout = encoder.encoder.fc_layers[0]
         self.least_variance = encoder.var_eps
-        layers = self.linear, self.norm, encoder.mean_encoder, encoder.var_encoder
-        self.parameters = [value for layer in layers for value in (layer.weight, layer.bias)]
+        self._layers = self.linear, self.norm, encoder.mean_encoder, encoder.var_encoder
+        self.parameters = self.current()
         """In the order of the gradients of :meth:`EncoderPass.backward`."""
+
+    def current(self) -> list[torch.Tensor]:
+        """The parameters that the layers have now."""
+        return [value for layer in self._layers for value in (layer.weight, layer.bias)]
 
     def draws(self, n_cells: int) -> Draws:
         """The draws of torch.nn.Dropout and of Normal.rsample, in their order.

@@ -6,6 +6,7 @@ longer than the arithmetic.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,9 +163,15 @@ class FusedStep:
 
     @property
     def is_possible(self) -> bool:
-        """True if gradients are wanted, and the layers are still the network's: a callback may have replaced parameters."""
-        parts: list[Any] = [*self.encoders, *self.heads]
-        return torch.is_grad_enabled() and all(part.linear.weight is part.parameters[0] for part in parts)
+        """True if gradients are wanted, and a callback has replaced neither a parameter nor the averages of a batch norm."""
+        if not torch.is_grad_enabled():
+            return False
+        parts: list[EncoderLayers | HeadLayers] = [*self.encoders, *self.heads]
+        now = [value for part in parts for value in part.current()]
+        if self.log_theta is not None:
+            now.append(self._module.px_r)
+        are_current = len(now) == len(self._parameters) and all(map(operator.is_, now, self._parameters))
+        return are_current and all(part.norm is None or part.norm.momentum is not None for part in parts)
 
     def loss(self, tensors: dict[str, torch.Tensor], kl_weight: float) -> tuple[LossOutput, EncoderPass]:
         """Loss of a minibatch, with the random draws and gradients of the network's own forward pass, and the pass of the encoder.

@@ -23,10 +23,14 @@ class HeadLayers:
 
     def __init__(self, head: Any) -> None:
         self.linear, self.norm = head.fc_layers[0][:2]
+        self.parameters = self.current()
+        """In the order of the gradients of :meth:`HeadPass.backward`."""
+
+    def current(self) -> list[torch.Tensor]:
+        """The parameters that the layers have now."""
         values = [self.linear.weight, self.linear.bias]
         values += [] if self.norm is None else [self.norm.weight, self.norm.bias]
-        self.parameters = [value for value in values if value is not None]
-        """In the order of the gradients of :meth:`HeadPass.backward`."""
+        return [value for value in values if value is not None]
 
 
 class HeadPass:

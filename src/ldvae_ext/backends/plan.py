@@ -56,10 +56,12 @@ class GatheringPlan(FastHookNames, TrainingPlan):
         return config
 
     def on_train_start(self) -> None:
-        """Store weights as the backend reads them, and pass by Lightning's hooks if nothing is attached to them."""
+        """Store weights as the backend reads them, and skip Lightning's hooks if nothing is attached to them."""
         if not uses_backend(type(self)) or not is_on_one_cpu(self.trainer):
             return
-        if self._backend is not None and self._backend.stores_by_columns:
+        # LBFGS views gradients as one vector, which is row by row.
+        has_columns = not any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in self.trainer.optimizers)
+        if self._backend is not None and self._backend.stores_by_columns and has_columns:
             store_weights(self.module, by_columns=True, optimizers=self.trainer.optimizers)
         data = self.trainer.datamodule
         stays_as_loaded = isinstance(data, CountsSplitter) and not data.load_sparse_tensor

@@ -7,9 +7,10 @@ import multiprocessing
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import redirect_stdout
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import joblib
 import numpy as np
@@ -17,17 +18,55 @@ import pandas as pd
 import scvi
 import torch
 from anndata import AnnData
+from joblib.externals.loky import get_reusable_executor
 
 from ldvae_ext._scvi import SETUP_ARGS_KEY, get_max_epochs_heuristic
+from ldvae_ext._validate import warn
+from ldvae_ext.kernels.threads import compiled, is_compiled
 from ldvae_ext.model._ldvae import LDVAE
-from ldvae_ext.model._runs import RunPlan
+from ldvae_ext.model._runs import RunPlan, seeded
 
 # Rough seconds of a training step, to judge if processes are worth their start: with no genes, and for each gene.
 _STEP, _STEP_OF_GENE = 2e-3, 1.6e-6
 # Seconds that a process takes to import scvi-tools and torch, and to receive its data, on a busy machine.
 _START = 10.0
-# Attributes that belong to the model of this process: made again, or bound to its data.
-_OWN = ("registry_", "init_params_")
+# Attributes that the model of this process has of its own.
+_NOT_SENT = ("registry_", "init_params_")
+# Arguments of a training with objects of the caller, which would collect what they collect in another process.
+STAY_HERE = ("callbacks", "logger", "loggers", "profiler", "plugins", "strategy", "trainer_config")
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """Settings of this process that a training depends on."""
+
+    of_scvi: dict[str, Any]
+    n_threads: int
+    is_compiled: bool
+    is_deterministic: bool
+
+    @classmethod
+    def now(cls, n_threads: int) -> _Settings:
+        names = ("batch_size", "dl_num_workers", "dl_persistent_workers", "logging_dir")
+        of_scvi = {name: getattr(scvi.settings, name) for name in names}
+        return cls(of_scvi, n_threads, is_compiled(), torch.are_deterministic_algorithms_enabled())
+
+    @contextmanager
+    def in_force(self) -> Iterator[None]:
+        """The settings inside; those before afterwards, since joblib may give the process other work."""
+        before = _Settings.now(torch.get_num_threads())
+        self._put()
+        try:
+            with compiled(on=self.is_compiled):
+                yield
+        finally:
+            before._put()
+
+    def _put(self) -> None:
+        for name, value in self.of_scvi.items():
+            setattr(scvi.settings, name, value)
+        torch.set_num_threads(self.n_threads)
+        torch.use_deterministic_algorithms(self.is_deterministic)
 
 
 @dataclass(frozen=True)
@@ -36,6 +75,7 @@ class _Result:
 
     weights: dict[str, np.ndarray]
     attributes: dict[str, Any]
+    device: str
     warned: list[tuple[str, type[Warning], str, int, str]]
 
 
@@ -71,85 +111,99 @@ def n_processes(
     return n_jobs if beside + _START < n_runs * of_run else 1
 
 
-def train_in_processes(adata: AnnData, n_runs: int, plan: RunPlan, n_jobs: int) -> Iterator[tuple[int, Any]]:
-    """Trained models, or the errors of their training, in the order in which they end, with the number of the run.
+def train_in_processes(adata: AnnData, n_runs: int, plan: RunPlan, n_jobs: int) -> Iterator[tuple[int, LDVAE | str]]:
+    """Trained models, or why their training failed, in the order in which they end, with the number of the run.
 
-    The counts are in memory once: processes read them from files that joblib maps.
+    joblib writes the counts to files, which all processes map into their memory.
 
     Parameters
     ----------
     adata
-        Registered cells.
+        Registered cells, in memory.
     n_runs, plan
         The runs.
     n_jobs
         Number of processes.
     """
-    # Raised here, before any process starts: an option that the model does not have.
-    registry = plan.model(adata).registry
-    light = _light(adata, registry[SETUP_ARGS_KEY].get("layer"))
-    settings = {name: getattr(scvi.settings, name) for name in ("batch_size", "dl_num_workers")}
-    n_threads = max(1, min(torch.get_num_threads(), joblib.cpu_count() // n_jobs))
+    with seeded(plan.seed):
+        # Raised here, before any process starts: an option that the model does not have.
+        registry = plan.model(adata).registry
+    sent = _counts_and_columns(adata, registry[SETUP_ARGS_KEY])
+    settings = _Settings.now(max(1, min(torch.get_num_threads(), joblib.cpu_count() // n_jobs)))
     work = joblib.delayed(_train)
     parallel = joblib.Parallel(n_jobs, return_as="generator_unordered", mmap_mode="r", backend="loky")
-    results = parallel(work(light, registry, plan, m, settings, n_threads) for m in range(n_runs))
+    results = parallel(work(sent, registry, plan, m, settings) for m in range(n_runs))
+    missing = set(range(n_runs))
     try:
-        for m, result in results:
-            if isinstance(result, TypeError):
-                raise result
-            yield m, result if isinstance(result, Exception) else _restored(adata, plan, result)
+        for m, outcome in results:
+            if isinstance(outcome, TypeError):
+                raise outcome
+            missing.discard(m)
+            yield m, _restored(adata, plan, outcome) if isinstance(outcome, _Result) else outcome
+    except BrokenProcessPool:
+        warn(
+            f"A process was ended from outside, perhaps for lack of memory. {len(missing)} runs are trained in this process."
+        )
+        for m in sorted(missing):
+            yield m, plan.train(adata, m)
     finally:
         with warnings.catch_warnings():
             # Of results that nobody takes, if a run raised or the caller stopped.
             warnings.simplefilter("ignore")
             results.close()
+        # Idle processes would keep a gigabyte each.
+        get_reusable_executor().shutdown(wait=False, kill_workers=True)
 
 
-def _light(adata: AnnData, layer: str | None) -> AnnData:
-    """The registered counts and the columns of the cells alone."""
-    obs: Any = adata.obs
-    var = pd.DataFrame(index=adata.var_names)
+def _counts_and_columns(adata: AnnData, arguments: dict[str, Any]) -> AnnData:
+    """The registered counts and columns alone."""
+    layer, columns = arguments.get("layer"), []
+    for name, value in arguments.items():
+        if name.endswith(("_key", "_keys")) and value is not None:
+            columns += [value] if isinstance(value, str) else list(value)
+    obs, var = cast("pd.DataFrame", adata.obs)[columns], pd.DataFrame(index=adata.var_names)
     if layer is None:
         return AnnData(adata.X, obs=obs, var=var)
     return AnnData(obs=obs, var=var, layers={layer: adata.layers[layer]})
 
 
 def _train(
-    adata: AnnData, registry: dict[str, Any], plan: RunPlan, m: int, settings: dict[str, Any], n_threads: int
-) -> tuple[int, _Result | Exception]:
+    adata: AnnData, registry: dict[str, Any], plan: RunPlan, m: int, settings: _Settings
+) -> tuple[int, _Result | str | TypeError]:
     """Train a run in this process."""
-    torch.set_num_threads(n_threads)
-    for name, value in settings.items():
-        setattr(scvi.settings, name, value)
     # scvi-tools prints why a training stopped, into the progress bar of the first process.
-    with redirect_stdout(io.StringIO()), warnings.catch_warnings(record=True) as caught:
+    with settings.in_force(), redirect_stdout(io.StringIO()), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("ignore")
         LDVAE.setup_anndata(adata, source_registry=registry, **registry[SETUP_ARGS_KEY])
         warnings.simplefilter("always")
         try:
             model = plan.train(adata, m)
         except TypeError as error:
-            model = error
-    if isinstance(model, Exception):
+            return m, TypeError(str(error))
+    if isinstance(model, str):
         return m, model
     weights = {name: value.cpu().numpy() for name, value in model.module.state_dict().items()}
     attributes = {
-        name: value for name, value in model._get_user_attributes() if name.endswith("_") and name not in _OWN
+        name: value for name, value in model._get_user_attributes() if name.endswith("_") and name not in _NOT_SENT
     }
     modules = {getattr(module, "__file__", None): name for name, module in list(sys.modules.items())}
     warned = [(str(w.message), w.category, w.filename, w.lineno, modules.get(w.filename, "")) for w in caught]
-    return m, _Result(weights, attributes, warned)
+    return m, _Result(weights, attributes, str(model.device), warned)
 
 
-def _restored(adata: AnnData, plan: RunPlan, result: _Result) -> LDVAE:
-    """The model of a run on the data of this process."""
+def _restored(adata: AnnData, plan: RunPlan, result: _Result) -> LDVAE | str:
+    """The model of a run on the data of this process; the text of a warning that the caller's filters make an error."""
     for text, category, filename, line, module in result.warned:
-        warnings.warn_explicit(text, category, filename, line, module)
+        try:
+            warnings.warn_explicit(text, category, filename, line, module)
+        except Warning as error:
+            return f"{type(error).__name__}: {error}"
     # The drawn parameters are replaced at once.
-    with torch.random.fork_rng(devices=[]):
+    with seeded(plan.seed):
         model = plan.model(adata)
     # Arrays that came through a mapped file cannot be written to.
     model.module.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in result.weights.items()})
+    model.to_device(result.device)
     model.module.eval()
     for name, value in result.attributes.items():
         setattr(model, name, value)

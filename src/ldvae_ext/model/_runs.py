@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from anndata import AnnData
 
+from ldvae_ext._scvi import splitting_cells_by
 from ldvae_ext.backends.loader import CountsSplitter
 from ldvae_ext.model._ldvae import LDVAE
 
@@ -32,8 +33,8 @@ class RunPlan:
         """A model that is not trained."""
         return LDVAE(adata, n_latent=self.n_latent, **self.model_kwargs)
 
-    def train(self, adata: AnnData, m: int) -> LDVAE | Exception:
-        """The model of a run on its varimax axes, or the error with which its training failed.
+    def train(self, adata: AnnData, m: int) -> LDVAE | str:
+        """The model of a run on its varimax axes, or why its training failed.
 
         Parameters
         ----------
@@ -45,7 +46,9 @@ class RunPlan:
         Raises
         ------
         TypeError
-            If training does not have an argument, which would fail all runs alike. So would an option that the model does not have.
+            If training does not have an argument. That fails all runs alike.
+        ValueError
+            If the model does not have an option.
         """
         cells, _ = cells_of_run(adata.n_obs, m, self.resample, self.train_size, self.seed)
         with seeded(self.seed + m):
@@ -56,7 +59,7 @@ class RunPlan:
             except TypeError:
                 raise
             except Exception as error:  # noqa: BLE001 - whatever it was, the other runs are worth having
-                return error
+                return f"{type(error).__name__}: {error}"
         return model
 
     def kind(self, n_cells: int, m: int) -> int:
@@ -97,12 +100,9 @@ def train_on(model: LDVAE, cells: list[np.ndarray], max_epochs: int | None, opti
     if "callbacks" in options:
         # scvi-tools adds those of the training to the list.
         options = {**options, "callbacks": list(options["callbacks"])}
-    model._data_splitter_cls = DrawnCells
     split = {"external_indexing": [np.unique(cells[0]), *cells[1:]], "drawn": cells[0]}
-    try:
+    with splitting_cells_by(model, DrawnCells):
         model.train(max_epochs, datasplitter_kwargs=split, **options)
-    finally:
-        del model._data_splitter_cls
     if not np.isfinite(model.module.get_loadings()).all():
         msg = "Training ended with loadings that are no numbers."
         raise FloatingPointError(msg)

@@ -17,7 +17,7 @@ from ldvae_ext.core.matching import consensus_of, cosines, match_columns
 from ldvae_ext.model._axes import factor_stream
 from ldvae_ext.model._ensemble import Ensemble
 from ldvae_ext.model._ldvae import LDVAE
-from ldvae_ext.model._processes import n_processes, train_in_processes
+from ldvae_ext.model._processes import STAY_HERE, n_processes, train_in_processes
 from ldvae_ext.model._runs import RunPlan
 from ldvae_ext.model._training import penalties
 from ldvae_ext.model.replication import factor_replication
@@ -77,9 +77,10 @@ def fit_ensemble(
         Arguments of :class:`LDVAE` and of :meth:`LDVAE.train`, whose ``kl_warmup`` is ``"auto"`` here unless given. A
         ``train_size`` cuts off the same cells in all runs (0.9 if not given; with ``resample`` all drawn cells are trained on).
     n_jobs
-        Number of processes that train side by side, with the same results but for rounding. 1 trains in this process. None: as many as
-        there are processors, if the network is trained on a CPU, the trainings are long enough to be worth the start of
-        processes, and there are no ``callbacks``, which would be called in the other processes.
+        Number of processes that train side by side, with the same results but for rounding. 1 trains in this process. None: one for
+        each processor, as long as there are runs for it, if the network is trained on a CPU, the trainings are long enough
+        to be worth the start of processes, and ``train_kwargs`` have no callbacks, loggers or other objects that would stay
+        in the other processes.
     silent
         True to hide the progress bar, which counts runs.
 
@@ -146,19 +147,22 @@ def fit_ensemble(
         train_kwargs={"kl_warmup": "auto", "enable_progress_bar": False, **train_kwargs},
     )
     if n_jobs is None:
-        # What callbacks of the caller collect would stay in another process.
-        n_jobs = 1 if train_kwargs.get("callbacks") else n_processes(adata, n_runs, max_epochs, **train_kwargs)
+        stays = any(train_kwargs.get(name) for name in STAY_HERE)
+        n_jobs = 1 if stays else n_processes(adata, n_runs, max_epochs, **train_kwargs)
     if n_jobs == 1:
-        outcomes: Iterable[tuple[int, LDVAE | Exception]] = ((m, plan.train(adata, m)) for m in range(n_runs))
+        outcomes: Iterable[tuple[int, LDVAE | str]] = ((m, plan.train(adata, m)) for m in range(n_runs))
     else:
+        if adata.isbacked:
+            msg = f"`n_jobs={n_jobs}` needs counts in memory, and `adata` reads them from a file; use `n_jobs=1` or `adata.to_memory()`."
+            raise ValueError(msg)
         outcomes = train_in_processes(adata, n_runs, plan, n_jobs)
     trained, failures = {}, {}
-    for m, model in track(outcomes, description="Training runs", disable=silent, total=n_runs):
-        if isinstance(model, Exception):
-            failures[seed + m] = f"{type(model).__name__}: {model}"
-            warn(f"The run with seed {seed + m} failed and is left out ({failures[seed + m]}).")
+    for m, outcome in track(outcomes, description="Training runs", disable=silent, total=n_runs):
+        if isinstance(outcome, str):
+            failures[seed + m] = outcome
+            warn(f"The run with seed {seed + m} failed and is left out ({outcome}).")
         else:
-            trained[m] = model
+            trained[m] = outcome
     done = sorted(trained)
     models, seeds = [trained[m] for m in done], [seed + m for m in done]
     kinds = [plan.kind(adata.n_obs, m) for m in done]
