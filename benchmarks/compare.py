@@ -10,12 +10,13 @@ import argparse
 import sys
 import time
 import traceback
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 from suite import footprint, gradients, peers, reading, training
 from suite.lab import Lab
-from suite.measure import quiet
+from suite.measure import busy_core, quiet
 from suite.registry import CASES, Case, Unavailable, chosen
 from suite.report import HEAD, TOLERATED, Line, Report, described, machine, markdown, page
 
@@ -99,6 +100,9 @@ def main() -> None:
         action="store_true",
         help=f"fail where a ratio is below {TOLERATED} of its target ({TOLERATED_SHORT} with --short), or a row failed",
     )
+    parser.add_argument(
+        "--beside-busy-core", action="store_true", help="keep one core busy with another program meanwhile"
+    )
     args = parser.parse_args()
     if args.list:
         for one in in_order(CASES):
@@ -111,7 +115,8 @@ def main() -> None:
         if not args.page:
             print(page(report))
     else:
-        report = run(args)
+        with busy_core() if args.beside_busy_core else nullcontext():
+            report = run(args)
         print(f"\n{report.seconds:.0f} seconds")
     if args.page:
         args.page.write_text(page(report))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ def suite(monkeypatch):
     before = set(sys.modules)
     yield
     for name in set(sys.modules) - before:
-        if name in ("compare", "scaling", "profile_step") or name.split(".")[0] in ("suite", "asv_benchmarks"):
+        if name in ("compare", "gpu", "scaling", "profile_step") or name.split(".")[0] in ("suite", "asv_benchmarks"):
             del sys.modules[name]
 
 
@@ -91,3 +92,23 @@ def test_what_is_compared_is_the_same_thing():
     # float32 sums over genes against float64 differences gene by gene.
     assert np.allclose(theirs, ours.ablate().X, atol=2e-3)
     assert np.allclose(by_hand.latent_kl(stock), ours.get_latent_kl(), atol=1e-5)
+
+
+@pytest.mark.usefixtures("suite")
+@pytest.mark.slow
+def test_the_checks_of_a_gpu_pass_on_a_cpu(tmp_path, monkeypatch, capsys):
+    import gpu
+
+    paths = ["--json", str(tmp_path / "gpu.json"), "--page", str(tmp_path / "gpu.md")]
+    sizes = ["--cells", "300", "--genes", "100", "--epochs", "2"]
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", *sizes, *paths])
+    with warnings.catch_warnings():
+        gpu.main()
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert set(gpu.READERS) < set(report["equality"])
+    assert (tmp_path / "gpu.md").read_text() == gpu.table(report)
+    assert "300 | epoch" in capsys.readouterr().out
+
+    monkeypatch.setitem(gpu.READERS, "`ablate`", lambda model: np.random.default_rng().normal(size=3))
+    with warnings.catch_warnings(), pytest.raises(SystemExit):
+        gpu.main()

@@ -116,10 +116,21 @@ def population_memory(lab: Lab, rows: tuple[Row, ...]) -> Found:
     }
 
 
-@case(Row("latents", "`get_latent_representation()`", 1))
+@case(Row("latents", "`get_latent_representation()`, the same to the bit", 2))
 def latents(lab: Lab, rows: tuple[Row, ...]) -> Found:
     stock, ours = lab.pair()
     contestants = {STOCK: stock.get_latent_representation, "latents": ours.get_latent_representation}
+    with threads(1):
+        return race(contestants, rows, lab.rounds)
+
+
+@case(Row("expression", "`get_normalized_expression()`, one draw, the same to the bit", 1.5))
+def expression(lab: Lab, rows: tuple[Row, ...]) -> Found:
+    stock, ours = lab.pair()
+    contestants = {
+        STOCK: lambda: stock.get_normalized_expression(return_numpy=True),
+        "expression": lambda: ours.get_normalized_expression(return_numpy=True),
+    }
     with threads(1):
         return race(contestants, rows, lab.rounds)
 

@@ -76,13 +76,13 @@ def test_numbers_and_random_state_are_those_of_scvi_tools(monkeypatch, case, met
         levels = ours.adata_manager.get_state_registry("batch").categorical_mapping
         kwargs = {"transform_batch": list(levels)}
     ways = []
-    real = _draws._posterior
-    monkeypatch.setattr(_draws, "_posterior", lambda *a: ways.append(1) or real(*a))
+    real = _draws.draw_library
+    monkeypatch.setattr(_draws, "draw_library", lambda *a: ways.append(1) or real(*a))
     got, state = called(ours, method, **kwargs)
     assert ways, "scvi-tools' own loop was used"
     if theirs is None:
         for module in ("_tasks", "_decoding"):
-            monkeypatch.setattr(f"ldvae_ext.model.{module}.can_draw", lambda *_: False)
+            monkeypatch.setattr(f"ldvae_ext.model.{module}.cells_to_draw", lambda *_: None)
         theirs = ours
     expected, expected_state = called(theirs, method, **kwargs)
     assert state == expected_state

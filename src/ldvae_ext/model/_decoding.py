@@ -20,7 +20,7 @@ from ldvae_ext.model._axes import (
     network_posterior,
 )
 from ldvae_ext.model._base import LDVAEBase
-from ldvae_ext.model._draws import can_draw, drawn_expression
+from ldvae_ext.model._draws import cells_to_draw, drawn_expression
 from ldvae_ext.model._expression import posterior_mean_expression
 from ldvae_ext.model._rotation import rotate
 from ldvae_ext.model._stock import reads_cells
@@ -245,9 +245,10 @@ class DecodingMixin(LDVAEBase):
         library_size = library_size if isinstance(library_size, str) else float(library_size)
         is_one_draw = n_samples == 1 and n_samples_overall is None and weights in (None, "uniform")
         is_usual = not use_posterior_mean and is_one_draw and not importance_weighting_kwargs
-        if is_usual and not isinstance(library_size, str) and can_draw(self, adata, dataloader, data_loader_kwargs):
+        manager = cells_to_draw(self, adata, dataloader, data_loader_kwargs) if is_usual else None
+        if manager is not None and not isinstance(library_size, str):
             return drawn_expression(
-                self, adata, indices, transform_batch, gene_list, library_size, batch_size, return_numpy, silent
+                self, manager, indices, transform_batch, gene_list, library_size, batch_size, return_numpy, silent
             )
         if not use_posterior_mean:
             # With `n_samples_overall` scvi-tools would name the draws after cells, of which there are fewer or more.

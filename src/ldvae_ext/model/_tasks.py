@@ -23,7 +23,7 @@ from ldvae_ext.model._axes import ENCODER, REFINED, UsePosterior, network_decode
 from ldvae_ext.model._base import LDVAEBase
 from ldvae_ext.model._cells import stream_cells
 from ldvae_ext.model._counts import has_counts
-from ldvae_ext.model._draws import can_draw, drawn_latents
+from ldvae_ext.model._draws import cells_to_draw, drawn_latents
 from ldvae_ext.model._fingerprint import note_change
 from ldvae_ext.model._refinement import sampled_marginals
 from ldvae_ext.model._stock import minibatches_of, reads_cells, sampled_distribution
@@ -144,8 +144,10 @@ class TasksMixin(LDVAEBase):
         if is_deterministic and not give_mean:
             msg = "`use_posterior_mean=True` returns no samples, and `give_mean=False` requests them."
             raise ValueError(msg)
-        if can_draw(self, adata, dataloader, data_loader_kwargs):
-            return drawn_latents(self, adata, indices, batch_size, give_mean=give_mean, return_dist=return_dist)
+        manager = cells_to_draw(self, adata, dataloader, data_loader_kwargs)
+        if manager is not None:
+            of_cells = self.module, manager, indices, batch_size
+            return drawn_latents(*of_cells, give_mean=give_mean, return_dist=return_dist)
         out = super().get_latent_representation(
             adata=adata,
             indices=indices,
