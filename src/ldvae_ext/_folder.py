@@ -12,6 +12,8 @@ from typing import Any
 
 from anndata import AnnData
 
+from ldvae_ext._files import temporary_folder
+
 MARKER = ".ldvae-ext-run.json"
 FORMAT = 1
 
@@ -54,7 +56,7 @@ def check_anndata_can_be_written(adata: AnnData) -> None:
 def temporary_beside(out: Path) -> Path:
     """New temporary folder in the same place, which can be renamed to ``out``."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    return Path(tempfile.mkdtemp(prefix=".ldvae-ext-", dir=out.parent))
+    return temporary_folder(out.parent)
 
 
 def check_can_be_written(out: Path, *, overwrite: bool) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from ldvae_ext._files import replacing
 from ldvae_ext._validate import listed
 from ldvae_ext.core._arrays import read_only
 from ldvae_ext.core._design import covariates_from_arrays, covariates_to_arrays
@@ -129,7 +130,7 @@ class FromArrays:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write the decoder to one ``.npz`` file, without pickle.
+        """Write the decoder to one ``.npz`` file, without pickle. A file that is there is replaced when the new one is complete.
 
         Examples
         --------
@@ -137,7 +138,7 @@ class FromArrays:
         >>> ldvae_ext.core.LinearDecoder.load("decoder.npz").factors.tolist()
         ['Z_0', 'Z_1', 'Z_2', 'Z_3', 'Z_4']
         """
-        with Path(path).open("wb") as file:
+        with replacing(path) as work, work.open("wb") as file:
             np.savez_compressed(file, allow_pickle=False, **self.to_arrays())
 
     @classmethod

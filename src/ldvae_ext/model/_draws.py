@@ -86,7 +86,7 @@ class _Minibatches:
         torch.empty((), dtype=torch.int64).random_()
         dense_ng = np.zeros((self._size, self._module.n_input), np.float32)
         for start in range(0, len(self._cells), self._size):
-            arrays = self._cells[np.arange(start, min(start + self._size, len(self._cells)))]
+            arrays = self._cells[range(start, min(start + self._size, len(self._cells)))]
             tensors = {key: torch.as_tensor(value) for key, value in arrays.items()}
             counts = Counts.of(tensors[REGISTRY_KEYS.X_KEY])
             # torch's own: numpy's differs in the last digit.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ import torch
 from anndata import AnnData
 from scvi.model import LinearSCVI
 
+from ldvae_ext._files import temporary_folder
 from ldvae_ext._folder import check_anndata_can_be_written
 from ldvae_ext._scvi import SETUP_ARGS_KEY
 from ldvae_ext.model._ablation import AblationMixin
@@ -125,18 +129,43 @@ class LDVAE(
             "datamodule": datamodule,
         }
         complete = {"overwrite": overwrite, "save_anndata": save_anndata, **arguments, **anndata_write_kwargs}
-        if not save_anndata or self.adata is None or (folder.exists() and not overwrite):
+        if folder.exists() and not overwrite:
+            # Refused, with scvi-tools' message.
             super().save(dir_path, **complete)
+            return
+        if not save_anndata or self.adata is None:
+            self._save_whole(folder, complete)
             return
         try:
             check_anndata_can_be_written(self.adata)
-            super().save(dir_path, **complete)
+            self._save_whole(folder, complete)
         except Exception as error:
-            # Half of this AnnData, or the one of another model.
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                raise
+            # The one of another model.
             (folder / f"{prefix or ''}adata.h5ad").unlink(missing_ok=True)
-            super().save(dir_path, overwrite=True, save_anndata=False, **arguments)
+            self._save_whole(folder, {"overwrite": True, "save_anndata": False, **arguments})
             msg = f"{error} The model was saved to {dir_path} without it."
             raise ValueError(msg) from error
+
+    def _save_whole(self, folder: Path, options: dict[str, Any]) -> None:
+        """Save to a temporary folder, and move each file to its place when all are complete."""
+        is_new = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            work = temporary_folder(folder)
+            try:
+                super().save(str(work), **{**options, "overwrite": True})
+                # The model last: a folder with a model has all that belongs to it.
+                for path in sorted(work.iterdir(), key=lambda each: each.name.endswith("model.pt")):
+                    path.replace(folder / path.name)
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+        except BaseException:
+            if is_new:
+                with suppress(OSError):
+                    folder.rmdir()
+            raise
 
     @classmethod
     def load(

@@ -1,0 +1,99 @@
+"""Files and folders that are complete or not there: written beside their place, and renamed."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_NAME = re.compile(r"\.ldvae-ext-(?P<host>[^-]+)-(?P<process>\d+)-.*")
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9]", "", platform.node()) or "here"
+
+
+def _prefix() -> str:
+    return f".ldvae-ext-{_host()}-{os.getpid()}-"
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A temporary file that takes the place of a file when it is complete.
+
+    An error, a full disk or the end of the process leaves the file at ``path`` as it was. What killed processes left behind is removed.
+
+    Parameters
+    ----------
+    path
+        Path of the file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        msg = f"{path} is a folder."
+        raise IsADirectoryError(msg)
+    remove_leftovers(path.absolute().parent)
+    handle, name = tempfile.mkstemp(prefix=_prefix(), suffix=path.suffix, dir=path.absolute().parent)
+    os.close(handle)
+    work = Path(name)
+    try:
+        yield work
+        with work.open("rb") as file:
+            # Else a rename can be on the disk before the content.
+            os.fsync(file.fileno())
+        # As a file that is opened for writing: temporary files are for the user alone.
+        work.chmod(0o666 & ~_umask())
+        work.replace(path)
+    finally:
+        work.unlink(missing_ok=True)
+
+
+def temporary_folder(parent: Path) -> Path:
+    """A new temporary folder, whose name says which process uses it.
+
+    Parameters
+    ----------
+    parent
+        Folder to create it in.
+    """
+    remove_leftovers(parent)
+    return Path(tempfile.mkdtemp(prefix=_prefix(), dir=parent))
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove temporary files and folders of processes of this machine that are no longer there.
+
+    Parameters
+    ----------
+    folder
+        Folder in which to look.
+    """
+    for path in folder.glob(".ldvae-ext-*"):
+        name = _NAME.fullmatch(path.name)
+        if name is None or name["host"] != _host() or _is_running(int(name["process"])):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

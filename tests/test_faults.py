@@ -1,0 +1,193 @@
+"""Killed processes and full disks: what was there before stays whole, and nothing half-written is left."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from contextlib import suppress
+
+import numpy as np
+import pytest
+
+from ldvae_ext import _files, get, report
+from ldvae_ext.core import LinearDecoder
+from ldvae_ext.model import LDVAE
+from tests.helpers import counts, untrained
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def exported():
+    adata = counts(60, 30)
+    model = untrained(adata)
+    model.export_to_anndata()
+    return model, adata
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 128 KB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    if made.returncode:
+        pytest.skip(f"a small file system needs the right to mount it: {made.stderr.decode().strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def fill(folder):
+    """Leave no room on the disk; no file of ours is touched."""
+    with (folder / "filler").open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(b"0" * 4096)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir() if path.name != "filler")
+
+
+def test_a_full_disk_keeps_a_decoder(small_disk, exported):
+    decoder = get.decoder(exported[1])
+    path = small_disk / "decoder.npz"
+    decoder.save(path)
+    before = path.read_bytes()
+    fill(small_disk)
+    with pytest.raises(OSError, match="space"):
+        decoder.save(path)
+    assert path.read_bytes() == before
+    assert names(small_disk) == ["decoder.npz"]
+
+
+def test_a_full_disk_keeps_a_report(small_disk, exported):
+    path = small_disk / "report.html"
+    path.write_text("the report before")
+    fill(small_disk)
+    with pytest.raises(OSError, match="space"):
+        report(exported[1], path)
+    assert path.read_text() == "the report before"
+    assert names(small_disk) == ["report.html"]
+
+
+def test_a_full_disk_keeps_a_model(small_disk, exported):
+    folder = small_disk / "model"
+    folder.mkdir()
+    (folder / "model.pt").write_text("the model before")
+    fill(small_disk)
+    # torch's writer raises an error of its own.
+    with pytest.raises((OSError, RuntimeError)):
+        exported[0].save(folder, overwrite=True)
+    assert (folder / "model.pt").read_text() == "the model before"
+    assert names(folder) == ["model.pt"]
+    with pytest.raises((OSError, RuntimeError)):
+        exported[0].save(small_disk / "new")
+    assert names(small_disk) == ["model"]
+
+
+def killed(code, *arguments):
+    """Run code in a process that kills itself."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == -9, done.stderr
+
+
+def test_a_process_that_is_killed_while_it_saves_keeps_the_model(tmp_path, exported):
+    model, _ = exported
+    folder = tmp_path / "model"
+    model.save(folder, save_anndata=True)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    killed(
+        """
+        import os, signal, sys
+        import torch
+        from ldvae_ext.model import LDVAE
+
+        model = LDVAE.load(sys.argv[1])
+        own = torch.save
+
+        def half(value, path, **kwargs):
+            own(value, path, **kwargs)
+            with open(path, "r+b") as file:
+                file.truncate(os.path.getsize(path) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        torch.save = half
+        model.save(sys.argv[1], overwrite=True, save_anndata=True)
+        """,
+        folder,
+    )
+    assert {name: (folder / name).read_bytes() for name in before} == before
+    assert any(name.startswith(".ldvae-ext-") for name in names(folder)), "the process left something"
+    reopened = LDVAE.load(folder)
+    np.testing.assert_array_equal(reopened.get_loadings(), model.get_loadings())
+    reopened.save(folder, overwrite=True)
+    assert names(folder) == sorted(before)
+
+
+def test_a_process_that_is_killed_while_it_writes_a_decoder_keeps_it(tmp_path, exported):
+    path = tmp_path / "decoder.npz"
+    get.decoder(exported[1]).save(path)
+    before = path.read_bytes()
+    killed(
+        """
+        import os, signal, sys
+        import numpy as np
+        from ldvae_ext.core import LinearDecoder
+
+        decoder = LinearDecoder.load(sys.argv[1])
+
+        def half(file, **kwargs):
+            file.write(b"half")
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        np.savez_compressed = half
+        decoder.save(sys.argv[1])
+        """,
+        path,
+    )
+    assert path.read_bytes() == before
+    LinearDecoder.load(path).save(path)
+    assert names(tmp_path) == ["decoder.npz"]
+
+
+def test_leftovers_of_running_processes_and_other_machines_stay(tmp_path):
+    own = tmp_path / f"{_files._prefix()}own"
+    other = tmp_path / ".ldvae-ext-otherhost-999999999-x"
+    foreign = tmp_path / ".ldvae-ext-notes"
+    dead = tmp_path / f".ldvae-ext-{_files._host()}-999999999-x"
+    for path in (own, other, foreign):
+        path.touch()
+    dead.mkdir()
+    _files.remove_leftovers(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([own, other, foreign])
+
+
+def test_files_have_the_rights_of_the_user_and_a_folder_is_no_file(tmp_path, exported):
+    before = os.umask(0o027)
+    try:
+        get.decoder(exported[1]).save(tmp_path / "decoder.npz")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "decoder.npz").stat().st_mode & 0o777 == 0o640
+    with pytest.raises(IsADirectoryError, match="folder"):
+        get.decoder(exported[1]).save(tmp_path)
+
+
+def test_a_model_is_saved_where_only_its_folder_can_be_written(tmp_path, exported):
+    folder = tmp_path / "closed" / "model"
+    folder.mkdir(parents=True)
+    exported[0].save(folder, overwrite=True)
+    assert names(tmp_path / "closed") == ["model"]
+    assert isinstance(LDVAE.load(folder, exported[1]), LDVAE)
