@@ -73,6 +73,7 @@ def test_the_bundled_example_runs_to_the_end(tmp_path):
     assert len(result.output.strip().splitlines()) <= 25
     assert result.output.index("report.html") < result.output.index("adata.h5ad") < result.output.index("figures")
     assert "the population that each marks best" in result.output
+    assert "The largest number of epochs, 4, ended 2 of 2 trainings" in result.output
     assert "Signaling Trainer" not in result.output
     assert "litlogger" not in result.output
     factors = pd.read_csv(out / "tables" / "factors.csv", index_col=0)
@@ -232,6 +233,11 @@ def fractions_of(adata):
     adata.X = sparse.csr_matrix(adata.X.toarray() * np.nan)
 
 
+def logged(adata):
+    adata.layers["raw"] = adata.X.copy()
+    adata.X = np.log1p(adata.X)
+
+
 def twice(adata):
     adata.obs_names = ["same"] * adata.n_obs
 
@@ -249,6 +255,8 @@ def numbers(adata):
     [
         (negative, [], "`adata.X` must hold counts, but holds negative values"),
         (fractions_of, [], "must hold counts, but holds NaN or infinite values"),
+        (logged, [], "Counts are in 'raw': name it with `--layer`."),
+        (logged, ["--layer", "counts"], "`--layer`: 'counts' is not a layer of the input, which has 'raw'."),
         (twice, [], "The cell name 'same' occurs more than once; make cell names unique first."),
         (nan_batch, ["--batch-key", "batch"], "is NaN for 1 of 150 cells"),
         (
@@ -258,7 +266,8 @@ def numbers(adata):
         ),
         (None, ["--groupby", "type"], "`--groupby`: 'type' is not a column of `adata.obs`, which has 'batch'."),
         (None, ["--batch-key", "lane"], "`--batch-key`: 'lane' is not a column"),
-        (None, ["--layer", "raw"], "`layer`: 'raw' is not in `adata.layers`"),
+        (None, ["--batch", "lane"], "`--batch-key`: 'lane' is not a column"),
+        (None, ["--layer", "raw"], "`--layer`: 'raw' is not a layer of the input, which has none."),
     ],
 )
 def test_bad_data_end_with_one_sentence_and_no_folder(tmp_path, spoil, arguments, message):
@@ -281,6 +290,30 @@ def test_bad_files_end_with_one_sentence(tmp_path):
     result = invoke(tmp_path / "text.h5ad")
     assert result.exit_code == 1
     assert "cannot be read as an .h5ad file" in result.output
+    (tmp_path / "text.txt").write_text("not a file of that kind")
+    result = invoke(tmp_path / "text.txt")
+    assert result.exit_code == 1
+    assert result.output.count("cannot be read") == 1
+
+
+def test_files_of_a_folder_are_named(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in ("b.h5ad", "a.h5ad", "c.txt"):
+        (folder / name).touch()
+    result = invoke(folder)
+    assert result.exit_code == 1
+    assert f"{folder} is a folder without matrix.mtx; give one of its files: 'a.h5ad', 'b.h5ad'." in result.output
+
+
+def test_names_are_checked_without_loading_torch(h5ad):
+    code = "import sys; from ldvae_ext.cli import app; app(sys.argv[1:], standalone_mode=False); print('torch' in sys.modules)"
+    for arguments in (["--layer", "none"], ["--batch-key", "none"]):
+        done = subprocess.run(
+            [sys.executable, "-c", code, "run", str(h5ad), *arguments], capture_output=True, text=True, check=False
+        )
+        assert "none" in done.stderr
+        assert done.stdout.split() == ["False"]
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,16 @@ def test_the_index_of_the_api_names_everything_public():
     assert public - named == set()
 
 
+def test_the_walks_name_functions_where_they_are():
+    walks = (ROOT / "docs/contributing.md").read_text().split("## Additions")[0]
+    steps = re.findall(r"`([\w/]+\.py)`,\s+`([\w.]+)`", walks)
+    assert len(steps) >= 20
+    for path, name in steps:
+        source = (ROOT / "src/ldvae_ext" / path).read_text()
+        for part in name.split("."):
+            assert re.search(rf"^\s*(?:def|class) {part}\b", source, re.M), (path, name)
+
+
 def test_papers_are_in_the_list_and_the_list_is_cited():
     pages = "".join(path.read_text() for path in (ROOT / "docs").glob("*.md"))
     cited = {key for keys in re.findall(r"\{cite(?::\w+)?\}`([^`]+)`", pages) for key in keys.split(",")}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import dataclasses
 import json
 import re
 import shutil
@@ -15,7 +17,7 @@ import pytest
 import ldvae_ext
 from ldvae_ext import get, tl
 from ldvae_ext._report import _build
-from ldvae_ext._report._content import content_of
+from ldvae_ext._report._content import Population, content_of
 from tests.helpers import counts, untrained
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -98,6 +100,95 @@ def test_warnings_are_sentences():
     assert f"does not use '{get.factors(adata).index[-1]}'" in notes
 
 
+def as_consensus(adata, lowest):
+    """As the export of the consensus of two runs."""
+    k = len(get.factors(adata))
+    info = adata.uns["ldvae"]
+    info["rotation"] = {"method": "consensus", "matrix": np.eye(k), "latents": np.array([f"Z_{i}" for i in range(k)])}
+    adata.uns["ldvae_consensus"] = {
+        "cosine": np.stack([np.full(k, 0.95), lowest]),
+        "statistics": {"lowest": np.asarray(lowest)},
+    }
+    return adata
+
+
+def test_the_order_is_in_words(tmp_path):
+    adata = exported(rename=False)
+    assert "Factors are in order of KL." in written(tmp_path, adata)
+    text = written(tmp_path, as_consensus(with_runs(adata), [0.9, 0.8, 0.7, 0.6]))
+    assert "Factors are in the order of the consensus: by KL, mean over runs." in text
+    assert "The KL that is shown is that of the exported run" in text
+    adata.uns["ldvae"]["order_by"] = "explained_deviance"
+    del adata.uns["ldvae"]["rotation"]
+    assert "Factors are in the order of <code>explained_deviance</code>." in written(tmp_path, adata)
+
+
+def test_the_lowest_agreement_is_that_of_the_consensus(tmp_path):
+    adata = as_consensus(with_runs(exported(rename=False)), [0.91, 0.83, 0.72, 0.6])
+    assert [factor.lowest for factor in content_of(adata).factors] == [0.91, 0.83, 0.72, 0.6]
+    assert "Agreement with other trainings: 0.95, lowest 0.91 (runs: 0.95, 0.91)" in written(tmp_path, adata)
+    # Runs of a consensus on other axes are not those of the factors.
+    adata.uns["ldvae"]["rotation"]["method"] = "promax"
+    factors = content_of(adata).factors
+    assert {factor.lowest for factor in factors} == {None}
+    assert all(factor.runs == [] for factor in factors)
+
+
+def test_conditions_can_be_chosen():
+    adata = exported(rename=False)
+    n = adata.n_obs
+    adata.obs["donor"] = np.resize(["d1", "d2", None], n)
+    adata.obs["treated"] = np.resize([True, False], n)
+    adata.obs["constant"] = "same"
+    adata.obs["barcode"] = [f"c{i}" for i in range(n)]
+    adata.obs["_scvi_batch"] = pd.Categorical(np.resize([0, 1], n))
+    adata.obs["depth"] = np.arange(n) % 5
+    adata.uns["donor_colors"] = np.array(["#111111", "#222222"])
+    columns = content_of(adata, groupby="type").scatter["columns"]
+    assert [column["name"] for column in columns] == ["type", "batch", "donor", "treated"]
+    codes = {c["name"]: np.frombuffer(base64.b64decode(c["codes"]), dtype=np.int8) for c in columns}
+    donor = columns[2]
+    assert codes["donor"].tolist() == np.resize([0, 1, -1], n).tolist()
+    assert donor["colors"] == ["#111111", "#222222"]
+    assert columns[3]["groups"] == ["False", "True"]
+    for i in range(12):
+        adata.obs[f"more_{i}"] = np.resize(["a", "b"], n)
+    names = [column["name"] for column in content_of(adata, groupby="batch").scatter["columns"]]
+    assert names[:3] == ["batch", "type", "donor"]
+    assert len(names) == 9
+    assert content_of(adata).scatter["columns"][0]["name"] == "batch"
+
+
+@pytest.mark.parametrize(
+    ("effects", "expected"), [([1.9, 0.1], None), ([5.0, 4.5], None), ([5.0, 4.0], "a"), ([2.0, -3.0], "a")]
+)
+def test_the_population_that_a_factor_matters_to_is_clear_or_not_named(effects, expected):
+    populations = [
+        Population(name=name, n_cells=9, low=0, median=0, high=0, effect=effect)
+        for name, effect in zip("ab", effects, strict=True)
+    ]
+    factor = dataclasses.replace(content_of(exported(rename=False)).factors[0], populations=populations)
+    named = factor.most_affected
+    assert (named and named.name) == expected
+
+
+def test_small_populations_are_named(tmp_path):
+    adata = exported(n_cells=240, rename=False)
+    adata.obs["size"] = ["small"] * 29 + ["large"] * 211
+    notes = content_of(adata, groupby="size").notes
+    assert any(note.startswith("'small' (29 cells): ") for note in notes)
+    assert not any("fewer than 30" in note for note in content_of(adata, groupby="batch").notes)
+
+
+def test_unstable_factors_are_folded(tmp_path):
+    adata = with_runs(exported(rename=False))
+    text = written(tmp_path, adata)
+    n_unstable = (get.factors(adata)["flag"] == "unstable").sum()
+    assert n_unstable
+    assert text.count("<details>") == n_unstable
+    assert text.count("<article") == len(get.factors(adata))
+
+
 def test_nothing_comes_from_elsewhere_and_names_are_text(tmp_path):
     text = written(tmp_path, with_runs(exported()), groupby="type", title=EVIL, settings={EVIL: EVIL}, reproduce=EVIL)
     assert not re.findall(r"""(?:src|href)\s*=\s*["']?(?!#)[^"'>\s]+""", text)
@@ -139,12 +230,12 @@ def test_a_projection_has_a_report(tmp_path):
 
 
 def test_many_populations_and_cells_are_cut(monkeypatch, tmp_path):
-    from ldvae_ext._report import _content
+    from ldvae_ext._report import _content, _scatter
 
     adata = exported(rename=False)
     adata.obs["many"] = pd.Categorical([f"g{i % 20}" for i in range(adata.n_obs)])
     monkeypatch.setattr(_content, "MAX_GROUPS", 7)
-    monkeypatch.setattr(_content, "MAX_POINTS", 30)
+    monkeypatch.setattr(_scatter, "MAX_POINTS", 30)
     content = content_of(adata, groupby="many")
     assert len(content.factors[0].populations) == 7
     assert content.scatter["n"] == 30
@@ -155,6 +246,8 @@ def test_many_populations_and_cells_are_cut(monkeypatch, tmp_path):
 def test_twenty_thousand_cells_fit_in_three_megabytes(tmp_path):
     adata = with_runs(exported(n_cells=20_000, n_latent=10, rename=False))
     adata.obsm["X_umap"] = np.random.default_rng(0).normal(size=(20_000, 2))
+    for i in range(9):
+        adata.obs[f"condition_{i}"] = pd.Categorical(np.resize([f"level {j}" for j in range(30)], 20_000))
     written(tmp_path, adata, groupby="type", history=curves())
     assert (tmp_path / "report.html").stat().st_size < 3_000_000
 
@@ -180,6 +273,20 @@ PROBE = """
 const found = { errors: [], width: 0 };
 window.addEventListener("error", (event) => found.errors.push(String(event.message)));
 window.addEventListener("load", () => {
+  const header = [...document.querySelectorAll("#factors th button")];
+  found.header = header.map((button) => button.textContent);
+  found.arrows = header.every((button) => /[▲▼↕]/.test(getComputedStyle(button, "::after").content));
+  const visible = (element) => element.getClientRects().length > 0;
+  found.genes = visible(document.querySelector("#factors .genes"));
+  const folded = document.querySelector("details");
+  found.folded = visible(folded.querySelector("summary h3")) && !folded.open;
+  document.querySelector(`#factors a[href="#${folded.parentElement.id}"]`).click();
+  found.unfolded = folded.open;
+  folded.open = false;
+  window.dispatchEvent(new Event("beforeprint"));
+  found.printed = [...document.querySelectorAll("details")].every((part) => part.open);
+  window.dispatchEvent(new Event("afterprint"));
+  found.after = folded.open;
   const names = () => [...document.querySelectorAll("#factors tbody th")].map((cell) => cell.textContent);
   found.before = names();
   document.querySelector("#factors th button").click();
@@ -188,17 +295,22 @@ window.addEventListener("load", () => {
   found.descending = names();
   const kl = [...document.querySelectorAll("#factors th button")].find((button) => button.textContent === "KL");
   kl.click();
-  found.byKl = [...document.querySelectorAll("#factors tbody tr")].map((row) => Number(row.children[1].dataset.value));
+  found.byKl = [...document.querySelectorAll("#factors tbody tr")].map((row) => Number(row.children[found.header.indexOf("KL")].dataset.value));
   const color = document.getElementById("color");
   found.colors = [...color.options].map((option) => option.textContent);
   const pixels = () => {
     const canvas = document.getElementById("scatter");
     return canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data.reduce((a, b) => a + b, 0);
   };
-  const one = pixels();
-  color.value = "0";
+  const each_drawn = ["groups-0", "groups-1", "0"].map((value) => {
+    color.value = value;
+    color.dispatchEvent(new Event("change"));
+    return pixels();
+  });
+  found.redrawn = each_drawn.every((sum) => sum > 0) && new Set(each_drawn).size === 3;
+  color.value = "groups-1";
   color.dispatchEvent(new Event("change"));
-  found.redrawn = one > 0 && pixels() > 0 && pixels() !== one;
+  found.legend = [...document.querySelectorAll("#key li")].map((item) => item.textContent);
   const population = document.getElementById("population");
   const genes = () => document.querySelector(".in-population").textContent;
   const ofIndex = (index) => {
@@ -271,7 +383,15 @@ def test_a_browser_shows_it(tmp_path, width):
     assert found["ascending"] == by_name
     assert found["descending"] == by_name[::-1]
     assert found["byKl"] == sorted(found["byKl"], reverse=True)
-    assert found["colors"] == ["type", *factors.index]
+    assert found["colors"] == ["type", "batch", *factors.index]
+    assert found["legend"] == ["CD4+/CD25 T", "b1", "b2"]
+    assert found["header"][:3] == ["Factor", "Marks", "KL"]
+    assert found["arrows"]
+    assert found["genes"] == (width > 390)
+    assert found["folded"]
+    assert found["unfolded"]
+    assert found["printed"]
+    assert not found["after"]
     assert found["redrawn"]
     assert found["filled"]
     # A scroll bar takes some pixels.

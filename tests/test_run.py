@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import collections
 import logging
+import warnings
 
 import numpy as np
 import pandas as pd
 import pytest
 import scvi
 import torch
+from scipy import sparse
 from sklearn.metrics import roc_auc_score
 from typer.testing import CliRunner
 
 import ldvae_ext
-from ldvae_ext import datasets, get
+from ldvae_ext import _run, datasets, get
 from ldvae_ext._annotation import best_gene_sets, marked_populations, read_gmt
 from ldvae_ext.cli import app
 from ldvae_ext.core.matching import cosines, match_columns
@@ -26,6 +28,12 @@ def cells(n_cells=150):
     adata.obs["type"] = pd.Categorical(np.resize(["T/NK", "B"], n_cells))
     adata.obs["age"] = np.linspace(-1.7, 1.7, n_cells)
     adata.obs["lane"] = np.resize(["one", "two"], n_cells)
+    return adata
+
+
+def logged(adata):
+    """As scanpy's `normalize_total` and `log1p` leave it."""
+    adata.X = np.log1p(adata.X)
     return adata
 
 
@@ -106,6 +114,7 @@ def test_training_stops_when_held_out_cells_are_no_better():
     assert 50 < n_epochs < 400
     assert result.model.final_kl_weight == 1
     assert result.settings["epochs"] == str(n_epochs)
+    assert result.notes == []
     gap = result.model.get_amortization_gap(seed=0)["gap"].mean()
     assert result.settings["amortization gap"].startswith(f"{gap:.1f} nats")
 
@@ -208,6 +217,57 @@ def test_bad_options_are_named_and_nothing_is_written(arguments, error, match):
     assert adata.obs.equals(before.obs)
     assert not adata.uns
     assert not adata.obsm
+
+
+def test_values_that_are_no_counts_are_named_before_any_work(monkeypatch):
+    monkeypatch.setattr(_run, "train_and_export", lambda *_, **__: pytest.fail("trained"))
+    adata = logged(cells())
+    first = adata.X.data[adata.X.data % 1 != 0][0]
+    match = rf"`adata\.X` must hold counts, but has values that are not integers, such as {first:g}\. No layer .* round them first: `adata\.X = np\.rint"
+    with pytest.raises(ValueError, match=match):
+        ldvae_ext.run(adata, **QUICK)
+    adata.layers["raw"], adata.layers["logged"] = cells().X, adata.X.copy()
+    with pytest.raises(ValueError, match=r"Counts are in 'raw': name it with `layer=`\."):
+        ldvae_ext.run(adata, **QUICK)
+    adata.X = adata.layers["raw"].copy()
+    del adata.layers["raw"]
+    with pytest.raises(
+        ValueError, match=r"`adata\.layers\['logged'\]` must hold .* Counts are in `adata\.X`: leave out `layer=`\."
+    ):
+        ldvae_ext.run(adata, layer="logged", **QUICK)
+    assert not adata.uns
+    assert "_scvi_batch" not in adata.obs
+
+
+def test_counts_in_raw_are_named():
+    adata = cells()
+    adata.raw = adata.copy()
+    with pytest.raises(
+        ValueError, match=r"`adata\.layers\['counts'\] = adata\.raw\[:, adata\.var_names\]\.X` makes a layer"
+    ):
+        ldvae_ext.run(logged(adata), **QUICK)
+
+
+def test_a_warning_is_given_once():
+    adata = cells()
+    adata.X = sparse.csr_matrix(adata.X.toarray() * (np.arange(150) != 3)[:, None])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ldvae_ext.run(adata, n_runs=1, **QUICK)
+    assert [str(warning.message)[:33] for warning in caught if "no counts" in str(warning.message)] == [
+        "1 of 150 cells have no counts in "
+    ]
+
+
+def test_a_training_that_the_number_of_epochs_stopped_is_named(tmp_path):
+    result = ldvae_ext.run(cells(), n_runs=2, **QUICK)
+    assert result.notes == [
+        "The largest number of epochs, 3, ended 2 of 2 trainings while the ELBO of held-out cells may still have improved; "
+        "allow more with `max_epochs` (`--max-epochs`)."
+    ]
+    assert "The largest number of epochs, 3, ended 2 of 2" in result.report(tmp_path / "report.html").read_text()
+    few = ldvae_ext.run(cells(90), n_runs=1, **QUICK)
+    assert few.notes == [], "with fewer than 100 cells there is no early stopping"
 
 
 @pytest.mark.slow

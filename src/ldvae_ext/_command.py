@@ -10,6 +10,7 @@ import numpy as np
 from anndata import AnnData, read_h5ad
 
 from ldvae_ext._folder import FolderError, check_can_be_written
+from ldvae_ext._validate import listed
 
 _INPUTS = "give an .h5ad or .zarr of anndata, a .h5 of 10x Genomics, or a folder with matrix.mtx, features.tsv and barcodes.tsv"
 
@@ -59,7 +60,12 @@ def read_cells(path: Path) -> AnnData:
     if not path.exists():
         msg = f"There is no file {path}; {_INPUTS}."
         raise InputError(msg)
-    if path.suffix == ".h5ad":
+    is_matrix = path.is_dir() and path.suffix != ".zarr"
+    if is_matrix and not any(path.glob("*matrix.mtx*")):
+        files = sorted(file.name for file in path.iterdir() if file.suffix in (".h5ad", ".zarr", ".h5"))
+        msg = f"{path} is a folder without matrix.mtx; "
+        raise InputError(msg + (f"give one of its files: {listed(files)}." if files else f"{_INPUTS}."))
+    if not is_matrix and path.suffix not in (".zarr", ".h5", ".hdf5"):
         return read_h5ad_file(path)
     import anndata
     import scanpy as sc
@@ -67,12 +73,7 @@ def read_cells(path: Path) -> AnnData:
     try:
         if path.suffix == ".zarr":
             return anndata.read_zarr(path)
-        if path.suffix in (".h5", ".hdf5"):
-            adata = sc.read_10x_h5(path)
-        elif path.is_dir():
-            adata = sc.read_10x_mtx(path)
-        else:
-            return read_h5ad_file(path)
+        adata = sc.read_10x_mtx(path) if is_matrix else sc.read_10x_h5(path)
     except Exception as error:
         msg = f"{path} cannot be read ({error}); {_INPUTS}."
         raise InputError(msg) from error

@@ -16,7 +16,16 @@ from ldvae_ext import get, tl
 from ldvae_ext._annotation import best_gene_sets, marked_populations, read_gmt
 from ldvae_ext._groups import groups_of
 from ldvae_ext._keys import export_keys
-from ldvae_ext._run_training import LEARNING_RATE, REPRODUCIBILITY, reproducibility, torch_threads_kept, train_models
+from ldvae_ext._run_counts import check_raw_counts
+from ldvae_ext._run_training import (
+    LEARNING_RATE,
+    MAX_EPOCHS,
+    REPRODUCIBILITY,
+    reproducibility,
+    stops_early,
+    torch_threads_kept,
+    train_models,
+)
 from ldvae_ext._validate import check_column, check_one_of, check_positive_int
 from ldvae_ext._writing import add_statistic, check_can_write
 
@@ -135,11 +144,12 @@ class Run:
         reproduce
             Code or a command with which the result can be computed again; the call of :func:`ldvae_ext.run` if None.
         """
-        from ldvae_ext._report import report
+        from ldvae_ext._report._build import write_report
 
-        return report(
+        return write_report(
             self.adata,
             path,
+            notes=self.notes,
             groupby=self.options.groupby,
             gene_sets=self.options.gene_sets,
             ablation=self.ablation,
@@ -149,15 +159,32 @@ class Run:
         )
 
     @property
+    def notes(self) -> list[str]:
+        """What to know of the trainings, in words: that some might have gone on; empty if there is nothing."""
+        most = MAX_EPOCHS if self.options.max_epochs is None else self.options.max_epochs
+        lengths = self._n_epochs()
+        n_ended = sum(length >= most for length in lengths)
+        if not n_ended or not stops_early(self.adata):
+            return []
+        return [
+            f"The largest number of epochs, {most}, ended {n_ended} of {len(lengths)} trainings while the ELBO of held-out cells may "
+            "still have improved; allow more with `max_epochs` (`--max-epochs`)."
+        ]
+
+    def _n_epochs(self) -> list[int]:
+        """Number of epochs of each training."""
+        models = [self.model] if self.ensemble is None else self.ensemble.models
+        return [len(model.history["elbo_train"]) for model in models]
+
+    @property
     def settings(self) -> dict[str, Any]:
         """Settings of the training, and what the encoder loses, for the report."""
-        models = [self.model] if self.ensemble is None else self.ensemble.models
-        lengths = [len(model.history["elbo_train"]) for model in models]
+        lengths = self._n_epochs()
         return {
             "genes trained on": f"{len(self.model.get_var_names()):,} of {self.adata.n_vars:,}",
             "latent dimensions": self.options.n_latent,
             "rotation": self.options.rotation,
-            "runs": len(models),
+            "runs": len(lengths),
             "seeds": ", ".join(str(self.options.seed + i) for i in range(self.options.n_runs)),
             "epochs": ", ".join(map(str, lengths)),
             "learning rate": LEARNING_RATE,
@@ -236,7 +263,7 @@ def run(
     TypeError
         If ``adata`` is no AnnData.
     ValueError
-        If the matrix does not hold counts, or an option is unknown. Nothing is written.
+        If the matrix has values that are no counts, such as logarithms or fractions, or an option is unknown. Nothing is written.
 
     Notes
     -----
@@ -275,14 +302,13 @@ def prepare(adata: AnnData, options: Options) -> AnnData:
     import scanpy as sc
 
     from ldvae_ext.model import LDVAE
-    from ldvae_ext.model._counts import check_counts
 
     if not isinstance(adata, AnnData):
         hint = "; pass one modality, such as `mdata['rna']`" if type(adata).__name__ == "MuData" else ""
         msg = f"`adata` must be an AnnData; got {type(adata).__name__}{hint}."
         raise TypeError(msg)
     check_can_write(adata, None, overwrite=False)
-    check_counts(adata, options.layer)
+    check_raw_counts(adata, options.layer)
     columns = {"batch_key": options.batch_key, "size_factor_key": options.size_factor_key, "groupby": options.groupby}
     for name, column in (*columns.items(), *(("covariates", column) for column in options.covariates)):
         if column is not None:

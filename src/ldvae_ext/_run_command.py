@@ -37,7 +37,8 @@ from ldvae_ext._folder import (
     write_marker,
 )
 from ldvae_ext._run import N_TABLE_GENES, UMAP, Options, Run, prepare, train_and_export
-from ldvae_ext._validate import check_column
+from ldvae_ext._run_counts import check_raw_counts
+from ldvae_ext._validate import check_column, listed
 
 # One cell to train on, one to validate on, and one more; a gene at each end of a factor.
 MIN_CELLS, MIN_GENES = 3, 2
@@ -81,6 +82,7 @@ def run_command(job: Job, echo: Callable[[str], None]) -> None:
         options = replace(options, groupby="bulk_labels")
     adata = _read(job, options)
     with data_errors_as_input_errors():
+        check_raw_counts(adata, options.layer, "--layer")
         selected = prepare(adata, options)
     echo(
         f"{adata.n_obs:,} cells, {selected.n_vars:,} of {adata.n_vars:,} genes, {options.n_latent} factors, "
@@ -133,6 +135,11 @@ def _read(job: Job, options: Options) -> AnnData:
         raise InputError(msg)
     if options.n_top_genes is not None and 0 < options.n_top_genes < MIN_GENES:
         msg = f"`--n-top-genes` must be 0 or at least {MIN_GENES}; got {options.n_top_genes}."
+        raise InputError(msg)
+    if options.layer is not None and options.layer not in adata.layers:
+        # anndata lists X among the layers, with the name None.
+        known = listed(filter(None, adata.layers.keys())) or "none"
+        msg = f"`--layer`: {options.layer!r} is not a layer of the input, which has {known}."
         raise InputError(msg)
     read_as_native_float(adata, options.layer)
     check_names(adata)
@@ -240,7 +247,7 @@ def _summary(result: Run) -> str:
     table = result.factors()
     if "flag" in table:
         table = table.assign(rank=table["flag"].map({"stable": 0, "uncertain": 1, "unstable": 2}))
-        table = table.sort_values(["rank", "kl"], ascending=[True, False], kind="stable")
+        table = table.sort_values("rank", kind="stable")
     shown, width = table.head(15), max(len(str(name)) for name in table.index) + 2
     marks = shown["population"] if "population" in shown else pd.Series("", index=shown.index)
     wide = min(28, max((len(str(mark)) for mark in marks), default=0) + 7)
@@ -260,7 +267,7 @@ def _summary(result: Run) -> str:
     head += (
         ", the population that each marks best and its AUROC" if "population" in table else ""
     ) + ", and the genes that rise:"
-    return "\n".join([head, *lines, ""])
+    return "\n".join([head, *lines, *(f"Note: {note}" for note in result.notes), ""])
 
 
 def _command(job: Job) -> str:

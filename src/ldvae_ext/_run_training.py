@@ -27,6 +27,11 @@ MIN_TO_STOP = 100
 REPRODUCIBILITY = "reproducibility"
 
 
+def stops_early(adata: AnnData) -> bool:
+    """True if a training ends when held-out cells are no better: with few of them, their ELBO says little."""
+    return adata.n_obs >= MIN_TO_STOP
+
+
 def train_models(selected: AnnData, options: Options, *, silent: bool) -> tuple[LDVAE, Ensemble | None]:
     """The model to read, and the ensemble that it is of, if there are several runs."""
     import scvi
@@ -39,8 +44,8 @@ def train_models(selected: AnnData, options: Options, *, silent: bool) -> tuple[
     max_epochs = MAX_EPOCHS if options.max_epochs is None else options.max_epochs
     warmup = min(WARMUP, max(1, max_epochs // 2))
     progress = Progress(options.n_runs, max_epochs, silent=silent)
-    # One cell in ten is held out: with fewer than ten cells there is none, and with few of them their ELBO says little.
-    has_held_out, stops_early = selected.n_obs >= 10, selected.n_obs >= MIN_TO_STOP
+    # One cell in ten is held out: with fewer than ten cells there is none.
+    has_held_out = selected.n_obs >= 10
     training: dict[str, Any] = {
         "accelerator": "cpu" if not torch.cuda.is_available() else "auto",
         "kl_warmup": warmup,
@@ -50,7 +55,7 @@ def train_models(selected: AnnData, options: Options, *, silent: bool) -> tuple[
         "callbacks": [progress.callback()],
         **(
             {"early_stopping": True, "early_stopping_patience": PATIENCE, "early_stopping_warmup_epochs": warmup}
-            if stops_early
+            if stops_early(selected)
             else {}
         ),
     }

@@ -53,7 +53,8 @@ def run(
     ] = None,
     layer: Annotated[str | None, typer.Option(help="Layer with the counts; X by default.", show_default=False)] = None,
     batch_key: Annotated[
-        str | None, typer.Option(help="Column of obs with the batch of each cell.", show_default=False)
+        str | None,
+        typer.Option("--batch-key", "--batch", help="Column of obs with the batch of each cell.", show_default=False),
     ] = None,
     covariates: Annotated[
         list[str] | None,

@@ -17,7 +17,15 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from ldvae_ext._keys import DEFAULT_KEY, export_keys
-from ldvae_ext._report._content import N_TABLE_GENES, Content, Factor, content_of
+from ldvae_ext._report._content import (
+    FEW_OF_POPULATION,
+    LEAST_EFFECT,
+    LEAST_RATIO,
+    N_TABLE_GENES,
+    Content,
+    Factor,
+    content_of,
+)
 
 _WIDTH, _HEIGHT, _MARGIN = 640, 260, 46
 _CURVE_COLORS = ("#0072B2", "#D55E00")
@@ -81,16 +89,42 @@ def report(
     >>> ldvae_ext.report(adata, "report.html", groupby="bulk_labels").name
     'report.html'
     """
-    content = content_of(
+    return write_report(
         adata,
+        path,
+        reproduce=reproduce,
+        key=key,
         groupby=groupby,
         gene_sets=gene_sets,
         ablation=ablation,
         history=history,
         settings=settings,
         title=title,
-        key=key,
     )
+
+
+def write_report(
+    adata: AnnData,
+    path: str | Path,
+    *,
+    notes: Sequence[str] = (),
+    reproduce: str | None = None,
+    key: str = DEFAULT_KEY,
+    **options: Any,
+) -> Path:
+    """Write the report, see :func:`report`.
+
+    Parameters
+    ----------
+    adata, path, reproduce, key
+        As there.
+    notes
+        Warnings that come first.
+    **options
+        Other arguments of :func:`report`.
+    """
+    content = content_of(adata, key=key, **options)
+    content.notes[:0] = notes
     has_slopes = export_keys(key).scores in adata.varm
     text = _html(content, reproduce, has_slopes=has_slopes)
     path = Path(path)
@@ -161,6 +195,9 @@ def _html(content: Content, reproduce: str | None, *, has_slopes: bool) -> str:
         },
         is_sorted=all(a.kl >= b.kl for a, b in itertools.pairwise(content.factors)),
         has_affected=has("most_affected"),
+        few_cells=FEW_OF_POPULATION,
+        least_effect=LEAST_EFFECT,
+        least_ratio=LEAST_RATIO,
         script=Markup((files("ldvae_ext._report") / "script.js").read_text(encoding="utf-8")),
     )
 
@@ -168,7 +205,7 @@ def _html(content: Content, reproduce: str | None, *, has_slopes: bool) -> str:
 def _own_population(factor: Factor) -> str | None:
     if factor.marks is not None and factor.marks.is_clear:
         return factor.marks.high
-    return None if factor.most_affected is None else factor.most_affected.name
+    return None if factor.first_affected is None else factor.first_affected.name
 
 
 def _floor(value: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,25 +15,30 @@ from ldvae_ext import get, tl
 from ldvae_ext._annotation import GeneSet, Marks, best_gene_sets, marked_populations
 from ldvae_ext._groups import groups_of
 from ldvae_ext._keys import CONSENSUS_KEY, export_keys
+from ldvae_ext._report._scatter import columns_of, scatter
 from ldvae_ext._validate import listed
 from ldvae_ext.core import Rotation
 from ldvae_ext.get._export import export_of, latents_of
 
 # Genes of each end on a card, and of a gene set in the table.
 N_GENES, N_TABLE_GENES, N_POPULATION_GENES = 10, 5, 6
-# Points of the scatter plot, and populations in the tables, at most.
-MAX_POINTS, MAX_GROUPS = 20_000, 60
+# Populations in the tables, at most.
+MAX_GROUPS = 60
 # A factor with a smaller KL is called unused.
 UNUSED = 0.1
-FEW_CELLS = 200
+FEW_CELLS, FEW_OF_POPULATION = 200, 30
+# A factor matters most to a population that loses so many nats per cell without it, and so many times as much as the second.
+LEAST_EFFECT, LEAST_RATIO = 2.0, 1.2
 _ADVICE = {
     "unstable": (
         "Do not read",
         "other trainings on the same cells have no similar factor, or a weakly similar one (below 0.6).",
     ),
-    "uncertain": ("Read with care", "other trainings on the same cells have a similar factor at best (0.6 to 0.8)."),
+    "uncertain": (
+        "Read with care",
+        "other trainings on the same cells have only a partly similar factor (0.6 to 0.8).",
+    ),
 }
-EMBEDDINGS = ("X_umap", "X_tsne")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,12 +75,22 @@ class Factor:
     """Genes that lose most without the factor, in nats per cell."""
     runs: list[float]
     """Agreement with each run."""
+    lowest: float | None
+    """The smallest of these, if the export is of a consensus."""
 
     @property
     def most_affected(self) -> Population | None:
-        """The population that loses most without the factor; None without counts or populations."""
+        """The population that clearly loses most without the factor; None if there is none, and without counts or populations."""
+        effects = sorted((p.effect for p in self.populations if p.effect is not None), reverse=True)
+        if len(effects) < 2 or effects[0] < max(LEAST_EFFECT, LEAST_RATIO * effects[1]):
+            return None
+        return self.first_affected
+
+    @property
+    def first_affected(self) -> Population | None:
+        """The population with the largest effect, clear or not; None without counts."""
         known = [p for p in self.populations if p.effect is not None]
-        return max(known, key=lambda p: p.effect or 0.0) if len(known) > 1 else None
+        return max(known, key=lambda p: p.effect or 0.0, default=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +102,8 @@ class Content:
     n_genes: int
     groupby: str | None
     factors: list[Factor]
+    order_by: str
+    """``"consensus"``, or the measure whose order the factors are in."""
     notes: list[str]
     """Warnings in words."""
     settings: list[tuple[str, str]]
@@ -130,6 +146,9 @@ def content_of(
     effects, lost = _ablations(adata, ablation, groups, code_n, key, notes)
     flags = table.get("flag")
     notes += _notes(table, flags, info, adata.n_obs)
+    if code_n is not None:
+        notes += _note_on_small(groups, code_n)
+    runs, lowest_k = _agreement(adata, info, len(names))
     populations = _populations(latent_nk, groups, code_n, effects)
     marked = [] if code_n is None else marked_populations(latent_nk, groups, code_n)
     sets = best_gene_sets(get.gene_scores(adata, kind=_ranking(adata, keys), key=key), gene_sets)
@@ -148,7 +167,8 @@ def content_of(
             gene_set=sets.get(name),
             populations=populations[k] if populations else [],
             lost_genes=lost[k] if lost else [],
-            runs=_runs(adata, k, len(names)),
+            runs=runs[k] if runs else [],
+            lowest=None if lowest_k is None else float(lowest_k[k]),
         )
         for k, name in enumerate(names)
     ]
@@ -158,11 +178,12 @@ def content_of(
         n_genes=int(np.asarray(adata.var[keys.genes], dtype=bool).sum()),
         groupby=groupby,
         factors=factors,
+        order_by="consensus" if _is_consensus(info) else str(info.get("order_by", "kl")),
         notes=notes,
         settings=[(str(name), str(value)) for name, value in (settings or {}).items()],
         versions=[(str(name), str(value)) for name, value in dict(info.get("versions", {})).items()],
         curves=_curves(history),
-        scatter=_scatter(adata, latent_nk, names, groups, code_n, groupby),
+        scatter=scatter(adata, latent_nk, names, columns_of(adata, groups, code_n, groupby, info)),
         in_population=_in_population(adata, groups, groupby, names, key),
     )
 
@@ -272,12 +293,30 @@ def _notes(table: pd.DataFrame, flags: pd.Series | None, info: Any, n_cells: int
     return notes
 
 
-def _runs(adata: AnnData, k: int, n_factors: int) -> list[float]:
-    """Agreement of each run with the consensus, in the order of the export, if the export is of a consensus."""
-    info = adata.uns.get(CONSENSUS_KEY)
-    if info is None or np.asarray(info["cosine"]).shape[1] != n_factors:
+def _note_on_small(groups: list[str], code_n: np.ndarray) -> list[str]:
+    """A note on populations with few cells, if there are some."""
+    n_p = np.bincount(code_n[code_n >= 0], minlength=len(groups))
+    small = [f"{group!r} ({n} cells)" for group, n in zip(groups, n_p, strict=True) if n < FEW_OF_POPULATION]
+    if not small:
         return []
-    return [float(value) for value in np.asarray(info["cosine"])[:, k]]
+    shown = ", ".join(small[:10]) + (f" and {len(small) - 10} more" if len(small) > 10 else "")
+    return [f"{shown}: with fewer than {FEW_OF_POPULATION} cells, their means and AUROCs are uncertain."]
+
+
+def _is_consensus(info: Any) -> bool:
+    """True if the exported factors are those of a consensus, in its order."""
+    return "rotation" in info and str(info["rotation"]["method"]) == "consensus"
+
+
+def _agreement(adata: AnnData, info: Any, n_factors: int) -> tuple[list[list[float]], np.ndarray | None]:
+    """Agreement of each factor with each run, and the smallest, if the export is of a consensus."""
+    consensus = adata.uns.get(CONSENSUS_KEY)
+    if consensus is None or not _is_consensus(info):
+        return [], None
+    cosine_mk = np.asarray(consensus["cosine"])
+    if cosine_mk.shape[1] != n_factors:
+        return [], None
+    return cosine_mk.T.tolist(), np.asarray(consensus["statistics"]["lowest"])
 
 
 def _curves(history: Any) -> dict[str, list[tuple[float, float]]]:
@@ -288,60 +327,6 @@ def _curves(history: Any) -> dict[str, list[tuple[float, float]]]:
             series = pd.DataFrame(history[name]).iloc[:, 0].dropna()
             out[label] = [(float(x), float(y)) for x, y in zip(series.index, series, strict=True)]
     return out
-
-
-def _bytes(values: np.ndarray) -> str:
-    return base64.b64encode(np.ascontiguousarray(values).tobytes()).decode()
-
-
-def _scatter(
-    adata: AnnData,
-    latent_nk: np.ndarray,
-    names: list[str],
-    groups: list[str],
-    code_n: np.ndarray | None,
-    groupby: str | None,
-) -> dict[str, Any]:
-    """Coordinates in 16 bits and factors in 8 bits, of up to 20,000 cells."""
-    known = [key for key in EMBEDDINGS if key in adata.obsm]
-    at = np.arange(adata.n_obs)
-    if len(at) > MAX_POINTS:
-        at = np.sort(np.random.default_rng(0).choice(at, MAX_POINTS, replace=False))
-    xy = np.asarray(adata.obsm[known[0]], dtype=np.float64)[:, :2] if known else latent_nk[:, : min(2, len(names))]
-    if xy.shape[1] < 2:
-        xy = np.column_stack([xy[:, 0], np.random.default_rng(0).random(len(xy))])
-    xy = xy[at]
-    low, span = xy.min(axis=0), np.ptp(xy, axis=0)
-    scaled = np.rint((xy - low) / np.where(span > 0, span, 1) * 65535).astype("<u2")
-    # Values beyond this are drawn in the colour of the end.
-    limit_k = np.maximum(np.quantile(np.abs(latent_nk), 0.98, axis=0), 1e-6)
-    shade = np.rint(127.5 + 127.5 * np.clip(latent_nk[at] / limit_k, -1, 1)).astype("u1")
-    out: dict[str, Any] = {
-        "axes": [f"{known[0].removeprefix('X_').upper()}{i}" for i in (1, 2)] if known else [*names[:2], "random"][:2],
-        "n": len(at),
-        "xy": _bytes(scaled),
-        "factors": [_bytes(shade[:, k]) for k in range(len(names))],
-        "limits": [float(value) for value in limit_k],
-        "names": names,
-        "groups": [],
-    }
-    if code_n is not None:
-        out |= {
-            "groups": groups,
-            "codes": _bytes(code_n[at].astype("<i2")),
-            "colors": _group_colors(adata, groupby, groups),
-        }
-    return out
-
-
-def _group_colors(adata: AnnData, groupby: str | None, groups: list[str]) -> list[str]:
-    """Colours of the populations in ``uns``, if there is one for each; else an empty list."""
-    colors = adata.uns.get(f"{groupby}_colors")
-    categories = [str(c) for c in pd.Categorical(pd.Series(adata.obs[groupby])).categories]
-    if colors is None or len(colors) < len(categories):
-        return []
-    color_of = dict(zip(categories, (str(color) for color in colors), strict=False))
-    return [color_of.get(group, "#888888") for group in groups]
 
 
 def _in_population(

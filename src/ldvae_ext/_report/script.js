@@ -31,14 +31,14 @@ for (const button of table.querySelectorAll("th button")) {
 const scatter = data.scatter;
 const bytes = (text) => Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
 const xy = new Uint16Array(bytes(scatter.xy).buffer);
-const codes = scatter.codes ? new Int16Array(bytes(scatter.codes).buffer) : null;
+const columns = scatter.columns.map((column) => ({ ...column, codes: new Int8Array(bytes(column.codes).buffer) }));
 const shades = scatter.factors.map(bytes);
 const dark = window.matchMedia("(prefers-color-scheme: dark)");
 const OKABE_ITO = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8B6BB1", "#A6761D"];
 
-function groupColor(i) {
-  if (scatter.colors && scatter.colors.length) return scatter.colors[i];
-  if (scatter.groups.length <= OKABE_ITO.length) return OKABE_ITO[i];
+function groupColor(column, i) {
+  if (column.colors.length) return column.colors[i];
+  if (column.groups.length <= OKABE_ITO.length) return OKABE_ITO[i];
   return `hsl(${Math.round((i * 137.5) % 360)} 60% ${i % 2 ? 42 : 58}%)`;
 }
 
@@ -58,33 +58,34 @@ function draw() {
   const { width, height } = canvas;
   const size = scatter.n > 5000 ? 3 : scatter.n > 1000 ? 5 : 7;
   context.clearRect(0, 0, width, height);
-  const byGroup = choice.value === "groups";
-  const shade = byGroup ? null : shades[Number(choice.value)];
+  // Columns of obs are "groups-0", "groups-1", ..., factors "0", "1", ...
+  const column = choice.value.startsWith("groups-") ? columns[Number(choice.value.slice(7))] : null;
+  const shade = column ? null : shades[Number(choice.value)];
   const order = Array.from({ length: scatter.n }, (_, i) => i);
   // Cells at the ends of a factor lie on top.
-  if (!byGroup) order.sort((a, b) => Math.abs(shade[a] - 127.5) - Math.abs(shade[b] - 127.5));
+  if (!column) order.sort((a, b) => Math.abs(shade[a] - 127.5) - Math.abs(shade[b] - 127.5));
   for (const i of order) {
-    const isKnown = !byGroup || codes[i] >= 0;
-    context.fillStyle = byGroup ? (isKnown ? groupColor(codes[i]) : "#888888") : diverging(shade[i]);
+    const code = column ? column.codes[i] : -1;
+    context.fillStyle = !column ? diverging(shade[i]) : code < 0 ? "#888888" : groupColor(column, code);
     const x = 12 + (xy[2 * i] / 65535) * (width - 24);
     const y = 12 + (1 - xy[2 * i + 1] / 65535) * (height - 24);
     context.beginPath();
     context.arc(x, y, size, 0, 2 * Math.PI);
     context.fill();
   }
-  key(byGroup);
+  key(column);
 }
 
-function key(byGroup) {
+function key(column) {
   const place = document.getElementById("key");
   place.replaceChildren();
-  if (byGroup) {
+  if (column) {
     const list = document.createElement("ul");
     list.className = "legend";
-    scatter.groups.forEach((name, i) => {
+    column.groups.forEach((name, i) => {
       const item = document.createElement("li");
       const mark = document.createElement("span");
-      mark.style.background = groupColor(i);
+      mark.style.background = groupColor(column, i);
       item.append(mark, name);
       list.append(item);
     });
@@ -142,3 +143,20 @@ if (population) {
   population.addEventListener("change", fill);
   fill();
 }
+
+// Cards that are folded open for a link to them, and on paper.
+const folded = [...document.querySelectorAll("details")];
+for (const link of document.querySelectorAll('a[href^="#card-"]')) {
+  link.addEventListener("click", () => {
+    const part = document.querySelector(`${link.getAttribute("href")} > details`);
+    if (part) part.open = true;
+  });
+}
+let closed = [];
+window.addEventListener("beforeprint", () => {
+  closed = folded.filter((part) => !part.open);
+  for (const part of closed) part.open = true;
+});
+window.addEventListener("afterprint", () => {
+  for (const part of closed) part.open = false;
+});
