@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -10,11 +11,12 @@ from contextlib import suppress
 
 import numpy as np
 import pytest
+from lightning.pytorch.callbacks import LambdaCallback
 
 from ldvae_ext import _files, get, report
 from ldvae_ext.core import LinearDecoder
-from ldvae_ext.model import LDVAE
-from tests.helpers import counts, untrained
+from ldvae_ext.model import LDVAE, fit_ensemble
+from tests.helpers import TRAIN, counts, untrained
 
 pytestmark = pytest.mark.slow
 
@@ -111,7 +113,7 @@ def test_a_process_that_is_killed_while_it_saves_keeps_the_model(tmp_path, expor
         """
         import os, signal, sys
         import torch
-        from ldvae_ext.model import LDVAE
+        from ldvae_ext.model import LDVAE, fit_ensemble
 
         model = LDVAE.load(sys.argv[1])
         own = torch.save
@@ -191,3 +193,70 @@ def test_a_model_is_saved_where_only_its_folder_can_be_written(tmp_path, exporte
     exported[0].save(folder, overwrite=True)
     assert names(tmp_path / "closed") == ["model"]
     assert isinstance(LDVAE.load(folder, exported[1]), LDVAE)
+
+
+def test_ctrl_c_in_a_training_leaves_a_model_that_can_be_used(tmp_path):
+    adata = counts(150, 30)
+    LDVAE.setup_anndata(adata)
+    model = LDVAE(adata, n_latent=3)
+    before = signal.getsignal(signal.SIGINT)
+    press = LambdaCallback(
+        on_train_epoch_start=lambda trainer, _: trainer.current_epoch == 2 and signal.raise_signal(signal.SIGINT)
+    )
+    with pytest.raises(KeyboardInterrupt, match="can be used"):
+        model.train(50, callbacks=[press], batch_size=16, **TRAIN)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert len(model.history["elbo_train"]) == 3
+    assert model.get_latent_representation().shape == (150, 3)
+    assert all(value.is_contiguous() for value in model.module.state_dict().values())
+    model.save(tmp_path / "model")
+    model.train(2, **TRAIN, kl_warmup=1)
+
+
+def test_ctrl_c_in_the_first_epoch_ends_it_after_the_step():
+    adata = counts(150, 30)
+    LDVAE.setup_anndata(adata)
+    model = LDVAE(adata, n_latent=3)
+    press = LambdaCallback(on_train_epoch_start=lambda *_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        model.train(50, callbacks=[press], batch_size=16, **TRAIN)
+    assert model.trainer.global_step == 1
+
+
+def test_a_second_ctrl_c_ends_a_training_at_once():
+    adata = counts(150, 30)
+    LDVAE.setup_anndata(adata)
+    model = LDVAE(adata, n_latent=3)
+
+    def press(*_):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    # Lightning ends the program.
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        model.train(50, callbacks=[LambdaCallback(on_train_epoch_start=press)], **TRAIN)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+# Of lightning, which is ignored by its module; `pytest.warns` says it again without.
+@pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec.* is deprecated:FutureWarning")
+def test_ctrl_c_in_an_ensemble_keeps_the_runs_that_were_done():
+    adata = counts(150, 30)
+    LDVAE.setup_anndata(adata)
+    starts = []
+
+    def press_in(*runs):
+        def start(trainer, _):
+            starts.append(1)
+            if len(starts) - 1 in runs:
+                signal.raise_signal(signal.SIGINT)
+
+        starts.clear()
+        return {**TRAIN, "callbacks": [LambdaCallback(on_train_start=start)]}
+
+    options = {"n_latent": 3, "max_epochs": 2, "silent": True}
+    with pytest.warns(UserWarning, match="has the 2 of 4 runs that were done"):
+        ensemble = fit_ensemble(adata, 4, train_kwargs=press_in(2), **options)
+    assert ensemble.seeds == [0, 1]
+    with pytest.raises(KeyboardInterrupt):
+        fit_ensemble(adata, 4, train_kwargs=press_in(1), **options)

@@ -63,6 +63,7 @@ __all__ = [
     "StableCategoriesField",
     "adata_minify_type",
     "check_adata_or_dataloader",
+    "end_training",
     "get_max_epochs_heuristic",
     "is_logging_step",
     "is_on_one_cpu",
@@ -163,6 +164,18 @@ def is_logging_step(trainer: Any) -> bool:
         The trainer.
     """
     return trainer._logger_connector.should_update_logs
+
+
+def end_training(trainer: Any) -> None:
+    """End a training after this step, also in the first epoch; what follows a training happens as usual.
+
+    Parameters
+    ----------
+    trainer
+        The trainer.
+    """
+    trainer.fit_loop.min_epochs = None
+    trainer.should_stop = True
 
 
 def is_on_one_cpu(trainer: Any) -> bool:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from scvi.module.base import LossOutput
 from scvi.train import TrainingPlan
 
-from ldvae_ext._scvi import FastHookNames, ShortSteps, is_logging_step, is_on_one_cpu, skip_graph_capture_check
+from ldvae_ext._scvi import (
+    FastHookNames,
+    ShortSteps,
+    end_training,
+    is_logging_step,
+    is_on_one_cpu,
+    skip_graph_capture_check,
+)
 from ldvae_ext.backends.base import Backend
 from ldvae_ext.backends.layers import store_weights
 from ldvae_ext.backends.loader import CountsSplitter
@@ -27,6 +34,8 @@ class GatheringPlan(FastHookNames, TrainingPlan):
         As in ``scvi.train.TrainingPlan``.
     backend
         Backend of the loss; the network's forward pass if None.
+    is_interrupted
+        Function that returns True if the training is to end after the step; never if None.
     decoder_penalty
         Weights of the penalties on the loadings, ``l1`` and ``l2``; no penalty if None. It is added to the loss that is
         minimised, and is not part of the metrics.
@@ -36,11 +45,13 @@ class GatheringPlan(FastHookNames, TrainingPlan):
         self,
         *args: Any,
         backend: Backend | None = None,
+        is_interrupted: Callable[[], bool] | None = None,
         decoder_penalty: Mapping[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self._backend, self._decoder_penalty = backend, decoder_penalty
+        self._is_interrupted = is_interrupted
         self._short_steps: ShortSteps | None = None
         self._gathered: dict[str, _Sums] = {"train": _Sums(), "validation": _Sums()}
 
@@ -84,6 +95,8 @@ class GatheringPlan(FastHookNames, TrainingPlan):
         batch, batch_idx
             A minibatch and its number.
         """
+        if self._is_interrupted is not None and self._is_interrupted():
+            end_training(self.trainer)
         loss = self._training_loss(batch, batch_idx)
         return loss if self._decoder_penalty is None else loss + self.module.decoder_penalty(**self._decoder_penalty)
 

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import errno
+import logging
 import shutil
 from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from anndata import AnnData
+from anndata import AnnData, read_h5ad
 from scvi.model import LinearSCVI
 
 from ldvae_ext._files import temporary_folder
 from ldvae_ext._folder import check_anndata_can_be_written
-from ldvae_ext._scvi import SETUP_ARGS_KEY
+from ldvae_ext._scvi import MODEL_NAME_KEY, SETUP_ARGS_KEY, parse_device_args
+from ldvae_ext._validate import listed
 from ldvae_ext.model._ablation import AblationMixin
 from ldvae_ext.model._comparison import ComparisonMixin
 from ldvae_ext.model._decoding import DecodingMixin
 from ldvae_ext.model._export import ExportMixin
+from ldvae_ext.model._fingerprint import compare_genes
 from ldvae_ext.model._linear_scvi import as_linear_scvi_meant
+from ldvae_ext.model._plain_files import DESCRIPTION, CannotBeWritten, PlainModel
 from ldvae_ext.model._populations import PopulationsMixin
 from ldvae_ext.model._query import QueryMixin, freeze_reference
 from ldvae_ext.model._readouts import ReadoutsMixin
@@ -28,6 +33,8 @@ from ldvae_ext.model._refinement import RefinementMixin
 from ldvae_ext.model._stats import StatsMixin
 from ldvae_ext.model._tasks import TasksMixin
 from ldvae_ext.model._training import TrainingMixin
+
+_log = logging.getLogger("ldvae_ext")
 
 
 class LDVAE(
@@ -156,6 +163,7 @@ class LDVAE(
             work = temporary_folder(folder)
             try:
                 super().save(str(work), **{**options, "overwrite": True})
+                self._save_plain(work, options.get("prefix") or "")
                 # The model last: a folder with a model has all that belongs to it.
                 for path in sorted(work.iterdir(), key=lambda each: each.name.endswith("model.pt")):
                     path.replace(folder / path.name)
@@ -166,6 +174,17 @@ class LDVAE(
                 with suppress(OSError):
                     folder.rmdir()
             raise
+
+    def _save_plain(self, folder: Path, prefix: str) -> None:
+        attributes = {name: value for name, value in self._get_user_attributes() if name.endswith("_")}
+        registry = attributes.pop("registry_")
+        plain = PlainModel(registry, attributes, np.asarray(self.get_var_names()).astype(str), self.module.state_dict())
+        try:
+            plain.write(folder, prefix)
+        except CannotBeWritten as error:
+            # The pickle holds it; `load(trusted=False)` says that the files are missing.
+            _log.info("Saved as a pickle alone: %s, which only a pickle can hold.", error)
+            (folder / f"{prefix}{DESCRIPTION}").unlink(missing_ok=True)
 
     @classmethod
     def load(
@@ -178,10 +197,13 @@ class LDVAE(
         backup_url: str | None = None,
         datamodule: Any = None,
         allowed_classes_names_list: list[str] | None = None,
+        *,
+        trusted: bool = True,
     ) -> LDVAE:
         """Open a directory that ``LDVAE.save`` or ``LinearSCVI.save`` wrote.
 
-        As everywhere in scvi-tools, the checkpoint is a pickle: open only files that you trust.
+        As everywhere in scvi-tools, ``model.pt`` is a pickle, and opening it can run code: open only files that you trust.
+        ``trusted=False`` opens the same model from ``weights.safetensors`` and ``model.json``, which hold none.
 
         Parameters
         ----------
@@ -189,6 +211,13 @@ class LDVAE(
             As in :meth:`scvi.model.base.BaseModelClass.load`. ``adata=False`` opens the model without data.
         allowed_classes_names_list
             Names of further classes whose directories may be opened; ``"LinearSCVI"`` is always among them.
+        trusted
+            False to read no pickle.
+
+        Raises
+        ------
+        ValueError
+            If ``trusted`` is False and the directory has a pickle alone, or files that are damaged.
 
         Examples
         --------
@@ -197,6 +226,15 @@ class LDVAE(
         >>> loaded.get_loadings().equals(model.get_loadings())
         True
         """
+        classes = [LinearSCVI.__name__, *(allowed_classes_names_list or [])]
+        if not trusted:
+            given = [
+                name for name, value in (("backup_url", backup_url), ("datamodule", datamodule)) if value is not None
+            ]
+            if given:
+                msg = f"`trusted=False` reads files of the directory alone, without {listed(given)}."
+                raise ValueError(msg)
+            return cls._load_plain(Path(dir_path), adata, accelerator, device, prefix or "", [cls.__name__, *classes])
         model = super().load(
             dir_path,
             adata,
@@ -204,11 +242,54 @@ class LDVAE(
             device=device,
             prefix=prefix,
             backup_url=backup_url,
-            allowed_classes_names_list=[LinearSCVI.__name__, *(allowed_classes_names_list or [])],
+            allowed_classes_names_list=classes,
         )
         if datamodule is not None:
             # scvi-tools would build the network anew, from the options that the class spells out.
             model._datamodule = datamodule
+        freeze_reference(model)
+        return model
+
+    @classmethod
+    def _load_plain(
+        cls, folder: Path, adata: Any, accelerator: str, device: int | str, prefix: str, classes: list[str]
+    ) -> LDVAE:
+        plain = PlainModel.read(folder, prefix)
+        registry, attributes = plain.registry, dict(plain.attributes)
+        if registry.get(MODEL_NAME_KEY, cls.__name__) not in classes:
+            msg = f"{folder} holds a {registry[MODEL_NAME_KEY]!r}; opened are {listed(classes)}."
+            raise ValueError(msg)
+        of_folder = folder / f"{prefix}adata.h5ad"
+        if adata is None and of_folder.is_file():
+            adata = read_h5ad(of_folder)
+        if adata is None:
+            msg = f"{folder} has no AnnData: give `adata`, or `adata=False` to open the model without data."
+            raise ValueError(msg)
+        if adata is not False:
+            if adata.n_vars == len(plain.genes):
+                compare_genes(np.asarray(adata.var_names).astype(str), plain.genes)
+            cls.setup_anndata(adata, source_registry=registry, **registry[SETUP_ARGS_KEY])
+        saved = attributes.pop("init_params_")
+        arguments = {**saved["non_kwargs"]}
+        for group in saved["kwargs"].values():
+            arguments.update(group)
+        # The drawn parameters are replaced at once. The caller's random state is restored.
+        with torch.random.fork_rng(devices=[]):
+            model = cls(None if adata is False else adata, registry if adata is False else None, **arguments)
+        model.module.load_state_dict(plain.state)
+        model.to_device(
+            parse_device_args(
+                accelerator=accelerator, devices=device, return_device="torch", validate_single_device=True
+            )[-1]
+        )
+        model.module.eval()
+        for name, value in attributes.items():
+            if not name.endswith("_") or name.startswith("_"):
+                msg = f"{folder} holds no model that can be read: {name!r} is no attribute of a model."
+                raise ValueError(msg)
+            setattr(model, name, value)
+        if adata is not False:
+            model._validate_anndata(adata)
         freeze_reference(model)
         return model
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -20,6 +20,7 @@ from ldvae_ext.backends.plan import uses_backend
 from ldvae_ext.core._views import check_rotatable
 from ldvae_ext.model._base import LDVAEBase
 from ldvae_ext.model._batch_norm import recalibrate_batch_norm
+from ldvae_ext.model._interrupts import Interruption
 from ldvae_ext.model._ordered import check_can_be_ordered, check_epochs, check_not_decided, order_factors
 from ldvae_ext.model._threads import set_up_for
 from ldvae_ext.module._query import QueryTrainingPlan
@@ -61,7 +62,7 @@ class TrainingMixin(LDVAEBase):
         """Train the model: :meth:`scvi.model.LinearSCVI.train` with ``kl_warmup``, ``backend``, ``evaluation_mode`` and ``decoder_penalty``.
 
         A model that was trained continues in training mode, with a new optimizer. (LinearSCVI continues in evaluation mode, see
-        ``evaluation_mode``.)
+        ``evaluation_mode``.) Ctrl-C ends the training after the step, and raises ``KeyboardInterrupt`` with a model that can be used.
 
         Parameters
         ----------
@@ -126,8 +127,9 @@ class TrainingMixin(LDVAEBase):
             self._start_from(datamodule)
         trainer_options = merge_kwargs(trainer_config, trainer_kwargs, name="trainer")
         chosen = self._backend_of(backend, accelerator, devices, plan_kwargs, trainer_options)
+        interruption = Interruption()
         if uses_backend(self._training_plan_cls):
-            plan_kwargs["backend"] = chosen
+            plan_kwargs["backend"], plan_kwargs["is_interrupted"] = chosen, lambda: interruption.has_happened
         if evaluation_mode:
             if not issubclass(self._training_plan_cls, QueryTrainingPlan):
                 msg = f"`evaluation_mode=True` needs the training plan of LDVAE; this class has {self._training_plan_cls.__name__}."
@@ -139,7 +141,12 @@ class TrainingMixin(LDVAEBase):
                 raise ValueError(msg)
             plan_kwargs["decoder_penalty"] = penalties(decoder_penalty)
         splitter = None if chosen.name == "scvi" else CountsSplitter
-        with self._axes_of_other_loadings_ended(), splitting_cells_by(self, splitter), set_up_for(chosen, self.module):
+        with (
+            self._axes_of_other_loadings_ended(),
+            splitting_cells_by(self, splitter),
+            set_up_for(chosen, self.module),
+            interruption.noted() if uses_backend(self._training_plan_cls) else nullcontext(),
+        ):
             result = super().train(
                 max_epochs=max_epochs,
                 accelerator=accelerator,
@@ -156,6 +163,9 @@ class TrainingMixin(LDVAEBase):
                 trainer_config=trainer_config,
                 **trainer_kwargs,
             )
+        if interruption.has_happened:
+            msg = f"The training ended after {self.trainer.current_epoch} epochs, and the model can be used."
+            raise KeyboardInterrupt(msg)
         self._note_kl_weight(warmup_given=kl_warmup is not None)
         return result
 

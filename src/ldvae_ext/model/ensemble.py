@@ -86,7 +86,8 @@ def fit_ensemble(
 
     Returns
     -------
-    An :class:`Ensemble`. A run that fails is left out, with a warning.
+    An :class:`Ensemble`. A run that fails is left out, with a warning. After Ctrl-C it has the runs that were done, if they can be
+    compared.
 
     Raises
     ------
@@ -157,12 +158,17 @@ def fit_ensemble(
             raise ValueError(msg)
         outcomes = train_in_processes(adata, n_runs, plan, n_jobs)
     trained, failures = {}, {}
-    for m, outcome in track(outcomes, description="Training runs", disable=silent, total=n_runs):
-        if isinstance(outcome, str):
-            failures[seed + m] = outcome
-            warn(f"The run with seed {seed + m} failed and is left out ({outcome}).")
-        else:
-            trained[m] = outcome
+    try:
+        for m, outcome in track(outcomes, description="Training runs", disable=silent, total=n_runs):
+            if isinstance(outcome, str):
+                failures[seed + m] = outcome
+                warn(f"The run with seed {seed + m} failed and is left out ({outcome}).")
+            else:
+                trained[m] = outcome
+    except KeyboardInterrupt:
+        if len({plan.kind(adata.n_obs, m) for m in trained}) < 2:
+            raise
+        warn(f"Interrupted: the ensemble has the {len(trained)} of {n_runs} runs that were done.")
     done = sorted(trained)
     models, seeds = [trained[m] for m in done], [seed + m for m in done]
     kinds = [plan.kind(adata.n_obs, m) for m in done]
