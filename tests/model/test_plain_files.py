@@ -59,7 +59,9 @@ def test_it_is_the_model_that_was_saved(tmp_path, case, with_data):
     known, found = (dict(each._get_user_attributes()) for each in opened)
     assert {name for name in known if name.endswith("_")} == {name for name in found if name.endswith("_")}
     for key, values in model.history.items():
-        pd.testing.assert_frame_equal(opened[1].history[key].astype(float), values.astype(float), check_index_type=False)
+        pd.testing.assert_frame_equal(
+            opened[1].history[key].astype(float), values.astype(float), check_index_type=False
+        )
     np.testing.assert_array_equal(opened[1].train_indices, model.train_indices)
     np.testing.assert_array_equal(
         opened[1].get_latent_representation(use_posterior_mean=True),

@@ -213,3 +213,43 @@ def test_a_parameter_that_a_callback_replaces_is_trained():
     replaces = Replaces()
     model = trained(3, callbacks=[replaces])
     assert not torch.equal(model.module.px_r.detach(), replaces.value)
+
+
+@pytest.mark.parametrize("kind", ["pre", "post"])
+def test_hooks_of_an_optimizer_are_called_at_each_step(kind):
+    calls = []
+
+    class Hooks(Callback):
+        def on_train_start(self, trainer, plan):
+            register = getattr(trainer.optimizers[0], f"register_step_{kind}_hook")
+            register(lambda *_: calls.append(1) or None)
+
+    model = trained(callbacks=[Hooks()])
+    assert len(calls) == model.trainer.global_step > 0
+
+
+@pytest.mark.parametrize("options", [{}, {"amsgrad": True}, {"maximize": True}, {"fused": False}], ids=str)
+def test_only_a_plain_fused_adam_is_stepped_here(options):
+    parameter = torch.nn.Parameter(torch.ones(3, 2))
+    optimizer = torch.optim.Adam([parameter], **{"fused": True, **options})
+    assert _scvi._FusedAdam.fits(optimizer) == (options == {})
+
+
+def test_a_fused_adam_by_columns_is_that_of_torch():
+    start, gradients = torch.randn(5, 7), torch.randn(6, 5, 7)
+    found = []
+    for by_columns in (False, True):
+        value = start.t().contiguous().t() if by_columns else start.clone()
+        parameters = [torch.nn.Parameter(value), torch.nn.Parameter(torch.ones(4))]
+        optimizer = torch.optim.Adam(parameters, lr=0.1, weight_decay=1e-3, fused=True)
+        ours = _scvi._FusedAdam(optimizer)
+        for i, gradient in enumerate(gradients):
+            parameters[0].grad = gradient.t().contiguous().t() if by_columns else gradient.clone()
+            # A parameter without a gradient stays.
+            parameters[1].grad = torch.full((4,), float(i)) if i % 2 else None
+            (ours if by_columns else optimizer).step()
+        found.append([each.detach().clone() for each in parameters])
+        assert optimizer.state[parameters[0]]["step"] == 6
+        assert optimizer.state[parameters[1]]["step"] == 3
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
