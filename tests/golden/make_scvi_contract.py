@@ -88,13 +88,13 @@ TOUCHED: dict[str, tuple[str, str]] = {
     "scvi.model._utils.use_distributed_sampler": ("recognises a distributed strategy", "`backend='auto'`"),
     "scvi.train._config.merge_kwargs": ("configuration objects as dictionaries", "`train(plan_config=...)`"),
     "lightning.pytorch.trainer.connectors.logger_connector.logger_connector._LoggerConnector.should_update_logs": (
-        "steps at which Lightning logs, see `_scvi.is_logging_step`", "history of the KL weight"),
+        "steps at which Lightning logs, see `_steps.is_logging_step`", "history of the KL weight"),
     "lightning.pytorch.loops.training_epoch_loop._TrainingEpochLoop.advance": (
-        "`_scvi.ShortSteps` takes its place inside of an epoch", "training, counters of steps"),
+        "`_steps.ShortSteps` takes its place inside of an epoch", "training, counters of steps"),
     "lightning.pytorch.loops.optimization.automatic._AutomaticOptimization._optimizer_step": (
-        "`_scvi.ShortSteps` takes its place", "training, `trainer.global_step`"),
+        "`_steps.ShortSteps` takes its place", "training, `trainer.global_step`"),
     "lightning.pytorch.loops.optimization.automatic._AutomaticOptimization._make_closure": (
-        "`_scvi.ShortSteps` takes its place", "gradients"),
+        "`_steps.ShortSteps` takes its place", "gradients"),
 }  # fmt: skip
 
 

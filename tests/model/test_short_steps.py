@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import LambdaCallback
 
-from ldvae_ext import _scvi
+from ldvae_ext import _steps
 from ldvae_ext.model import LDVAE
 from ldvae_ext.module._query import QueryTrainingPlan
 from tests.helpers import TRAIN, counts
@@ -57,7 +57,7 @@ def listener(hook, *, on_class):
 )
 def test_training_is_the_same_to_the_bit(monkeypatch, options):
     ours = trained(**options)
-    monkeypatch.setattr(_scvi.ShortSteps, "fit", staticmethod(lambda _: False))
+    monkeypatch.setattr(_steps.ShortSteps, "fit", staticmethod(lambda _: False))
     lightnings = trained(**options)
     assert ours.history.keys() == lightnings.history.keys()
     for key, values in lightnings.history.items():
@@ -76,7 +76,7 @@ def test_training_is_the_same_to_the_bit(monkeypatch, options):
 def test_steps_inside_of_an_epoch_are_short(monkeypatch):
     """150 cells, 9 minibatches of 16 and one of 6; the logged ones are each tenth."""
     taken = []
-    full = _scvi.ShortSteps.__call__
+    full = _steps.ShortSteps.__call__
 
     def seen(self, batches):
         before = self._loop.batch_progress.current.ready
@@ -86,7 +86,7 @@ def test_steps_inside_of_an_epoch_are_short(monkeypatch):
         self._advance = inner
         taken.append((before, not ours))
 
-    monkeypatch.setattr(_scvi.ShortSteps, "__call__", seen)
+    monkeypatch.setattr(_steps.ShortSteps, "__call__", seen)
     trained(2, train_size=1.0, log_every_n_steps=1000)
     n_batches = len(taken) // 2
     assert n_batches == 10
@@ -94,7 +94,7 @@ def test_steps_inside_of_an_epoch_are_short(monkeypatch):
 
 
 @pytest.mark.parametrize("on_class", [True, False])
-@pytest.mark.parametrize("hook", _scvi._CALLBACK_HOOKS)
+@pytest.mark.parametrize("hook", _steps.CALLBACK_HOOKS)
 def test_a_callback_is_called_at_each_step(hook, on_class):
     callback, calls = listener(hook, on_class=on_class)
     model = trained(callbacks=[callback])
@@ -131,8 +131,8 @@ def test_a_hook_of_a_training_plan_is_called_at_each_step(monkeypatch, hook):
 )
 def test_options_of_a_step_leave_it_to_lightning(monkeypatch, options):
     found = []
-    fit = _scvi.ShortSteps.fit
-    monkeypatch.setattr(_scvi.ShortSteps, "fit", staticmethod(lambda trainer: found.append(fit(trainer)) or found[-1]))
+    fit = _steps.ShortSteps.fit
+    monkeypatch.setattr(_steps.ShortSteps, "fit", staticmethod(lambda trainer: found.append(fit(trainer)) or found[-1]))
     trained(1, **options)
     assert found == [False]
     trained(1)
@@ -194,7 +194,7 @@ def test_an_optimizer_that_takes_several_evaluations_for_a_step_trains(monkeypat
     losses = []
     for own in (True, False):
         if not own:
-            monkeypatch.setattr(_scvi.ShortSteps, "fit", staticmethod(lambda _: False))
+            monkeypatch.setattr(_steps.ShortSteps, "fit", staticmethod(lambda _: False))
         creator = partial(torch.optim.LBFGS, lr=0.01, max_iter=2)
         losses.append(
             trained(1, plan_kwargs={"optimizer": "Custom", "optimizer_creator": creator}).history["train_loss"]
@@ -232,17 +232,18 @@ def test_hooks_of_an_optimizer_are_called_at_each_step(kind):
 def test_only_a_plain_fused_adam_is_stepped_here(options):
     parameter = torch.nn.Parameter(torch.ones(3, 2))
     optimizer = torch.optim.Adam([parameter], **{"fused": True, **options})
-    assert _scvi._FusedAdam.fits(optimizer) == (options == {})
+    assert _steps.FusedAdam.fits(optimizer) == (options == {})
 
 
 def test_a_fused_adam_by_columns_is_that_of_torch():
-    start, gradients = torch.randn(5, 7), torch.randn(6, 5, 7)
+    # Sizes without a remainder of vectors, which torch rounds in another way.
+    start, gradients = torch.randn(16, 8), torch.randn(6, 16, 8)
     found = []
     for by_columns in (False, True):
         value = start.t().contiguous().t() if by_columns else start.clone()
         parameters = [torch.nn.Parameter(value), torch.nn.Parameter(torch.ones(4))]
         optimizer = torch.optim.Adam(parameters, lr=0.1, weight_decay=1e-3, fused=True)
-        ours = _scvi._FusedAdam(optimizer)
+        ours = _steps.FusedAdam(optimizer)
         for i, gradient in enumerate(gradients):
             parameters[0].grad = gradient.t().contiguous().t() if by_columns else gradient.clone()
             # A parameter without a gradient stays.

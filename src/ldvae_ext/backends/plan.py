@@ -9,14 +9,8 @@ import torch
 from scvi.module.base import LossOutput
 from scvi.train import TrainingPlan
 
-from ldvae_ext._scvi import (
-    FastHookNames,
-    ShortSteps,
-    end_training,
-    is_logging_step,
-    is_on_one_cpu,
-    skip_graph_capture_check,
-)
+from ldvae_ext._scvi import FastHookNames
+from ldvae_ext._steps import ShortSteps, end_training, is_logging_step, is_on_one_cpu, skip_graph_capture_check
 from ldvae_ext.backends.base import Backend
 from ldvae_ext.backends.layers import store_weights
 from ldvae_ext.backends.loader import CountsSplitter
