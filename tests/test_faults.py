@@ -195,6 +195,15 @@ def test_a_model_is_saved_where_only_its_folder_can_be_written(tmp_path, exporte
     assert isinstance(LDVAE.load(folder, exported[1]), LDVAE)
 
 
+@pytest.fixture
+def heeds_ctrl_c():
+    """Python's own answer to Ctrl-C, which processes of pytest-xdist ignore."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_ctrl_c")
 def test_ctrl_c_in_a_training_leaves_a_model_that_can_be_used(tmp_path):
     adata = counts(150, 30)
     LDVAE.setup_anndata(adata)
@@ -213,6 +222,7 @@ def test_ctrl_c_in_a_training_leaves_a_model_that_can_be_used(tmp_path):
     model.train(2, **TRAIN, kl_warmup=1)
 
 
+@pytest.mark.usefixtures("heeds_ctrl_c")
 def test_ctrl_c_in_the_first_epoch_ends_it_after_the_step():
     adata = counts(150, 30)
     LDVAE.setup_anndata(adata)
@@ -223,6 +233,7 @@ def test_ctrl_c_in_the_first_epoch_ends_it_after_the_step():
     assert model.trainer.global_step == 1
 
 
+@pytest.mark.usefixtures("heeds_ctrl_c")
 def test_a_second_ctrl_c_ends_a_training_at_once():
     adata = counts(150, 30)
     LDVAE.setup_anndata(adata)
@@ -240,6 +251,7 @@ def test_a_second_ctrl_c_ends_a_training_at_once():
 
 # Of lightning, which is ignored by its module; `pytest.warns` says it again without.
 @pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec.* is deprecated:FutureWarning")
+@pytest.mark.usefixtures("heeds_ctrl_c")
 def test_ctrl_c_in_an_ensemble_keeps_the_runs_that_were_done():
     adata = counts(150, 30)
     LDVAE.setup_anndata(adata)

@@ -208,4 +208,5 @@ def test_a_model_is_saved_also_if_a_table_of_its_anndata_cannot_be(tmp_path):
     model.adata.obsm["table"] = pd.DataFrame({"note": [1, "x"] * 60}, index=model.adata.obs_names, dtype=object)
     with pytest.raises(ValueError, match=r"The model was saved to .* without it"):
         model.save(tmp_path / "model", save_anndata=True)
-    assert [path.name for path in (tmp_path / "model").iterdir()] == ["model.pt"]
+    found = sorted(path.name for path in (tmp_path / "model").iterdir())
+    assert found == ["model.json", "model.pt", "weights.safetensors"]
