@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import LambdaCallback
 
 from ldvae_ext import _files, get, report
 from ldvae_ext.core import LinearDecoder
-from ldvae_ext.model import LDVAE, fit_ensemble
+from ldvae_ext.model import LDVAE, _ldvae, fit_ensemble
 from tests.helpers import TRAIN, counts, untrained
 
 pytestmark = pytest.mark.slow
@@ -113,7 +113,7 @@ def test_a_process_that_is_killed_while_it_saves_keeps_the_model(tmp_path, expor
         """
         import os, signal, sys
         import torch
-        from ldvae_ext.model import LDVAE, fit_ensemble
+        from ldvae_ext.model import LDVAE, _ldvae, fit_ensemble
 
         model = LDVAE.load(sys.argv[1])
         own = torch.save
@@ -187,11 +187,15 @@ def test_files_have_the_rights_of_the_user_and_a_folder_is_no_file(tmp_path, exp
         get.decoder(exported[1]).save(tmp_path)
 
 
-def test_a_model_is_saved_where_only_its_folder_can_be_written(tmp_path, exported):
-    folder = tmp_path / "closed" / "model"
-    folder.mkdir(parents=True)
-    exported[0].save(folder, overwrite=True)
-    assert names(tmp_path / "closed") == ["model"]
+def test_a_model_is_written_inside_of_its_folder_alone(tmp_path, exported, monkeypatch):
+    """The folder above may be closed to the user."""
+    parents = []
+    own = _ldvae.temporary_folder
+    monkeypatch.setattr(_ldvae, "temporary_folder", lambda parent: parents.append(parent) or own(parent))
+    folder = tmp_path / "model"
+    exported[0].save(folder)
+    assert parents == [folder]
+    assert names(tmp_path) == ["model"]
     assert isinstance(LDVAE.load(folder, exported[1]), LDVAE)
 
 

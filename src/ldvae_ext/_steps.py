@@ -138,7 +138,6 @@ class ShortSteps:
             return
         plan, optimizer = self._trainer.lightning_module, self._trainer.optimizers[0]
         steps = loop.automatic_optimization.optim_progress.optimizer
-        parameters = [value for group in optimizer.param_groups for value in group["params"]]
         minibatch = next(batches)[0]
         progress.is_last_batch = False
         progress.increment_ready()
@@ -147,8 +146,7 @@ class ShortSteps:
 
         def closure() -> Any:
             loss = plan.training_step(minibatch, n_done)
-            for value in parameters:
-                value.grad = None
+            optimizer.zero_grad()
             loss.backward()
             return loss
 
@@ -207,14 +205,13 @@ class FusedAdam:
     def step(self) -> None:
         """A step, and the hooks that follow a step of the optimizer."""
         optimizer = self._optimizer
-        if len(optimizer.param_groups) != 1 or not self.fits(optimizer):
+        if not self.fits(optimizer):
             optimizer.step()
             return
         group = optimizer.param_groups[0]
         trained = [value for value in group["params"] if value.grad is not None]
         states = [optimizer.state[value] for value in trained]
-        if not all(states) or any(value.grad.stride() != value.stride() for value in trained):
-            # The first step of a parameter.
+        if not all(map(_are_stored_alike, trained, states)):
             optimizer.step()
             return
         steps = [state["step"] for state in states]
@@ -238,6 +235,12 @@ class FusedAdam:
         )
         for hook in optimizer._optimizer_step_post_hooks.values():
             hook(optimizer, (), {})
+
+
+def _are_stored_alike(value: torch.Tensor, state: dict[str, Any]) -> bool:
+    """True if a parameter, its gradient and its moments have one order in memory; False before its first step."""
+    others = (value.grad, state.get("exp_avg"), state.get("exp_avg_sq"))
+    return all(other is not None and other.stride() == value.stride() for other in others)
 
 
 def _in_rows(value: torch.Tensor) -> torch.Tensor:

@@ -161,3 +161,27 @@ def test_damaged_files_raise_one_error(tmp_path, name):
         except ValueError:
             n_refused += 1
     assert n_refused > 30
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("init_params_", "init_params"), ("n_hidden", "n_hiden"), ("non_kwargs", "kwargs"), ("setup_args", "setup_arg")],
+)
+def test_a_description_of_something_else_raises_the_same_error(tmp_path, old, new):
+    trained().save(tmp_path / "model")
+    path = tmp_path / "model" / DESCRIPTION
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(f'"{old}"', f'"{new}"'))
+    with pytest.raises(ValueError, match="holds no model that can be read"):
+        LDVAE.load(tmp_path / "model", cells(), trusted=False, accelerator="cpu")
+
+
+def test_weights_of_another_network_raise_the_same_error(tmp_path):
+    trained().save(tmp_path / "model")
+    other = trained("zinb, ln")
+    other.module.px_r = torch.nn.Parameter(torch.zeros(7))
+    other.save(tmp_path / "other")
+    (tmp_path / "model" / WEIGHTS).write_bytes((tmp_path / "other" / WEIGHTS).read_bytes())
+    with pytest.raises(ValueError, match="holds no model that can be read"):
+        LDVAE.load(tmp_path / "model", cells(), trusted=False, accelerator="cpu")

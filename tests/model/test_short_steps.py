@@ -254,3 +254,19 @@ def test_a_fused_adam_by_columns_is_that_of_torch():
         assert optimizer.state[parameters[1]]["step"] == 3
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_moments_in_another_order_are_left_to_torch():
+    start, gradients = torch.randn(16, 8), torch.randn(3, 16, 8)
+    found = []
+    for is_ours in (False, True):
+        value = torch.nn.Parameter(start.t().contiguous().t())
+        optimizer = torch.optim.Adam([value], lr=0.1, fused=True)
+        for i, gradient in enumerate(gradients):
+            value.grad = gradient.t().contiguous().t()
+            (_steps.FusedAdam(optimizer) if is_ours else optimizer).step()
+            if i == 0:
+                # As a callback does that loads the state of another optimizer.
+                optimizer.state[value]["exp_avg"] = optimizer.state[value]["exp_avg"].contiguous()
+        found.append(value.detach())
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)

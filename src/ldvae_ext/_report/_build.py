@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from importlib.resources import files
@@ -16,6 +14,7 @@ from anndata import AnnData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from ldvae_ext._files import replacing
 from ldvae_ext._keys import DEFAULT_KEY, export_keys
 from ldvae_ext._report._content import (
     FEW_OF_POPULATION,
@@ -128,16 +127,8 @@ def write_report(
     has_slopes = export_keys(key).scores in adata.varm
     text = _html(content, reproduce, has_slopes=has_slopes)
     path = Path(path)
-    # A reader never sees half of a file.
-    handle, name = tempfile.mkstemp(prefix=".ldvae-ext-", suffix=".html", dir=path.absolute().parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with replacing(path) as work:
+        work.write_text(text, encoding="utf-8")
     return path
 
 

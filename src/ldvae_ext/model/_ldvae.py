@@ -24,7 +24,7 @@ from ldvae_ext.model._comparison import ComparisonMixin
 from ldvae_ext.model._decoding import DecodingMixin
 from ldvae_ext.model._export import ExportMixin
 from ldvae_ext.model._fingerprint import compare_genes
-from ldvae_ext.model._linear_scvi import as_linear_scvi_meant
+from ldvae_ext.model._linear_scvi import as_linear_scvi_meant, saved_arguments
 from ldvae_ext.model._plain_files import DESCRIPTION, CannotBeWritten, PlainModel
 from ldvae_ext.model._populations import PopulationsMixin
 from ldvae_ext.model._query import QueryMixin, freeze_reference
@@ -269,14 +269,15 @@ class LDVAE(
             if adata.n_vars == len(plain.genes):
                 compare_genes(np.asarray(adata.var_names).astype(str), plain.genes)
             cls.setup_anndata(adata, source_registry=registry, **registry[SETUP_ARGS_KEY])
-        saved = attributes.pop("init_params_")
-        arguments = {**saved["non_kwargs"]}
-        for group in saved["kwargs"].values():
-            arguments.update(group)
-        # The drawn parameters are replaced at once. The caller's random state is restored.
-        with torch.random.fork_rng(devices=[]):
-            model = cls(None if adata is False else adata, registry if adata is False else None, **arguments)
-        model.module.load_state_dict(plain.state)
+        try:
+            arguments = saved_arguments(attributes.pop("init_params_"))
+            # The drawn parameters are replaced at once. The caller's random state is restored.
+            with torch.random.fork_rng(devices=[]):
+                model = cls(None if adata is False else adata, registry if adata is False else None, **arguments)
+            model.module.load_state_dict(plain.state)
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+            msg = f"{folder} holds no model that can be read: {error}."
+            raise ValueError(msg) from error
         model.to_device(
             parse_device_args(
                 accelerator=accelerator, devices=device, return_device="torch", validate_single_device=True
@@ -317,11 +318,7 @@ class LDVAE(
         if model.adata is not None:
             registry = model.registry
             cls.setup_anndata(model.adata, source_registry=registry, **registry[SETUP_ARGS_KEY])
-        saved = model.init_params_
-        arguments: dict[str, Any] = {**saved["non_kwargs"]}
-        for group in saved["kwargs"].values():
-            arguments.update(group)
-        arguments = as_linear_scvi_meant(arguments)
+        arguments = as_linear_scvi_meant(saved_arguments(model.init_params_))
         # The drawn parameters are replaced at once. The caller's random state is restored.
         with torch.random.fork_rng(devices=[]):
             new = cls(model.adata, None if model.adata is not None else model.registry, **arguments)

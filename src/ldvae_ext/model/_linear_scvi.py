@@ -30,6 +30,14 @@ def is_of_linear_scvi(registry: Mapping[str, Any] | None) -> bool:
     return registry is not None and registry.get(MODEL_NAME_KEY) == LinearSCVI.__name__
 
 
+def saved_arguments(init_params: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a model from ``init_params_``, in which scvi-tools keeps those of ``**kwargs`` apart."""
+    arguments = dict(init_params["non_kwargs"])
+    for group in init_params["kwargs"].values():
+        arguments.update(group)
+    return arguments
+
+
 def as_linear_scvi_meant(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of LinearSCVI without those that it ignores; ``use_batch_norm`` and ``bias`` as booleans, as it reads them."""
     kept = {name: value for name, value in arguments.items() if name not in _IGNORED}

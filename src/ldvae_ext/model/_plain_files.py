@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from ldvae_ext._scvi import SETUP_ARGS_KEY
 from ldvae_ext._validate import listed
 
 WEIGHTS, DESCRIPTION = "weights.safetensors", "model.json"
@@ -89,6 +90,9 @@ class PlainModel:
             )
             if not (isinstance(registry, dict) and isinstance(attributes, dict) and isinstance(genes, np.ndarray)):
                 msg = "it describes no model"
+                raise ValueError(msg)
+            if SETUP_ARGS_KEY not in registry:
+                msg = "it has no arguments of a set-up"
                 raise ValueError(msg)
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             msg = f"{folder} holds no model that can be read: {error}."

@@ -27,7 +27,7 @@ from ldvae_ext._validate import listed, warn
 from ldvae_ext.core.levels import match_levels
 from ldvae_ext.model._base import LDVAEBase
 from ldvae_ext.model._datamodule import start_of
-from ldvae_ext.model._linear_scvi import as_linear_scvi_meant, is_of_linear_scvi
+from ldvae_ext.model._linear_scvi import as_linear_scvi_meant, is_of_linear_scvi, saved_arguments
 from ldvae_ext.model._registry import covariates_of, level_names, state_of
 from ldvae_ext.module._query import Freezing, Levels, QueryTrainingPlan, freeze, take_over
 
@@ -170,9 +170,7 @@ class QueryMixin(LDVAEBase):
             _set_up(cls, adata, reference, subset=inplace_subset_query_vars, new_batches=transfer_batch)
         else:
             _check_registry(registry or {}, reference, new_batches=transfer_batch)
-        arguments = dict(reference.attributes["init_params_"]["non_kwargs"])
-        for group in reference.attributes["init_params_"]["kwargs"].values():
-            arguments.update(group)
+        arguments = saved_arguments(reference.attributes["init_params_"])
         if is_of_linear_scvi(reference.registry):
             arguments = as_linear_scvi_meant(arguments)
         # With an AnnData, a registry only names the class of the arguments. All randomly drawn parameters are replaced.
