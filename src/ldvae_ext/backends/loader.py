@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ldvae_ext._scvi import registry_key_to_default_dtype
 from ldvae_ext.backends.counts import csr_tensor
+from ldvae_ext.core.rows import ReadRows, RowReader, Rows
 
 
 class CountsDataset(Dataset):
@@ -27,12 +28,15 @@ class CountsDataset(Dataset):
         Manager of the AnnData.
     indices
         Positions of the cells.
+    sorts
+        True to sort the cells of each minibatch by position in the AnnData.
     """
 
-    def __init__(self, manager: AnnDataManager, indices: np.ndarray) -> None:
-        self.indices = indices
+    def __init__(self, manager: AnnDataManager, indices: np.ndarray, *, sorts: bool = False) -> None:
+        self.indices, self._sorts = indices, sorts
         values = {key: manager.get_from_registry(key) for key in manager.data_registry}
-        self._counts = values.pop(REGISTRY_KEYS.X_KEY)
+        self._reader = RowReader(values.pop(REGISTRY_KEYS.X_KEY))
+        self._counts: Rows = self._reader
         self._others = {
             key: _in_memory(value).astype(registry_key_to_default_dtype(key), copy=False)
             for key, value in values.items()
@@ -43,15 +47,35 @@ class CountsDataset(Dataset):
         return len(self.indices)
 
     def __getitem__(self, positions: Sequence[int]) -> dict[str, Any]:
-        rows = self.indices[positions]
+        rows = np.sort(self.indices[positions]) if self._sorts else self.indices[positions]
         # Counts first, as in scvi-tools: Lightning takes the number of cells from the first value.
         return {REGISTRY_KEYS.X_KEY: self._rows(rows), **{key: value[rows] for key, value in self._others.items()}}
 
+    @property
+    def n_ahead(self) -> int | None:
+        """Number of cells whose counts should be read before they are needed; None if counts are in memory."""
+        return None if self._reader.is_in_memory else self._reader.n_ahead
+
+    def read_ahead(self, positions: Sequence[int]) -> None:
+        """Read the counts of the next cells, in one go, in place of those that were read before.
+
+        Parameters
+        ----------
+        positions
+            Positions among the cells of the data set; with none, memory is freed.
+        """
+        self._counts = self._reader  # frees what was read before
+        if len(positions):
+            self._counts = ReadRows(self._reader, self.indices[positions])
+
     def _rows(self, rows: np.ndarray) -> torch.Tensor:
-        chosen = self._counts[rows]
+        chosen = self._counts.take(rows)
         if not sparse.issparse(chosen):
             # scipy reads neither float16 nor the other byte order.
             chosen = sparse.csr_array(np.asarray(chosen, dtype=np.float32))
+        elif self.n_ahead is not None and not chosen.has_canonical_format:
+            # A file may hold the genes of a cell in any order, and a count in parts.
+            chosen.sum_duplicates()
         indices = chosen.indptr.astype(np.int64), chosen.indices.astype(np.int64)
         return csr_tensor(*indices, chosen.data.astype(np.float32, copy=False), chosen.shape)
 
@@ -69,10 +93,21 @@ class ChunkSampler(Sampler):
         Sizes.
     shuffle, drop_last
         As in torch; shuffling draws the same random numbers as ``RandomSampler``.
+    dataset
+        Cells whose counts are read ahead, many minibatches at once, if they are not in memory.
     """
 
-    def __init__(self, n_cells: int, batch_size: int, *, shuffle: bool, drop_last: bool) -> None:
+    def __init__(
+        self,
+        n_cells: int,
+        batch_size: int,
+        *,
+        shuffle: bool,
+        drop_last: bool,
+        dataset: CountsDataset | None = None,
+    ) -> None:
         self._n_cells, self._batch_size, self._shuffle = n_cells, batch_size, shuffle
+        self._dataset = dataset
         self._stop = n_cells // batch_size * batch_size if drop_last else n_cells
 
     def __iter__(self) -> Iterator[np.ndarray]:
@@ -81,7 +116,21 @@ class ChunkSampler(Sampler):
             generator = torch.Generator()
             generator.manual_seed(int(torch.empty((), dtype=torch.int64).random_().item()))
             order = torch.randperm(self._n_cells, generator=generator).numpy()
-        for start in range(0, self._stop, self._batch_size):
+        n_ahead = None if self._dataset is None else self._dataset.n_ahead
+        if self._dataset is None or n_ahead is None:
+            yield from self._minibatches(order[: self._stop])
+            return
+        n_ahead = max(1, n_ahead // self._batch_size) * self._batch_size
+        try:
+            for start in range(0, self._stop, n_ahead):
+                ahead = order[start : min(start + n_ahead, self._stop)]
+                self._dataset.read_ahead(ahead)
+                yield from self._minibatches(ahead)
+        finally:
+            self._dataset.read_ahead([])
+
+    def _minibatches(self, order: np.ndarray) -> Iterator[np.ndarray]:
+        for start in range(0, len(order), self._batch_size):
             yield order[start : start + self._batch_size]
 
     def __len__(self) -> int:
@@ -101,6 +150,8 @@ class CountsLoader(DataLoader):
         As in scvi-tools.
     generator
         Generator of the seed that torch's loader draws even if it does not shuffle; the global one if None.
+    sorts
+        True to sort the cells of each minibatch by position, as scvi-tools does for a backed AnnData.
     """
 
     def __init__(
@@ -111,18 +162,20 @@ class CountsLoader(DataLoader):
         shuffle: bool = False,
         drop_last: bool = False,
         generator: torch.Generator | None = None,
+        *,
+        sorts: bool = False,
     ) -> None:
         self.indices = np.arange(manager.adata.n_obs) if indices is None else np.asarray(indices)
         if self.indices.dtype == bool:
             self.indices = np.flatnonzero(self.indices)
-        dataset = CountsDataset(manager, self.indices)
-        sampler = ChunkSampler(len(dataset), batch_size, shuffle=shuffle, drop_last=drop_last)
+        dataset = CountsDataset(manager, self.indices, sorts=sorts)
+        sampler = ChunkSampler(len(dataset), batch_size, shuffle=shuffle, drop_last=drop_last, dataset=dataset)
         super().__init__(dataset, batch_size=None, sampler=sampler, generator=generator)
 
 
 def can_gather(manager: AnnDataManager) -> bool:
-    """True if the data of an AnnData are in memory in a form that :class:`CountsDataset` reads."""
-    if manager.adata is None or manager.adata.isbacked:
+    """True if the data of an AnnData have a form that :class:`CountsDataset` reads."""
+    if manager.adata is None:
         return False
     values = {key: manager.get_from_registry(key) for key in manager.data_registry}
     counts: Any = values.pop(REGISTRY_KEYS.X_KEY)
@@ -130,6 +183,8 @@ def can_gather(manager: AnnDataManager) -> bool:
         return False
     if isinstance(counts, np.ndarray):
         return counts.dtype.kind in "iuf"
+    if not sparse.issparse(counts):  # on disk or of dask
+        return getattr(getattr(counts, "dtype", None), "kind", "O") in "iuf" and can_read_rows(manager)
     # Rows of another format are slow to take, and duplicate entries of a matrix would have to be summed.
     return (
         sparse.issparse(counts)
@@ -137,6 +192,12 @@ def can_gather(manager: AnnDataManager) -> bool:
         and counts.has_canonical_format
         and counts.dtype.kind in "iuf"
     )
+
+
+def can_read_rows(manager: AnnDataManager) -> bool:
+    """False for a CSC matrix on disk."""
+    counts: Any = None if manager.adata is None else manager.get_from_registry(REGISTRY_KEYS.X_KEY)
+    return sparse.issparse(counts) or getattr(counts, "format", "csr") == "csr"
 
 
 def counts_loader(
@@ -157,6 +218,12 @@ def counts_loader(
     manager, indices, batch_size, shuffle, drop_last, pin_memory, load_sparse_tensor, distributed_sampler, **kwargs
         As in ``scvi.dataloaders.AnnDataLoader``.
     """
+    if not can_read_rows(manager):
+        msg = (
+            "The counts of `adata` are a CSC matrix on disk, of which no rows can be read; write them by rows, as "
+            "`adata.X.to_memory().tocsr()`."
+        )
+        raise ValueError(msg)
     needs_scvi = pin_memory or load_sparse_tensor or distributed_sampler or kwargs or settings.dl_num_workers > 0
     if needs_scvi or not can_gather(manager):
         return AnnDataLoader(
@@ -170,7 +237,7 @@ def counts_loader(
             distributed_sampler=distributed_sampler,
             **kwargs,
         )
-    return CountsLoader(manager, indices, batch_size, shuffle, drop_last)
+    return CountsLoader(manager, indices, batch_size, shuffle, drop_last, sorts=manager.adata.isbacked)
 
 
 class CountsSplitter(DataSplitter):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -119,31 +119,3 @@ def indicator(group_n: np.ndarray, n_groups: int) -> sparse.csr_array:
     """Indicator matrix of groups, shape (groups, cells); a cell with -1 is in no group."""
     (inside,) = np.nonzero(group_n >= 0)
     return sparse.csr_array((np.ones(len(inside)), (group_n[inside], inside)), shape=(n_groups, len(group_n)))
-
-
-def row_chunks(matrix: Any, rows: np.ndarray, chunk_size: int) -> Iterator[Any]:
-    """Chosen rows of a matrix, a chunk at a time, each dense or CSR.
-
-    Parameters
-    ----------
-    matrix
-        Dense, scipy sparse, backed by a file, a dask array or a DataFrame: anything that takes a slice or ascending
-        positions of rows.
-    rows
-        Positions of rows, in any order.
-    chunk_size
-        Rows in a chunk.
-    """
-    # Columns of a CSC matrix lie together, rows do not: cutting rows would scan it once for each chunk.
-    if sparse.issparse(matrix) and matrix.format != "csr":
-        matrix = matrix.tocsr()
-    matrix = getattr(matrix, "iloc", matrix)
-    for start in range(0, len(rows), chunk_size):
-        wanted = rows[start : start + chunk_size]
-        # Files read ascending positions only, and slices much faster.
-        unique, inverse = np.unique(wanted, return_inverse=True)
-        is_run = unique[-1] - unique[0] + 1 == len(unique)
-        chunk = matrix[slice(unique[0], unique[-1] + 1) if is_run else unique]
-        chunk = chunk.compute() if hasattr(chunk, "compute") else chunk
-        chunk = chunk.tocsr() if sparse.issparse(chunk) else np.asarray(chunk)
-        yield chunk if np.array_equal(inverse, np.arange(len(wanted))) else chunk[inverse]

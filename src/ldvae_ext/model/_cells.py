@@ -246,10 +246,11 @@ def shared_counts_agree(model: LDVAEBase, adata: AnnData, rows: np.ndarray) -> b
         return None
     position = names.get_indexer(genes)
     shared = np.flatnonzero(position >= 0)
-    given = counts_of(adata, model.get_setup_arg("layer"))[:, position[shared]]
-    if not len(shared) or not are_counts(given):
+    given = counts_of(adata, model.get_setup_arg("layer"))
+    if not len(shared) or not are_counts(given, position[shared]):
         return None
-    return same_counts(model.adata_manager.get_from_registry(REGISTRY_KEYS.X_KEY)[:, shared], rows, given)
+    own = model.adata_manager.get_from_registry(REGISTRY_KEYS.X_KEY)
+    return same_counts(own, rows, shared, given, position[shared])
 
 
 def light_cells(model: LDVAEBase, adata: AnnData) -> AnnData:

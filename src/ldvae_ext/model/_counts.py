@@ -10,8 +10,10 @@ import pandas as pd
 from anndata import AnnData
 from scipy import sparse
 
-from ldvae_ext._validate import check_column, listed, warn
+from ldvae_ext._validate import check_column, check_names_last, listed, warn
+from ldvae_ext.core.cells import values_of
 from ldvae_ext.core.levels import match_levels
+from ldvae_ext.core.rows import RowReader, row_chunks
 
 _CHUNK_VALUES = 2**24
 
@@ -21,6 +23,14 @@ def check_is_anndata(adata: Any) -> None:
     if adata is not None and not isinstance(adata, AnnData):
         given = repr(adata) if isinstance(adata, (str, int, float)) else type(adata).__name__
         msg = f"`adata` must be an AnnData or None, for the model's own; got {given}. Other arguments are best given by name."
+        raise TypeError(msg)
+
+
+def check_given_anndata(adata: Any) -> None:
+    """Raise unless ``adata`` is an AnnData."""
+    if not isinstance(adata, AnnData):
+        hint = "; pass one modality, such as `mdata['rna']`" if type(adata).__name__ == "MuData" else ""
+        msg = f"`adata` must be an AnnData; got {type(adata).__name__}{hint}."
         raise TypeError(msg)
 
 
@@ -43,12 +53,8 @@ def counts_of(adata: AnnData, layer: str | None) -> Any:
 
 def _row_chunks(counts: Any) -> Iterator[tuple[int, Any]]:
     step = max(1, _CHUNK_VALUES // max(1, counts.shape[1]))
-    # Columns of a CSC matrix lie together, rows do not: cutting rows would scan it once for each chunk.
-    if sparse.issparse(counts) and counts.format != "csr":
-        counts = counts.tocsr()
-    for start in range(0, counts.shape[0], step):
-        chunk = counts[start : start + step]
-        yield start, chunk.to_numpy() if isinstance(chunk, pd.DataFrame) else chunk
+    for i, chunk in enumerate(row_chunks(counts, np.arange(counts.shape[0]), step)):
+        yield i * step, chunk
 
 
 def check_counts(adata: AnnData, layer: str | None, *, may_be_empty: bool = False) -> None:
@@ -62,10 +68,16 @@ def check_counts(adata: AnnData, layer: str | None, *, may_be_empty: bool = Fals
     if isinstance(counts, np.ma.MaskedArray):
         msg = f"`{where}` is a masked array, and a masked count is not 0 to a likelihood; give an array, such as `{where}.filled(0)`."
         raise TypeError(msg)
+    if 0 in adata.shape and not may_be_empty:
+        msg = f"`adata` must have cells and genes; got {adata.n_obs} cells and {adata.n_vars} genes."
+        raise ValueError(msg)
     fraction: float | None = None
     empty: list[int] = []
     for start, chunk in _row_chunks(counts):
-        values = chunk.data if sparse.issparse(chunk) else np.asarray(chunk)
+        values = values_of(chunk)
+        if values.dtype.kind not in "biuf":
+            msg = f"`{where}` must hold counts, real numbers; its type is {values.dtype}."
+            raise TypeError(msg)
         for problem, is_bad in (("NaN or infinite", ~np.isfinite(values)), ("negative", values < 0)):
             if is_bad.any():
                 msg = f"`{where}` must hold counts, but holds {problem} values, such as {values[is_bad].flat[0]!s}."
@@ -103,23 +115,23 @@ def _native(counts: Any) -> Any:
 
 def has_counts(counts: Any) -> bool:
     """True if any value is not 0."""
-    return any((chunk.data if sparse.issparse(chunk) else np.asarray(chunk)).any() for _, chunk in _row_chunks(counts))
+    return any(values_of(chunk).any() for _, chunk in _row_chunks(counts))
 
 
-def are_counts(counts: Any) -> bool:
-    """True if all values are finite, non-negative integers."""
+def are_counts(counts: Any, columns: Any = slice(None)) -> bool:
+    """True if all values of some columns are finite, non-negative integers."""
     for _, chunk in _row_chunks(counts):
-        values = chunk.data if sparse.issparse(chunk) else np.asarray(chunk)
+        values = values_of(chunk[:, columns])
         if not np.isfinite(values).all() or (values < 0).any() or (values % 1 != 0).any():
             return False
     return True
 
 
-def same_counts(counts: Any, rows: np.ndarray, other: Any) -> bool:
-    """True if the given rows of one matrix equal another matrix."""
+def same_counts(counts: Any, rows: np.ndarray, columns: np.ndarray, other: Any, other_columns: np.ndarray) -> bool:
+    """True if the given rows and columns of one matrix equal given columns of another matrix."""
+    reader = RowReader(counts)
     for start, chunk in _row_chunks(other):
-        own = counts[rows[start : start + chunk.shape[0]]]
-        differ = own != chunk
+        differ = reader.take(rows[start : start + chunk.shape[0]])[:, columns] != chunk[:, other_columns]
         if (differ.nnz if sparse.issparse(differ) else np.asarray(differ).sum()) > 0:
             return False
     return True
@@ -132,6 +144,7 @@ def check_categories(adata: AnnData, name: str, key: str | None, known: np.ndarr
     check_column(adata.obs.columns, name, key)
     values = adata.obs[key]
     _check_levels(pd.Series(values), name, key)
+    check_names_last(name, pd.Series(values).unique())
     if values.isna().any():
         msg = f"`{name}`: `adata.obs[{key!r}]` is NaN for {int(values.isna().sum())} of {adata.n_obs} cells; name a value for each."
         raise ValueError(msg)
@@ -254,11 +267,9 @@ def library_prior(counts: Any, batch_n: np.ndarray | None, n_batch: int) -> tupl
     means, variances = np.zeros((1, n_batch)), np.ones((1, n_batch))
     if counts is None or batch_n is None:
         return means, variances
-    if isinstance(counts, pd.DataFrame):
-        counts = counts.to_numpy()
+    total_n = np.concatenate([totals_of(chunk) for _, chunk in _row_chunks(counts)])
     for code in np.unique(batch_n):
-        totals = totals_of(counts[np.flatnonzero(batch_n == code)])
-        means[0, code], variances[0, code] = prior_of_totals(totals)
+        means[0, code], variances[0, code] = prior_of_totals(total_n[batch_n == code])
     return means, variances
 
 

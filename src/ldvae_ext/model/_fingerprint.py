@@ -13,6 +13,7 @@ from scvi import REGISTRY_KEYS
 from scvi.data import AnnDataManager
 
 from ldvae_ext._validate import listed, warn
+from ldvae_ext.core.rows import RowReader
 
 # Counts with more stored values are compared in a sample of the cells, so that the comparison takes about 0.1 s.
 _MOST_VALUES = 2 * 10**7
@@ -90,6 +91,21 @@ def note_change(manager: AnnDataManager) -> None:
         Manager of the AnnData.
     """
     _at_set_up[manager] = _fingerprint(manager)
+
+
+def digests(manager: AnnDataManager) -> dict[str, float]:
+    """One number for the counts and for each other registered field, which another order of the cells changes, too.
+
+    Counts that cannot be read by cell, or not fast, have none.
+
+    Parameters
+    ----------
+    manager
+        Manager of the AnnData.
+    """
+    print_ = _fingerprint(manager)
+    sums = {"counts": print_.counts} if print_.rows is not None else {}
+    return {name: float(_weights(len(values)) @ values) for name, values in (sums | print_.fields).items()}
 
 
 def _pairings(before: Fingerprint, now: Fingerprint) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -233,7 +249,7 @@ def _weighted_sums(counts: Any, rows: np.ndarray) -> np.ndarray:
     if isinstance(counts, pd.DataFrame):
         counts = counts.to_numpy()
     if len(rows) < counts.shape[0]:
-        counts = counts[rows]
+        counts = RowReader(counts).take(rows)
     out = np.zeros(len(rows))
     by_gene = sparse.issparse(counts) and counts.format == "csc"
     n_lines, length = (counts.shape[1], counts.shape[0]) if by_gene else counts.shape

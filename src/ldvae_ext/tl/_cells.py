@@ -13,8 +13,9 @@ from ldvae_ext._keys import MINIFIED_INFO, MINIFIED_WITHOUT_COUNTS
 from ldvae_ext._validate import given_names, listed, warn
 from ldvae_ext.core import LinearDecoder
 from ldvae_ext.core._arrays import strings
-from ldvae_ext.core.cells import EncodedCells, PosteriorAxes, has_fractions, row_chunks, values_of
+from ldvae_ext.core.cells import EncodedCells, PosteriorAxes, has_fractions, values_of
 from ldvae_ext.core.levels import match_levels
+from ldvae_ext.core.rows import row_chunks
 from ldvae_ext.get._export import export_of, latents_of
 
 
