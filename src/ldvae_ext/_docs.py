@@ -78,6 +78,10 @@ seed
     "silent": """\
 silent
     True to hide the progress bar.""",
+    "store": """\
+store
+    Folder in which the result is written as zarr while it is computed, for cells without number; not there yet. ``X`` of the
+    returned AnnData is then an array of dask that reads the folder; :func:`anndata.read_zarr` opens it again.""",
     "transform_batch": """\
 transform_batch
     Name of the batch, or names of several, in which cells are decoded on both sides; each cell's own batch if None. Effects

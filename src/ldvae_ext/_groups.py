@@ -10,6 +10,7 @@ import pandas as pd
 from anndata import AnnData
 
 from ldvae_ext._keys import ABLATION_INFO
+from ldvae_ext._row_store import table_of
 from ldvae_ext._validate import check_column, listed
 
 
@@ -27,6 +28,7 @@ def groups_of(obs: Any, groupby: str) -> tuple[list[str], np.ndarray]:
         what = f"an {type(groupby).__name__}; `adata=` takes one" if isinstance(groupby, AnnData) else repr(groupby)
         msg = f"`groupby` must be the name of a column of `obs`; got {what}."
         raise TypeError(msg)
+    obs = table_of(obs)
     check_column(obs.columns, "groupby", groupby)
     if pd.api.types.is_float_dtype(obs[groupby]) and (pd.Series(obs[groupby]).dropna() % 1 != 0).any():
         msg = f"`groupby`: {groupby!r} holds numbers such as {pd.Series(obs[groupby]).dropna().iloc[0]:g}, not groups; `pd.cut` makes some."

@@ -40,6 +40,34 @@ def end_training(trainer: Any) -> None:
     trainer.should_stop = True
 
 
+def as_between_epochs(checkpoint: dict[str, Any]) -> None:
+    """Count the epoch that is about to begin out of a checkpoint, so that a training that loads it begins this epoch.
+
+    Parameters
+    ----------
+    checkpoint
+        A checkpoint of Lightning, written when an epoch begins or the training ends.
+    """
+    progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]
+    for counted in (progress["total"], progress["current"]):
+        counted["ready"] = counted["completed"]
+
+
+def continue_between_epochs(trainer: Any) -> None:
+    """Treat a training that was restored between two epochs as one that arrived there.
+
+    For a restored training, Lightning leaves out the new order of the minibatches, since it may be inside of an epoch.
+
+    Parameters
+    ----------
+    trainer
+        The trainer, when the training starts.
+    """
+    trainer.fit_loop.restarting = False
+    for loop in (trainer.fit_loop, trainer.fit_loop.epoch_loop, trainer.fit_loop.epoch_loop.val_loop):
+        vars(loop).update(_loaded_from_state_dict=False, _resuming_from_checkpoint=False)
+
+
 def is_on_one_cpu(trainer: Any) -> bool:
     """True if a network is trained in one process on a CPU.
 
@@ -111,7 +139,7 @@ class ShortSteps:
             and all(config.interval == "epoch" for config in trainer.lr_scheduler_configs)
             and not any(_has_own(callback, Callback, CALLBACK_HOOKS) for callback in trainer.callbacks)
             and not _has_own(plan, LightningModule, (*_PLAN_HOOKS, *_DATA_HOOKS))
-            and not _has_own(data, LightningDataModule, _DATA_HOOKS)
+            and (getattr(data, "loads_minibatches", False) or not _has_own(data, LightningDataModule, _DATA_HOOKS))
         )
 
     def start(self) -> None:

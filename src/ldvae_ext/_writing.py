@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
+from ldvae_ext._formats import EXPORT
 from ldvae_ext._keys import PCA_INFO, PCA_LATENT, PCA_LOADINGS, ExportKeys, export_keys
 from ldvae_ext._validate import listed
 from ldvae_ext.core import LinearDecoder
@@ -21,10 +23,10 @@ class Export:
     """Posteriors of cells and the decoder that they belong to, in the decoder's own order and signs."""
 
     decoder: LinearDecoder
-    mean_nk: np.ndarray
-    """Posterior means, of u under ``"ln"``."""
-    variance_nk: np.ndarray
-    library_n: np.ndarray
+    mean_nk: Any
+    """Posterior means, of u under ``"ln"``; here and below arrays of numpy, or of dask for a result on disk."""
+    variance_nk: Any
+    library_n: Any
     statistics: dict[str, np.ndarray]
     """Measures of the factors by name."""
     order: np.ndarray
@@ -34,7 +36,7 @@ class Export:
     names: np.ndarray
     """Names of the exported factors."""
     order_by: str
-    network_variance_nk: np.ndarray | None = None
+    network_variance_nk: Any = None
     """Variances of the network's latents, if the factors are rotated."""
     scores: GeneScores | None = None
     """Gene scores; None without counts."""
@@ -56,7 +58,8 @@ def check_can_write(target: AnnData, key_added: str | None, *, overwrite: bool, 
         raise ValueError(msg)
     if overwrite:
         return keys
-    is_known = "decoder" in target.uns.get(keys.info, {})
+    entry = target.uns.get(keys.info)
+    is_known = isinstance(entry, Mapping) and "decoder" in entry
     if keys.genes in target.var and not is_known:
         msg = f"`adata.var[{keys.genes!r}]` exists and is no export's; choose another `key_added`, or `overwrite=True`."
         raise ValueError(msg)
@@ -104,7 +107,7 @@ def write_export(target: AnnData, keys: ExportKeys, export: Export, *, as_pca: b
 
     loadings = by_gene(decoder.reordered(order, signs).centered().weight_gk)
     statistics = {name: value_k[order] for name, value_k in export.statistics.items()}
-    latent_nk = deterministic_latent(export.mean_nk, decoder.latent_distribution)
+    latent_nk = _deterministic_latent(export.mean_nk, decoder.latent_distribution)
     is_ln, network_variance_nk, scores = (
         decoder.latent_distribution == "ln",
         export.network_variance_nk,
@@ -123,7 +126,7 @@ def write_export(target: AnnData, keys: ExportKeys, export: Export, *, as_pca: b
         keys.scores: None if scores is None else by_gene(scores.score_gk[:, order] * signs),
         keys.errors: None if scores is None else by_gene(scores.error_gk[:, order]),
     }
-    columns = {keys.library: export.library_n, keys.fit: export.fit_n, keys.converged: export.converged_n}
+    columns = {keys.library: np.asarray(export.library_n), keys.fit: export.fit_n, keys.converged: export.converged_n}
     slots: Any = ((target.obsm, cells), (target.varm, genes), (target.obs, columns))
     for slot, values in slots:
         for key, value in values.items():
@@ -133,6 +136,7 @@ def write_export(target: AnnData, keys: ExportKeys, export: Export, *, as_pca: b
                 del slot[key]
     target.var[keys.genes] = row_g >= 0
     target.uns[keys.info] = {
+        "format": EXPORT,
         "names": export.names.copy(),
         "order": order,
         "signs": signs,
@@ -156,6 +160,12 @@ def write_export(target: AnnData, keys: ExportKeys, export: Export, *, as_pca: b
                 "variance_ratio": "share of KL",
             },
         }
+
+
+def _deterministic_latent(mean_nk: Any, latent_distribution: str) -> Any:
+    if hasattr(mean_nk, "map_blocks"):  # of dask
+        return mean_nk.map_blocks(deterministic_latent, latent_distribution, dtype=mean_nk.dtype)
+    return deterministic_latent(mean_nk, latent_distribution)
 
 
 def add_statistic(adata: AnnData, keys: ExportKeys, name: str, value_k: np.ndarray) -> None:

@@ -24,17 +24,17 @@ class CountsDataset(Dataset):
 
     Parameters
     ----------
-    manager
-        Manager of the AnnData.
+    source
+        Manager of the AnnData, or values of the fields by the keys of scvi-tools' registry.
     indices
         Positions of the cells.
     sorts
         True to sort the cells of each minibatch by position in the AnnData.
     """
 
-    def __init__(self, manager: AnnDataManager, indices: np.ndarray, *, sorts: bool = False) -> None:
+    def __init__(self, source: AnnDataManager | dict[str, Any], indices: np.ndarray, *, sorts: bool = False) -> None:
         self.indices, self._sorts = indices, sorts
-        values = {key: manager.get_from_registry(key) for key in manager.data_registry}
+        values = dict(source) if isinstance(source, dict) else _fields(source)
         self._reader = RowReader(values.pop(REGISTRY_KEYS.X_KEY))
         self._counts: Rows = self._reader
         self._others = {
@@ -56,7 +56,7 @@ class CountsDataset(Dataset):
         """Number of cells whose counts should be read before they are needed; None if counts are in memory."""
         return None if self._reader.is_in_memory else self._reader.n_ahead
 
-    def read_ahead(self, positions: Sequence[int]) -> None:
+    def read_ahead(self, positions: np.ndarray) -> None:
         """Read the counts of the next cells, in one go, in place of those that were read before.
 
         Parameters
@@ -78,6 +78,10 @@ class CountsDataset(Dataset):
             chosen.sum_duplicates()
         indices = chosen.indptr.astype(np.int64), chosen.indices.astype(np.int64)
         return csr_tensor(*indices, chosen.data.astype(np.float32, copy=False), chosen.shape)
+
+
+def _fields(manager: AnnDataManager) -> dict[str, Any]:
+    return {key: manager.get_from_registry(key) for key in manager.data_registry}
 
 
 def _in_memory(value: Any) -> np.ndarray:
@@ -127,7 +131,7 @@ class ChunkSampler(Sampler):
                 self._dataset.read_ahead(ahead)
                 yield from self._minibatches(ahead)
         finally:
-            self._dataset.read_ahead([])
+            self._dataset.read_ahead(order[:0])
 
     def _minibatches(self, order: np.ndarray) -> Iterator[np.ndarray]:
         for start in range(0, len(order), self._batch_size):
@@ -142,8 +146,8 @@ class CountsLoader(DataLoader):
 
     Parameters
     ----------
-    manager
-        Manager of the AnnData.
+    source
+        Manager of the AnnData, or values of the fields by the keys of scvi-tools' registry.
     indices
         Positions of the cells, or a mask; all if None.
     batch_size, shuffle, drop_last
@@ -156,7 +160,7 @@ class CountsLoader(DataLoader):
 
     def __init__(
         self,
-        manager: AnnDataManager,
+        source: AnnDataManager | dict[str, Any],
         indices: Any = None,
         batch_size: int = 128,
         shuffle: bool = False,
@@ -165,10 +169,13 @@ class CountsLoader(DataLoader):
         *,
         sorts: bool = False,
     ) -> None:
-        self.indices = np.arange(manager.adata.n_obs) if indices is None else np.asarray(indices)
+        if indices is None:
+            counts = source[REGISTRY_KEYS.X_KEY] if isinstance(source, dict) else source.adata
+            indices = np.arange(counts.shape[0])
+        self.indices = np.asarray(indices)
         if self.indices.dtype == bool:
             self.indices = np.flatnonzero(self.indices)
-        dataset = CountsDataset(manager, self.indices, sorts=sorts)
+        dataset = CountsDataset(source, self.indices, sorts=sorts)
         sampler = ChunkSampler(len(dataset), batch_size, shuffle=shuffle, drop_last=drop_last, dataset=dataset)
         super().__init__(dataset, batch_size=None, sampler=sampler, generator=generator)
 
@@ -177,7 +184,7 @@ def can_gather(manager: AnnDataManager) -> bool:
     """True if the data of an AnnData have a form that :class:`CountsDataset` reads."""
     if manager.adata is None:
         return False
-    values = {key: manager.get_from_registry(key) for key in manager.data_registry}
+    values = _fields(manager)
     counts: Any = values.pop(REGISTRY_KEYS.X_KEY)
     if any(not isinstance(value, (np.ndarray, pd.DataFrame, str)) for value in values.values()):
         return False

@@ -12,6 +12,7 @@ from scvi.train import TrainingPlan
 from ldvae_ext._scvi import FastHookNames
 from ldvae_ext._steps import ShortSteps, end_training, is_logging_step, is_on_one_cpu, skip_graph_capture_check
 from ldvae_ext.backends.base import Backend
+from ldvae_ext.backends.divergence import check_loss, check_step, check_weights, divergence_explained
 from ldvae_ext.backends.layers import store_weights
 from ldvae_ext.backends.loader import CountsSplitter
 
@@ -69,30 +70,42 @@ class GatheringPlan(FastHookNames, TrainingPlan):
         if self._backend is not None and self._backend.stores_by_columns and has_columns:
             store_weights(self.module, by_columns=True, optimizers=self.trainer.optimizers)
         data = self.trainer.datamodule
-        stays_as_loaded = isinstance(data, CountsSplitter) and not data.load_sparse_tensor
+        stays_as_loaded = getattr(data, "loads_minibatches", False) or (
+            isinstance(data, CountsSplitter) and not data.load_sparse_tensor
+        )
         if stays_as_loaded and self.on_epoch and not self.on_step and ShortSteps.fit(self.trainer):
             self._short_steps = ShortSteps(self.trainer)
             self._short_steps.start()
 
     def on_train_end(self) -> None:
-        """As in scvi-tools."""
+        """As in scvi-tools; an error if the weights are no numbers."""
         if self._short_steps is not None:
             self._short_steps.end()
             self._short_steps = None
         super().on_train_end()
+        check_weights(self)
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        """As in scvi-tools.
+        """As in scvi-tools; an error if the loss is no number.
 
         Parameters
         ----------
         batch, batch_idx
             A minibatch and its number.
+
+        Raises
+        ------
+        FloatingPointError
+            If the training has diverged.
         """
         if self._is_interrupted is not None and self._is_interrupted():
             end_training(self.trainer)
-        loss = self._training_loss(batch, batch_idx)
-        return loss if self._decoder_penalty is None else loss + self.module.decoder_penalty(**self._decoder_penalty)
+        with divergence_explained(self):
+            loss = self._training_loss(batch, batch_idx)
+        if self._decoder_penalty is not None:
+            loss = loss + self.module.decoder_penalty(**self._decoder_penalty)
+        check_step(self, loss)
+        return loss
 
     def _training_loss(self, batch: Any, batch_idx: int) -> torch.Tensor:
         if self.on_step or not self.on_epoch:
@@ -108,16 +121,22 @@ class GatheringPlan(FastHookNames, TrainingPlan):
         return losses.loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """As in scvi-tools.
+        """As in scvi-tools; an error if posteriors are no numbers.
 
         Parameters
         ----------
         batch, batch_idx
             A minibatch and its number.
+
+        Raises
+        ------
+        FloatingPointError
+            If the training has diverged.
         """
-        if self.on_step or not self.on_epoch:
-            return super().validation_step(batch, batch_idx)
-        losses = self._losses(batch)
+        with divergence_explained(self):
+            if self.on_step or not self.on_epoch:
+                return super().validation_step(batch, batch_idx)
+            losses = self._losses(batch)
         is_check = self.trainer.sanity_checking
         n_batches = (self.trainer.num_sanity_val_batches if is_check else self.trainer.num_val_batches)[0]
         self._gather("validation", losses, is_last=batch_idx + 1 == n_batches)
@@ -148,6 +167,8 @@ class GatheringPlan(FastHookNames, TrainingPlan):
         sums, self._gathered[mode] = self._gathered[mode], _Sums()
         if sums.n_batches == 0:
             return
+        if mode == "train":
+            check_loss(self, sums.loss)
         options = {"on_step": False, "on_epoch": True, "sync_dist": self.use_sync_dist, "batch_size": sums.n_obs}
         self.log(f"{mode}_loss", sums.loss / sums.n_obs, prog_bar=mode == "train", **options)
         metrics = self.train_metrics if mode == "train" else self.val_metrics

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -13,6 +14,7 @@ from scvi.utils import track
 from ldvae_ext._docs import fill_docstring
 from ldvae_ext._groups import codes_at, gene_ablation
 from ldvae_ext._keys import ABLATION_INFO
+from ldvae_ext._row_store import check_store, table_of_cells
 from ldvae_ext._validate import check_one_of
 from ldvae_ext.core.explained import ExplainedSums, PooledProfile, explained_sets
 from ldvae_ext.core.plan import MODES, POSTERIORS, RANDOM_MODES, Mode, Scheme
@@ -53,6 +55,7 @@ class AblationMixin(LDVAEBase):
         batch_size: int | None = None,
         dataloader: Any = None,
         silent: bool = True,
+        store: str | Path | None = None,
     ) -> AnnData:
         """Change of each cell's negative log-likelihood when latents are taken out.
 
@@ -83,6 +86,7 @@ class AblationMixin(LDVAEBase):
         %(dataloader)s
             It is read twice if the latents of all cells are needed first.
         %(silent)s
+        %(store)s
 
         Returns
         -------
@@ -105,6 +109,8 @@ class AblationMixin(LDVAEBase):
         (700, 2)
         """
         check_one_of("use_posterior", use_posterior, (*POSTERIORS, REFINED))
+        if store is not None:
+            check_store(store)
         self._check_has_counts("ablate")
         request = ablation_request(
             self,
@@ -125,25 +131,21 @@ class AblationMixin(LDVAEBase):
         source = REFINED if use_posterior == REFINED else ENCODER
         plan = ablation_plan(self, request, adata, code_n, batch_size, dataloader, use_posterior=source)
         with factor_stream(self, adata, indices, batch_size, dataloader, use_posterior=source) as cells:
-            parts = [
+            chunks = track(
+                with_fraction_warning(self, cells.chunks), description="Ablating", total=cells.n_chunks, disable=silent
+            )
+            parts = (
                 plan.effects(request.decoder, chunk, at, codes_at(code_n, at))
-                for chunk, at in with_positions(
-                    track(
-                        with_fraction_warning(self, cells.chunks),
-                        description="Ablating",
-                        total=cells.n_chunks,
-                        disable=silent,
-                    ),
-                    cells.positions,
-                )
-            ]
+                for chunk, at in with_positions(chunks, cells.positions)
+            )
             obs = None if cells.obs is None else cells.obs.copy()
-        return AnnData(
-            X=np.concatenate(parts) if parts else np.empty((0, len(plan.sets))),
-            obs=obs,
-            var=pd.DataFrame(index=plan.names),
-            uns={ABLATION_INFO: {**request.description(plan, groupby), "use_posterior": use_posterior}},
-        )
+            return table_of_cells(
+                parts,
+                obs=obs,
+                var=pd.DataFrame(index=plan.names),
+                uns={ABLATION_INFO: {**request.description(plan, groupby), "use_posterior": use_posterior}},
+                store=store,
+            )
 
     @with_torch_threads
     @fill_docstring

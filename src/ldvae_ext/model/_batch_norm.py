@@ -8,7 +8,9 @@ import torch
 from anndata import AnnData
 from scvi.nn import FCLayers
 
+from ldvae_ext._validate import cell_positions
 from ldvae_ext.model._base import LDVAEBase
+from ldvae_ext.model._cells import given_cells
 from ldvae_ext.model._stock import minibatches_of
 from ldvae_ext.model._tasks import reconstruction_error_at_mean
 
@@ -30,6 +32,12 @@ def recalibrate_batch_norm(
         raise ValueError(msg)
     indices = getattr(model, "train_indices_", None) if indices is None else indices
     held_out = getattr(model, "validation_indices_", None) if validation_indices is None else validation_indices
+    n_cells = given_cells(model, adata).n_obs
+    if len(cell_positions(indices, n_cells)) == 0:
+        msg = "`indices` must choose at least one cell; got none."
+        raise ValueError(msg)
+    if held_out is not None:
+        cell_positions(held_out, n_cells, argument="validation_indices")
     if held_out is None or len(held_out) == 0:
         msg = "`validation_indices` are needed, since training held no cells out."
         raise ValueError(msg)

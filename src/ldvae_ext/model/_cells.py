@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -15,18 +15,21 @@ from anndata import AnnData
 from scvi import REGISTRY_KEYS
 from torch.utils.data import DataLoader
 
-from ldvae_ext._scvi import adata_minify_type, check_adata_or_dataloader
+from ldvae_ext._row_store import table_of
+from ldvae_ext._scvi import SETUP_METHOD_NAME, adata_minify_type, check_adata_or_dataloader
 from ldvae_ext._validate import cell_positions, check_positive_int, listed
+from ldvae_ext.backends.counts import Counts
 from ldvae_ext.backends.loader import CountsLoader, can_gather
 from ldvae_ext.core.cells import EncodedCells
 from ldvae_ext.core.rotation import Rotation
 from ldvae_ext.model._base import LDVAEBase
 from ldvae_ext.model._bridge import encode_cells
+from ldvae_ext.model._collection import CollectionDataModule, as_anndata, minibatches_of_module
+from ldvae_ext.model._columns import Columns
 from ldvae_ext.model._counts import (
     are_counts,
     check_categories,
     check_counts,
-    check_is_anndata,
     check_numbers,
     counts_of,
     same_counts,
@@ -60,16 +63,20 @@ def stream_cells(
     rotation: Rotation | None = None,
 ) -> Iterator[CellStream]:
     """Posteriors and counts of cells, from an AnnData or from a data loader, read once; on rotated axes where given."""
-    check_is_anndata(adata)
+    if isinstance(dataloader, CollectionDataModule) and adata is None:
+        adata, dataloader = dataloader.adata, None
+    adata = as_anndata(adata)
     if batch_size is not None:
         check_positive_int("batch_size", batch_size)
-    check_adata_or_dataloader(model, adata, dataloader)
+    if adata is None or not is_of_datamodule(model):
+        check_adata_or_dataloader(model, adata, dataloader)
     model._check_if_trained(warn=True)
     covariates = covariates_of(model.registry)
     if dataloader is not None:
         if indices is not None:
             msg = "`indices` choose cells of an AnnData; with `dataloader` it decides which cells come."
             raise ValueError(msg)
+        dataloader = minibatches_of_module(dataloader)
         length = len(dataloader) if hasattr(dataloader, "__len__") else None
         yield CellStream(None, encode_cells(model.module, dataloader, covariates, rotation), length, None)
         return
@@ -80,7 +87,7 @@ def stream_cells(
         positions = cell_positions(indices, cells.n_obs)
         loader = minibatches(model, cells, positions, batch_size, data_loader_kwargs)
         # The obs of the user: scvi-tools adds columns to the AnnData that it registers.
-        obs = cast("pd.DataFrame", (cells if adata is None else adata).obs)
+        obs = table_of((cells if adata is None else adata).obs)
         yield CellStream(
             obs.iloc[positions], encode_cells(model.module, loader, covariates, rotation), len(loader), positions
         )
@@ -96,11 +103,35 @@ def minibatches(
     """Minibatches of cells that are registered with the model, in order; sparse where the counts are in memory."""
     # A generator of its own, since a torch data loader draws a seed from the global one even if it does not shuffle.
     generator = torch.Generator()
+    if is_of_datamodule(model):
+        counts = counts_of(cells, model.get_setup_arg("layer"))
+        fields = {REGISTRY_KEYS.X_KEY: counts, **Columns(model.registry).of(cast("pd.DataFrame", cells.obs), cells.n_obs)}
+        return CountsLoader(fields, positions, batch_size or scvi.settings.batch_size, generator=generator)
     manager = model.get_anndata_manager(cells, required=True)
     if not data_loader_kwargs and scvi.settings.dl_num_workers == 0 and can_gather(manager):
         return CountsLoader(manager, positions, batch_size or scvi.settings.batch_size, generator=generator)
     options = {"generator": generator, **(data_loader_kwargs or {})}
     return model._make_data_loader(cells, indices=positions, batch_size=batch_size, **options)
+
+
+class DenseMinibatches:
+    """Minibatches whose counts are dense, as scvi-tools' own networks take them.
+
+    Parameters
+    ----------
+    loader
+        Minibatches with sparse counts.
+    """
+
+    def __init__(self, loader: DataLoader) -> None:
+        self._loader = loader
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for tensors in self._loader:
+            yield tensors | {REGISTRY_KEYS.X_KEY: Counts.of(tensors[REGISTRY_KEYS.X_KEY]).dense()}
 
 
 def with_positions(
@@ -123,9 +154,11 @@ def readable_cells(model: LDVAEBase, adata: AnnData | None, *, keep_random_state
     has not seen. scvi-tools draws from numpy's global random state when it registers cells; that is undone with
     ``keep_random_state``.
     """
-    if adata is None and model.adata is None:
-        msg = "This model was loaded without data: give `adata`."
-        raise ValueError(msg)
+    given = given_cells(model, adata)
+    if is_of_datamodule(model):
+        # scvi-tools registers no AnnData with such a model.
+        yield light_cells(model, given)
+        return
     if adata is not None and adata_minify_type(adata) != model.minified_data_type:
         msg = f"`adata` is minified as {adata_minify_type(adata)!r}, the model's data as {model.minified_data_type!r}; they must agree."
         raise ValueError(msg)
@@ -153,17 +186,32 @@ def readable_cells(model: LDVAEBase, adata: AnnData | None, *, keep_random_state
         model._setup_adata_manager_store.pop(manager.adata_uuid, None)
 
 
+def is_of_datamodule(model: LDVAEBase) -> bool:
+    """True if a model was set up by a data module, not by an AnnData."""
+    return model.registry.get(SETUP_METHOD_NAME) == "setup_datamodule"
+
+
+def given_cells(model: LDVAEBase, adata: Any) -> AnnData:
+    """The cells that a method was given, or the model's own if None."""
+    source = model.adata if adata is None else as_anndata(adata)
+    if source is None:
+        msg = "This model was loaded without data: give `adata`, an AnnData or a data module of `setup_annbatch`."
+        raise ValueError(msg)
+    return source
+
+
 @contextmanager
 def cells_to_read(model: LDVAEBase, adata: AnnData | None, dataloader: Any = None) -> Iterator[AnnData | None]:
     """``adata`` for a method of scvi-tools: None for the model's own cells, else cells as in :func:`readable_cells`.
 
     An AnnData with the model's genes in order is checked and returned: scvi-tools registers it, as for a LinearSCVI.
     """
-    check_is_anndata(adata)
+    adata = as_anndata(adata)
     if adata is None or adata is model.adata or dataloader is not None or _is_registered(model, adata):
         yield adata
         return
-    if model.adata is not None and adata_minify_type(adata) is None and _has_genes_in_order(model, adata):
+    in_memory = isinstance(adata.obs, pd.DataFrame)
+    if in_memory and model.adata is not None and adata_minify_type(adata) is None and _has_genes_in_order(model, adata):
         _check_cells(model, adata)
         yield adata
         for manager in _managers_of(model, adata):
@@ -261,7 +309,7 @@ def light_cells(model: LDVAEBase, adata: AnnData) -> AnnData:
         counts = np.asarray(counts)  # no view of anndata's, which torch cannot take
     light = AnnData(
         X=counts if layer is None else None,
-        obs=cast("pd.DataFrame", adata.obs).copy(),
+        obs=table_of(adata.obs).copy(),
         var=pd.DataFrame(index=np.asarray(model.get_var_names()).astype(str)),
         layers=None if layer is None else {layer: counts},
     )

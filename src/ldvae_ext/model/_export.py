@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,12 +11,13 @@ import scvi
 from anndata import AnnData
 
 import ldvae_ext
+from ldvae_ext._row_store import HeldRows, RowStore, check_store, row_store, table_of
 from ldvae_ext._scvi import ADATA_MINIFY_TYPE
 from ldvae_ext._stats import MEASURES
 from ldvae_ext._validate import check_one_of, warn
 from ldvae_ext._writing import Export, check_can_write, write_export
 from ldvae_ext.core import kl_per_dimension
-from ldvae_ext.core.posterior import deterministic_latent
+from ldvae_ext.core.posterior import InformationSums, deterministic_latent
 from ldvae_ext.core.scores import GeneScores, SlopeSums
 from ldvae_ext.model._axes import (
     ENCODER,
@@ -27,8 +29,8 @@ from ldvae_ext.model._axes import (
     network_stream,
 )
 from ldvae_ext.model._base import LDVAEBase
-from ldvae_ext.model._cells import shared_counts_agree
-from ldvae_ext.model._counts import check_is_anndata
+from ldvae_ext.model._cells import given_cells, shared_counts_agree
+from ldvae_ext.model._collection import as_anndata
 from ldvae_ext.model._fingerprint import check_unchanged
 from ldvae_ext.model._shrinkage import loading_errors
 from ldvae_ext.model._stats import factor_stats
@@ -40,11 +42,14 @@ ORDERS = ("network", *MEASURES)
 class _ExportedCells(NamedTuple):
     """Posteriors of the cells to export."""
 
-    mean: np.ndarray
-    variance: np.ndarray
-    library: np.ndarray
-    network_variance: np.ndarray | None
+    mean: Any
+    """Arrays of numpy, or of dask for a result on disk."""
+    variance: Any
+    library: Any
+    network_variance: Any
     """Variances of the network's latents, if the factors are rotated."""
+    statistics: dict[str, np.ndarray]
+    """Mean KL, its share, and variance of the posterior means."""
     source: AnnData | None
     """Whose cells they are; None: the model's own."""
     rows: np.ndarray | None
@@ -105,7 +110,8 @@ class ExportMixin(LDVAEBase):
         overwrite: bool = False,
         batch_size: int | None = None,
         use_posterior: UsePosterior = "encoder",
-    ) -> None:
+        store: str | Path | None = None,
+    ) -> AnnData | None:
         """Write latents, loadings and decoder to an AnnData, in order of information.
 
         Factors are named after the network's dimension (``Z_3``), sorted by their mean KL over the exported cells, and
@@ -139,6 +145,13 @@ class ExportMixin(LDVAEBase):
             ``"encoder"``: posteriors are those of the network's encoder. ``"refined"``: modes and marginal variances of
             :meth:`get_refined_posterior`, from the decoder and the counts of each cell. Draws of rotated factors take the
             network's latents as independent, as an encoder's are.
+        store
+            Folder in which the export is written as zarr while it is computed, instead of to ``adata``, for cells without number;
+            not there yet. It is an AnnData with the genes of the model, ``obs``, and no counts.
+
+        Returns
+        -------
+        None; with ``store`` the AnnData that was written, whose ``obsm`` has arrays of dask that read the folder.
 
         Raises
         ------
@@ -164,7 +177,7 @@ class ExportMixin(LDVAEBase):
         * ``varm["ldvae_scores"]``, ``varm["ldvae_scores_error"]``: slope of each gene's standardised log-normalised counts on the
           standardised latent, in [-1, 1], and its standard error, genes x factors, float32; not from data without counts;
         * ``var["ldvae"]``: True for genes of the model;
-        * ``uns["ldvae"]``: ``names``, ``order`` and ``signs`` of the factors, ``statistics`` (``kl`` in nats, ``kl_share``,
+        * ``uns["ldvae"]``: ``format`` (2), ``names``, ``order`` and ``signs`` of the factors, ``statistics`` (``kl`` in nats, ``kl_share``,
           ``active_unit``: the variance of the posterior mean; with ``stats`` the other measures), ``order_by``, under a rotation
           ``rotation`` (``method``, ``matrix``: network's latents x factors as numbered, and ``latents``), ``decoder`` (arrays, in the network's order),
           ``likelihood``, ``latent_distribution``, ``posterior`` (``use_posterior``), ``setup`` (names of the layer and of the columns of obs that the model was
@@ -184,63 +197,85 @@ class ExportMixin(LDVAEBase):
         if order_by is None:
             order_by = "network" if self._has_own_order else "kl"
         check_one_of("order_by", order_by, ORDERS)
-        check_is_anndata(adata)
-        target = self.adata if adata is None else adata
-        if target is None:
-            msg = "This model was loaded without data: give `adata`."
-            raise ValueError(msg)
+        adata, target = as_anndata(adata), given_cells(self, adata)
+        if store is not None:
+            check_store(store)
+            genes = pd.DataFrame(index=np.asarray(self.get_var_names()).astype(str))
+            target = AnnData(obs=table_of(target.obs).copy(), var=genes)
         keys = check_can_write(target, key_added, overwrite=overwrite, as_pca=as_pca)
         check_one_of("use_posterior", use_posterior, (ENCODER, REFINED))
-        cells = _cells_for_export(self, adata, batch_size, use_posterior)
-        mean_nk, variance_nk = cells.mean, cells.variance
-        kl_k = kl_per_dimension(mean_nk, variance_nk).mean(axis=0)
-        statistics = {"kl": kl_k, "kl_share": kl_k / kl_k.sum(), "active_unit": mean_nk.var(axis=0, dtype=np.float64)}
-        if stats or order_by not in ("network", *statistics):
-            # The cells of the model are read from its data, whatever else `adata` contains.
-            table = factor_stats(
-                self, None, cells.source, cells.rows, batch_size=batch_size, use_posterior=use_posterior
-            ).table()
-            statistics |= {name: table[name].to_numpy() for name in MEASURES if name not in statistics}
-        if order_by != "network" and not np.isfinite(statistics[order_by]).all():
-            msg = f"`order_by={order_by!r}` needs counts, which data minified without them do not have."
-            raise ValueError(msg)
-        decoder, error_gk = factor_decoder(self), None
-        if decoder.latent_distribution != "ln":
-            error_gk = loading_errors(
-                self, decoder, cells.source, cells.rows, seed=0, batch_size=batch_size, use_posterior=use_posterior
-            )
-        order = np.arange(self.n_latent)
-        if order_by != "network":
-            order = np.argsort(-statistics[order_by], kind="stable")
-        signs = canonical_signs(self, decoder)[order]
-        description: dict[str, Any] = {
-            "posterior": use_posterior,
-            "setup": _setup_keys(self),
-            "kl_weight": self.final_kl_weight,
-            "versions": {"ldvae_ext": ldvae_ext.__version__, "scvi-tools": scvi.__version__},
+        options: dict[str, Any] = {
+            "order_by": order_by,
+            "stats": stats,
+            "batch_size": batch_size,
+            "use_posterior": use_posterior,
         }
-        if self.rotation is not None:
-            description["rotation"] = {
-                "method": self.rotation.method,
-                "matrix": self.rotation.matrix_kk,
-                "latents": np.array(self.latent_names),
-            }
-        export = Export(
-            decoder=decoder,
-            mean_nk=mean_nk,
-            variance_nk=variance_nk,
-            library_n=cells.library,
-            statistics=statistics,
-            order=order,
-            signs=signs,
-            names=decoder.factors[order],
-            order_by=order_by,
-            network_variance_nk=cells.network_variance,
-            scores=cells.scores,
-            error_gk=error_gk,
-            description=description,
+        if store is None:
+            write_export(target, keys, _export(self, adata, HeldRows(), **options), as_pca=as_pca)
+            return None
+        with row_store(store) as on_disk:
+            write_export(target, keys, _export(self, adata, on_disk, **options), as_pca=as_pca)
+            return on_disk.write(target)
+
+
+def _export(
+    model: LDVAEBase,
+    adata: AnnData | None,
+    rows: HeldRows | RowStore,
+    *,
+    order_by: str,
+    stats: bool,
+    batch_size: int | None,
+    use_posterior: str,
+) -> Export:
+    """What is exported of some cells, whose posteriors are kept in ``rows``."""
+    cells = _cells_for_export(model, adata, batch_size, use_posterior, rows)
+    statistics = dict(cells.statistics)
+    if stats or order_by not in ("network", *statistics):
+        # The cells of the model are read from its data, whatever else `adata` contains.
+        table = factor_stats(
+            model, None, cells.source, cells.rows, batch_size=batch_size, use_posterior=use_posterior
+        ).table()
+        statistics |= {name: table[name].to_numpy() for name in MEASURES if name not in statistics}
+    if order_by != "network" and not np.isfinite(statistics[order_by]).all():
+        msg = f"`order_by={order_by!r}` needs counts, which data minified without them do not have."
+        raise ValueError(msg)
+    decoder, error_gk = factor_decoder(model), None
+    if decoder.latent_distribution != "ln":
+        error_gk = loading_errors(
+            model, decoder, cells.source, cells.rows, seed=0, batch_size=batch_size, use_posterior=use_posterior
         )
-        write_export(target, keys, export, as_pca=as_pca)
+    order = np.arange(model.n_latent)
+    if order_by != "network":
+        order = np.argsort(-statistics[order_by], kind="stable")
+    signs = canonical_signs(model, decoder)[order]
+    description: dict[str, Any] = {
+        "posterior": use_posterior,
+        "setup": _setup_keys(model),
+        "kl_weight": model.final_kl_weight,
+        "versions": {"ldvae_ext": ldvae_ext.__version__, "scvi-tools": scvi.__version__},
+    }
+    if model.rotation is not None:
+        description["rotation"] = {
+            "method": model.rotation.method,
+            "matrix": model.rotation.matrix_kk,
+            "latents": np.array(model.latent_names),
+        }
+    return Export(
+        decoder=decoder,
+        mean_nk=cells.mean,
+        variance_nk=cells.variance,
+        library_n=cells.library,
+        statistics=statistics,
+        order=order,
+        signs=signs,
+        names=decoder.factors[order],
+        order_by=order_by,
+        network_variance_nk=cells.network_variance,
+        scores=cells.scores,
+        error_gk=error_gk,
+        description=description,
+    )
 
 
 def _setup_keys(model: LDVAEBase) -> dict[str, str]:
@@ -250,28 +285,32 @@ def _setup_keys(model: LDVAEBase) -> dict[str, str]:
 
 
 def _cells_for_export(
-    model: LDVAEBase, adata: AnnData | None, batch_size: int | None, use_posterior: str
+    model: LDVAEBase, adata: AnnData | None, batch_size: int | None, use_posterior: str, kept: HeldRows | RowStore
 ) -> _ExportedCells:
     """Cells of ``adata`` on the axes in force, encoded or, for the model's cells, found by name."""
     rows = None if adata is None or adata is model.adata else _own_rows(model, adata)
     source = adata if rows is None else None
     has_counts = model.minified_data_type != ADATA_MINIFY_TYPE.LATENT_POSTERIOR
-    encoded, slopes = [], SlopeSums(len(model.get_var_names()), model.n_latent)
+    slopes, summary = SlopeSums(len(model.get_var_names()), model.n_latent), InformationSums(model.n_latent)
     with factor_stream(model, source, rows, batch_size, use_posterior=use_posterior) as cells:
         for chunk in cells.chunks:
-            encoded.append((chunk.mean, chunk.variance, chunk.library.ravel(), chunk.axes))
+            kept.add("mean", chunk.mean)
+            kept.add("variance", chunk.variance)
+            kept.add("library", chunk.library.ravel())
+            if chunk.axes is not None:
+                kept.add("network_variance", chunk.axes.variance_nk)
+            summary.add(chunk.mean, chunk.variance)
             if has_counts:
                 slopes.add(chunk.counts, deterministic_latent(chunk.mean, model.module.latent_distribution))
-    if not encoded:
+    if not summary.n_cells:
         msg = "There are no cells to export."
         raise ValueError(msg)
-    means, variances, libraries, axes = zip(*encoded, strict=True)
-    network_variance = None if axes[0] is None else np.concatenate([part.variance_nk for part in axes])
     return _ExportedCells(
-        np.concatenate(means),
-        np.concatenate(variances),
-        np.concatenate(libraries),
-        network_variance,
+        kept.array("mean"),
+        kept.array("variance"),
+        kept.array("library"),
+        kept.array("network_variance") if "network_variance" in kept else None,
+        summary.statistics(),
         source,
         rows,
         slopes.scores() if has_counts else None,

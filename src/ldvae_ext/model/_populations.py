@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 from anndata import AnnData
 
 from ldvae_ext._groups import directions_table, groups_of
+from ldvae_ext._row_store import table_of
 from ldvae_ext._validate import cell_positions
 from ldvae_ext.core._expression import GroupExpression, check_library_size, gene_positions
 from ldvae_ext.core.populations import GroupMoments, PopulationLoadings, PopulationRequest
 from ldvae_ext.core.posterior import deterministic_latent
 from ldvae_ext.model._axes import UsePosterior, factor_decoder, factor_stream, network_decoder, transform_batch_codes
 from ldvae_ext.model._base import LDVAEBase
-from ldvae_ext.model._cells import stream_cells, with_positions
-from ldvae_ext.model._counts import check_is_anndata
+from ldvae_ext.model._cells import given_cells, stream_cells, with_positions
 from ldvae_ext.model._threads import with_torch_threads
 
 
@@ -207,13 +207,9 @@ def _chosen_groups(
     model: LDVAEBase, groupby: str, adata: AnnData | None, indices: Any
 ) -> tuple[np.ndarray, list[str], np.ndarray]:
     """Positions of the chosen cells, names of their groups, and their codes: of these cells only, so that none is empty."""
-    check_is_anndata(adata)
-    source = model.adata if adata is None else adata
-    if source is None:
-        msg = "This model was loaded without data: give `adata`."
-        raise ValueError(msg)
+    source = given_cells(model, adata)
     positions = cell_positions(indices, source.n_obs)
-    return positions, *groups_of(cast("pd.DataFrame", source.obs).iloc[positions], groupby)
+    return positions, *groups_of(table_of(source.obs).iloc[positions], groupby)
 
 
 def _population_loadings(

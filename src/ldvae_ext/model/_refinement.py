@@ -16,7 +16,7 @@ from ldvae_ext.core.draws import POSTERIOR, normal_draws
 from ldvae_ext.core.evidence import evidence_bound, sampled_evidence
 from ldvae_ext.model._axes import network_decoder, refine
 from ldvae_ext.model._base import LDVAEBase
-from ldvae_ext.model._cells import stream_cells, with_positions
+from ldvae_ext.model._cells import given_cells, stream_cells, with_positions
 from ldvae_ext.model._registry import has_size_factors
 from ldvae_ext.model._requests import groups_of_cells
 from ldvae_ext.model._threads import with_torch_threads
@@ -156,8 +156,7 @@ class RefinementMixin(LDVAEBase):
         table = cell_bounds(self, adata, indices, n_samples=n_samples, seed=seed, batch_size=batch_size)
         if groupby is None:
             return table
-        source = self.adata if adata is None else adata
-        group_n = codes_at(code_n, cell_positions(indices, source.n_obs))
+        group_n = codes_at(code_n, cell_positions(indices, given_cells(self, adata).n_obs))
         inside = group_n >= 0
         label = pd.Categorical(np.asarray(groups)[group_n[inside]], categories=groups)
         grouped = table[inside].groupby(pd.Series(label, index=table.index[inside]), observed=True)

@@ -15,8 +15,7 @@ from ldvae_ext.core.cells import EncodedCells, has_fractions
 from ldvae_ext.core.plan import AblationPlan, AblationRequest, LatentSummary
 from ldvae_ext.model._axes import ENCODER, factor_decoder, factor_stream, transform_batch_codes
 from ldvae_ext.model._base import LDVAEBase
-from ldvae_ext.model._cells import with_positions
-from ldvae_ext.model._counts import check_is_anndata
+from ldvae_ext.model._cells import given_cells, with_positions
 
 # Name of the group of all cells without `groupby`.
 _ALL = "all"
@@ -30,7 +29,10 @@ def ablation_request(
 ) -> AblationRequest:
     """The arguments of an ablation, checked before any work is done."""
     if groupby is not None and dataloader is not None:
-        msg = "`groupby` needs the obs of an AnnData; a `dataloader` brings none."
+        msg = (
+            "`groupby` needs the obs of an AnnData; a `dataloader` brings none. A data module of `setup_annbatch` is given as "
+            "`adata`, with its obs."
+        )
         raise ValueError(msg)
     codes = transform_batch_codes(model, transform_batch)
     if model._has_own_order and arguments.get("latents") is None and arguments.get("scheme") == "keep_top":
@@ -59,12 +61,7 @@ def groups_of_cells(
     """Groups of all cells; without ``groupby`` they are one."""
     if groupby is None:
         return [_ALL], None
-    check_is_anndata(adata)
-    source = model.adata if adata is None else adata
-    if source is None:
-        msg = "This model was loaded without data: give `adata`."
-        raise ValueError(msg)
-    return groups_of(source.obs, groupby)
+    return groups_of(given_cells(model, adata).obs, groupby)
 
 
 def ablation_plan(

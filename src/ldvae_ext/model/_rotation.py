@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 from anndata import AnnData
+from scvi import REGISTRY_KEYS
 
 from ldvae_ext._validate import cell_positions, check_one_of
+from ldvae_ext.backends.counts import Counts
 from ldvae_ext.core import kl_per_dimension
 from ldvae_ext.core._views import check_rotatable
 from ldvae_ext.core.cells import EncodedCells
@@ -25,7 +27,7 @@ from ldvae_ext.core.rotation import (
 from ldvae_ext.model._axes import network_decoder, network_posterior, put_in_force
 from ldvae_ext.model._base import LDVAEBase
 from ldvae_ext.model._bridge import encode_cells
-from ldvae_ext.model._cells import readable_cells
+from ldvae_ext.model._cells import minibatches, readable_cells
 from ldvae_ext.model._registry import covariates_of
 from ldvae_ext.module._truncation import polish_rotation, refine_rotation
 
@@ -107,7 +109,7 @@ def deviance_rotation(
     decoder = network_decoder(model)
     if len(decoder.factors) == 1:
         return with_signs(decoder, np.eye(1))
-    means, weight_g, minibatches = [], np.zeros(len(decoder.genes)), []
+    means, weight_g, parts = [], np.zeros(len(decoder.genes)), []
     with readable_cells(model, adata) as cells:
         rows = cell_positions(indices, cells.n_obs)
         n_most = min(_MAX_CELLS, max(_MIN_CELLS, _MAX_COUNTS // len(decoder.genes)))
@@ -116,14 +118,13 @@ def deviance_rotation(
         if not len(rows):
             msg = "There are no cells to fit the rotation to."
             raise ValueError(msg)
-        # A generator of its own, since a torch data loader draws a seed from the global one even if it does not shuffle.
-        loader = model._make_data_loader(cells, indices=rows, batch_size=batch_size, generator=torch.Generator())
-        for tensors in loader:
+        for tensors in minibatches(model, cells, rows, batch_size):
             (encoded,) = encode_cells(model.module, [tensors], covariates_of(model.registry))
             means.append(encoded.mean)
             weight_g += logit_information(decoder, encoded).sum(axis=0)
-            minibatches.append({name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)})
+            dense = {REGISTRY_KEYS.X_KEY: Counts.of(tensors[REGISTRY_KEYS.X_KEY]).dense()}
+            parts.append({name: value for name, value in (tensors | dense).items() if isinstance(value, torch.Tensor)})
     start = fisher_rotation(decoder, np.concatenate(means), weight_g)
-    together = {name: torch.cat([tensors[name] for tensors in minibatches]) for name in minibatches[0]}
+    together = {name: torch.cat([tensors[name] for tensors in parts]) for name in parts[0]}
     refined = refine_rotation(model.module, together, start)
     return with_signs(decoder, polish_rotation(model.module, together, refined))

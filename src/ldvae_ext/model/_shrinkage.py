@@ -12,9 +12,10 @@ from anndata import AnnData
 
 from ldvae_ext._validate import cell_positions, check_positive_int, listed, warn
 from ldvae_ext.core.decoder import LinearDecoder
-from ldvae_ext.core.shrinkage import LoadingInformation, shrink
+from ldvae_ext.core.shrinkage import LoadingInformation, check_level, shrink
 from ldvae_ext.model._axes import ENCODER, factor_decoder, factor_stream
 from ldvae_ext.model._base import LDVAEBase
+from ldvae_ext.model._cells import given_cells
 
 # Share of the largest loading below which all shrunken loadings of a factor count as 0.
 _EMPTY = 1e-3
@@ -72,9 +73,7 @@ def shrunken_loadings(
     batch_size: int | None,
 ) -> ShrunkenLoadings:
     """See :meth:`ldvae_ext.model.LDVAE.get_shrunken_loadings`."""
-    if not 0 < level < 1:
-        msg = f"`level` must lie between 0 and 1; got {level!r}."
-        raise ValueError(msg)
+    check_level(level)
     check_positive_int("max_cells", max_cells)
     decoder = factor_decoder(model)
     error_gk = loading_errors(model, decoder, adata, indices, max_cells=max_cells, seed=seed, batch_size=batch_size)
@@ -122,11 +121,7 @@ def loading_errors(
     if decoder.latent_distribution == "ln":
         msg = "Loadings of a logistic-normal latent have no standard errors: its latents sum to 1 in each cell."
         raise ValueError(msg)
-    source = model.adata if adata is None else adata
-    if source is None:
-        msg = "This model was loaded without data: give `adata`."
-        raise ValueError(msg)
-    positions = cell_positions(indices, source.n_obs)
+    positions = cell_positions(indices, given_cells(model, adata).n_obs)
     if not len(positions):
         msg = "There are no cells to compute standard errors from."
         raise ValueError(msg)

@@ -22,7 +22,7 @@ from ldvae_ext.core.ledger import information_ledger
 from ldvae_ext.core.plan import LatentSummary
 from ldvae_ext.model._axes import ENCODER, UsePosterior, factor_decoder, factor_stream
 from ldvae_ext.model._base import LDVAEBase
-from ldvae_ext.model._cells import with_positions
+from ldvae_ext.model._cells import given_cells, with_positions
 from ldvae_ext.model._refinement import cell_bounds
 from ldvae_ext.model._requests import ablation_request, groups_of_cells, with_fraction_warning
 
@@ -145,11 +145,7 @@ def factor_stats(
         )
     groups, code_n = groups_of_cells(model, adata, groupby)
     seed = (0 if scvi.settings.seed is None else scvi.settings.seed) if seed is None else seed
-    source = model.adata if adata is None else adata
-    if source is None:
-        msg = "This model was loaded without data: give `adata`."
-        raise ValueError(msg)
-    n_all = source.n_obs
+    n_all = given_cells(model, adata).n_obs
     positions = cell_positions(indices, n_all)
     times_n = np.bincount(positions, minlength=n_all).astype(np.float64)
     seen, profile = LatentSummary(model.n_latent, keep=True), PooledProfile(*factor_decoder(model).intercept_bg.shape)

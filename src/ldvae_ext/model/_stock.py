@@ -18,11 +18,13 @@ from ldvae_ext._scvi import MODULE_KEYS, check_adata_or_dataloader
 from ldvae_ext._validate import cell_positions, check_column, check_one_of, check_positive_int, listed, warn
 from ldvae_ext.model._axes import known_batches
 from ldvae_ext.model._base import LDVAEBase
-from ldvae_ext.model._cells import cells_to_read, stream_cells
+from ldvae_ext.model._cells import DenseMinibatches, cells_to_read, is_of_datamodule, minibatches, stream_cells
+from ldvae_ext.model._collection import minibatches_of_module
 
 # Arguments with a number of cells or draws.
 _COUNTS = ("batch_size", "n_samples", "n_samples_overall", "n_mc_samples", "mc_samples")
 # Arguments with names of batches.
+_POSITIONS = ("idx1", "idx2")
 _BATCHES = ("transform_batch", "batchid1", "batchid2")
 
 
@@ -59,7 +61,9 @@ def reads_cells(
             self._check_has_counts(method.__name__)
         bound = parameters.bind(self, *args, **kwargs)
         given = bound.arguments
-        dataloader, indices = given.get("dataloader"), given.get("indices")
+        dataloader, indices = minibatches_of_module(given.get("dataloader")), given.get("indices")
+        if dataloader is not None:
+            given["dataloader"] = dataloader
         for name in _COUNTS:
             if given.get(name) is not None:
                 check_positive_int(name, given[name])
@@ -72,6 +76,11 @@ def reads_cells(
             cells_to_read(self, given.get("adata"), dataloader) as cells,
         ):
             given["adata"] = cells
+            if is_of_datamodule(self) and cells is not None and "dataloader" in parameters.parameters:
+                # scvi-tools reads such a model's cells from a data loader alone.
+                at = cell_positions(indices, cells.n_obs)
+                dataloader = DenseMinibatches(minibatches(self, cells, at, given.get("batch_size")))
+                given |= {"adata": None, "indices": None, "dataloader": dataloader}
             own = self.adata if cells is None else cells
             if indices is not None and dataloader is None and own is not None:
                 given["indices"] = cell_positions(indices, own.n_obs)
@@ -80,6 +89,11 @@ def reads_cells(
                         msg = f"`indices` selects no cells, of which `{method.__name__}` has no value; got {indices!r}."
                         raise ValueError(msg)
                     return empty(*bound.args, **bound.kwargs)
+            for name in _POSITIONS:
+                value = given.get(name)
+                # A string is a query of obs.
+                if own is not None and value is not None and not isinstance(value, str):
+                    given[name] = cell_positions(value, own.n_obs, argument=name)
             if not finite:
                 return method(*bound.args, **bound.kwargs)
             where = method.__name__, cells, given.get("indices"), dataloader

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -18,10 +19,13 @@ from ldvae_ext.backends.choose import choose_for_training
 from ldvae_ext.backends.loader import CountsSplitter
 from ldvae_ext.backends.plan import uses_backend
 from ldvae_ext.core._views import check_rotatable
+from ldvae_ext.model._arguments import check_mapping, check_plan, check_shares, penalties
 from ldvae_ext.model._base import LDVAEBase
 from ldvae_ext.model._batch_norm import recalibrate_batch_norm
+from ldvae_ext.model._collection import sparse_minibatches
 from ldvae_ext.model._interrupts import Interruption
 from ldvae_ext.model._ordered import check_can_be_ordered, check_epochs, check_not_decided, order_factors
+from ldvae_ext.model._resuming import Resumption, arguments_of_training
 from ldvae_ext.model._threads import set_up_for
 from ldvae_ext.module._query import QueryTrainingPlan
 
@@ -57,9 +61,10 @@ class TrainingMixin(LDVAEBase):
         backend: Literal["auto", "numba", "torch", "scvi"] = "auto",
         evaluation_mode: bool = False,
         decoder_penalty: float | Mapping[str, float] | None = None,
+        resume: str | Path | None = None,
         **trainer_kwargs: Any,
     ) -> Any:
-        """Train the model: :meth:`scvi.model.LinearSCVI.train` with ``kl_warmup``, ``backend``, ``evaluation_mode`` and ``decoder_penalty``.
+        """Train the model: :meth:`scvi.model.LinearSCVI.train` with ``kl_warmup``, ``backend``, ``evaluation_mode``, ``decoder_penalty`` and ``resume``.
 
         A model that was trained continues in training mode, with a new optimizer. (LinearSCVI continues in evaluation mode, see
         ``evaluation_mode``.) Ctrl-C ends the training after the step, and raises ``KeyboardInterrupt`` with a model that can be used.
@@ -91,11 +96,15 @@ class TrainingMixin(LDVAEBase):
             "l2": b}`` adds ``a sum |w| + b / 2 sum w^2``, and a number b is ``{"l2": b}``. For N training cells, b is a normal
             prior of the loadings with variance ``1 / (N b)``, and a a Laplace prior with scale ``1 / (N a)``: for 10,000 cells, b = 1e-4 is a standard
             deviation of 1. Loadings of genes with few counts shrink most; none becomes exactly 0. Losses in ``history`` are without the penalty.
+        resume
+            Folder for a checkpoint, written after epochs, as often as it takes a twentieth of the time. If a training in it was killed,
+            the same call continues it, with the same cells, minibatches and draws. If it is complete, the call only restores its model;
+            with a larger ``max_epochs`` it goes on. Or a checkpoint of such a folder, to continue from without writing.
 
         Raises
         ------
         ValueError
-            If ``evaluation_mode`` or ``decoder_penalty`` is requested of another training plan, a penalty is negative or unknown, ``kl_warmup`` is combined with a warm-up in ``plan_kwargs``, or the network does not support ``backend``.
+            If ``evaluation_mode`` or ``decoder_penalty`` is requested of another training plan, a penalty is negative or unknown, ``kl_warmup`` is combined with a warm-up in ``plan_kwargs``, the network does not support ``backend``, or ``resume`` holds a training of another model, with other data or arguments.
 
         Examples
         --------
@@ -109,6 +118,8 @@ class TrainingMixin(LDVAEBase):
             check_positive_int("max_epochs", max_epochs, least=0)
         if batch_size is not None:
             check_positive_int("batch_size", batch_size)
+        check_shares(train_size, validation_size)
+        check_mapping("plan_kwargs", plan_kwargs)
         if datamodule is None:
             self._validate_anndata()
         max_epochs = self._n_epochs(max_epochs, datamodule)
@@ -125,6 +136,8 @@ class TrainingMixin(LDVAEBase):
             plan_kwargs["n_epochs_kl_warmup"] = int(kl_warmup)
         if datamodule is not None and not self.is_trained_:
             self._start_from(datamodule)
+        if uses_backend(self._training_plan_cls):
+            check_plan(self._training_plan_cls, self.module, plan_kwargs)
         trainer_options = merge_kwargs(trainer_config, trainer_kwargs, name="trainer")
         chosen = self._backend_of(backend, accelerator, devices, plan_kwargs, trainer_options)
         interruption = Interruption()
@@ -140,27 +153,35 @@ class TrainingMixin(LDVAEBase):
                 msg = f"`decoder_penalty` needs the training plan of LDVAE; this class has {self._training_plan_cls.__name__}."
                 raise ValueError(msg)
             plan_kwargs["decoder_penalty"] = penalties(decoder_penalty)
+        given_options = {
+            "train_size": train_size,
+            "validation_size": validation_size,
+            "shuffle_set_split": shuffle_set_split,
+            "load_sparse_tensor": load_sparse_tensor,
+            "batch_size": batch_size,
+            "early_stopping": early_stopping,
+            "datasplitter_kwargs": datasplitter_kwargs,
+            "datamodule": datamodule,
+        }
+        if resume is not None:
+            arguments = arguments_of_training(trainer_options, plan_kwargs, **given_options)
+            resumption = Resumption(self, resume, arguments, max_epochs, lambda: interruption.has_happened)
+            trainer_kwargs = resumption.added_to(trainer_options)
         splitter = None if chosen.name == "scvi" else CountsSplitter
         with (
             self._axes_of_other_loadings_ended(),
             splitting_cells_by(self, splitter),
             set_up_for(chosen, self.module),
+            sparse_minibatches(datamodule) if chosen.name != "scvi" else nullcontext(),
             interruption.noted() if uses_backend(self._training_plan_cls) else nullcontext(),
         ):
             result = super().train(
                 max_epochs=max_epochs,
                 accelerator=accelerator,
                 devices=devices,
-                train_size=train_size,
-                validation_size=validation_size,
-                shuffle_set_split=shuffle_set_split,
-                load_sparse_tensor=load_sparse_tensor,
-                batch_size=batch_size,
-                early_stopping=early_stopping,
-                datasplitter_kwargs=datasplitter_kwargs,
                 plan_kwargs=plan_kwargs,
-                datamodule=datamodule,
                 trainer_config=trainer_config,
+                **given_options,
                 **trainer_kwargs,
             )
         if interruption.has_happened:
@@ -271,7 +292,7 @@ class TrainingMixin(LDVAEBase):
         >>> model = ldvae_ext.model.LDVAE.train_ordered(adata, n_latent=2, max_epochs=5)
         """
         check_not_decided(
-            "train_ordered", trainer_kwargs, "`train_kwargs` are for the ordinary training", "plan_kwargs"
+            "train_ordered", trainer_kwargs, "`train_kwargs` are for the ordinary training", "plan_kwargs", "resume"
         )
         check_epochs(fine_tune_epochs)
         options = {"use_batch_norm": "encoder", "bias": "auto", **(model_kwargs or {})}
@@ -396,15 +417,3 @@ class TrainingMixin(LDVAEBase):
             f"Training ended with a KL weight of {self.kl_weight_:.2f}: the KL of latents, and their order by it, are for another "
             f"objective than the ELBO. {remedy}"
         )
-
-
-def penalties(penalty: float | Mapping[str, float]) -> dict[str, float]:
-    """Weights of the penalties by name."""
-    given = dict(penalty) if isinstance(penalty, Mapping) else {"l2": penalty}
-    for name, weight in given.items():
-        check_one_of("decoder_penalty", name, ("l1", "l2"))
-        is_number = isinstance(weight, (int, float, np.integer, np.floating)) and not isinstance(weight, bool)
-        if not is_number or not 0 <= weight < np.inf:
-            msg = f"`decoder_penalty` must be a finite number of at least 0, or such numbers by name (l1, l2); got {penalty!r}."
-            raise ValueError(msg)
-    return {name: float(weight) for name, weight in given.items()}

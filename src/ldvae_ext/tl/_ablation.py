@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any, Literal, cast
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ from anndata import AnnData
 from ldvae_ext._docs import fill_docstring
 from ldvae_ext._groups import gene_ablation, groups_of
 from ldvae_ext._keys import ABLATION_INFO, DEFAULT_KEY
+from ldvae_ext._row_store import check_store, table_of, table_of_cells
 from ldvae_ext._validate import cell_positions, check_positive_int, factor_indices
 from ldvae_ext.core.cells import EncodedCells
 from ldvae_ext.core.plan import AblationPlan, AblationRequest, LatentSummary, Mode, Scheme, value_of_each
@@ -40,6 +42,7 @@ def ablate(
     seed: int | None = None,
     transform_batch: Any = None,
     chunk_size: int = CHUNK_SIZE,
+    store: str | Path | None = None,
 ) -> AnnData:
     """Change of each cell's negative log-likelihood when latents are taken out, from an export.
 
@@ -67,6 +70,7 @@ def ablate(
         The seed is 0 if None.
     %(transform_batch)s
     %(chunk_size)s
+    %(store)s
 
     Returns
     -------
@@ -108,17 +112,18 @@ def ablate(
         transform_batch=transform_batch,
     )
     work.request.reject_unused_groups()
+    if store is not None:
+        check_store(store)
     positions = cell_positions(indices, adata.n_obs)
     chunks = work.chunks(positions)
     plan = work.plan()
-    parts = [plan.effects(work.request.decoder, cells, at, work.code_n[at]) for cells, at in chunks]
-    effect_ns = np.concatenate(parts) if parts else np.empty((0, len(plan.sets)))
     in_order = work.in_order(plan.names)
-    return AnnData(
-        X=effect_ns[:, in_order],
-        obs=cast("pd.DataFrame", adata.obs).iloc[positions].copy(),
+    return table_of_cells(
+        (plan.effects(work.request.decoder, cells, at, work.code_n[at])[:, in_order] for cells, at in chunks),
+        obs=table_of(adata.obs).iloc[positions].copy(),
         var=_described(adata, key, [plan.names[column] for column in in_order]),
         uns={ABLATION_INFO: work.description(plan, groupby)},
+        store=store,
     )
 
 

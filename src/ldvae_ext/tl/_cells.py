@@ -10,13 +10,17 @@ import pandas as pd
 from anndata import AnnData
 
 from ldvae_ext._keys import MINIFIED_INFO, MINIFIED_WITHOUT_COUNTS
+from ldvae_ext._row_store import table_of
 from ldvae_ext._validate import given_names, listed, warn
 from ldvae_ext.core import LinearDecoder
 from ldvae_ext.core._arrays import strings
-from ldvae_ext.core.cells import EncodedCells, PosteriorAxes, has_fractions, values_of
+from ldvae_ext.core.cells import EncodedCells, PosteriorAxes, check_sparse, has_fractions, values_of
 from ldvae_ext.core.levels import match_levels
 from ldvae_ext.core.rows import row_chunks
-from ldvae_ext.get._export import export_of, latents_of
+from ldvae_ext.get._export import export_of, latents_of, parts_of
+
+# A count beyond this is none, and sums over genes would lose the others.
+_MOST = 1e12
 
 
 class CellReader:
@@ -34,6 +38,7 @@ class CellReader:
 
     def __init__(self, adata: AnnData, decoder: LinearDecoder, setup: dict[str, str]) -> None:
         self.decoder, self._adata, self._setup = decoder, adata, setup
+        self._obs = table_of(adata.obs)
         self._has_warned = False
         self.batch_n = self._codes("batch_key", decoder.batches)
         labels = decoder.labels
@@ -61,10 +66,10 @@ class CellReader:
         return code_of[code_n]
 
     def _column(self, name: str) -> pd.Series:
-        if name not in self._adata.obs:
-            msg = f"`adata.obs` lacks {name!r}, which the decoder needs; it has {listed(self._adata.obs.columns, 20)}."
+        if name not in self._obs:
+            msg = f"`adata.obs` lacks {name!r}, which the decoder needs; it has {listed(self._obs.columns, 20)}."
             raise KeyError(msg)
-        return pd.Series(self._adata.obs[name])
+        return pd.Series(self._obs[name])
 
     def _covariates(self) -> pd.DataFrame | None:
         if not self.decoder.covariates:
@@ -92,6 +97,7 @@ class CellReader:
         if counts is None:
             msg = "`adata.X` is empty; name the `layer` that holds the counts."
             raise ValueError(msg)
+        check_sparse(counts, "adata.X" if layer is None else f"adata.layers[{layer!r}]")
         return counts
 
     def _gene_positions(self) -> np.ndarray | None:
@@ -114,14 +120,16 @@ class CellReader:
     ) -> Iterator[tuple[Any, np.ndarray]]:
         """Counts of the decoder's genes, with positions of cells. Layer and genes are checked at the call, before the first chunk."""
         counts, genes = self.counts(layer), self._gene_positions()
-        return self._read_counts(counts, genes, positions, chunk_size)
+        layer = self._setup.get("layer") if layer is None else layer
+        where = "adata.X" if layer is None else f"adata.layers[{layer!r}]"
+        return self._read_counts(counts, genes, positions, chunk_size, where)
 
     def _read_counts(
-        self, counts: Any, genes: np.ndarray | None, positions: np.ndarray, chunk_size: int
+        self, counts: Any, genes: np.ndarray | None, positions: np.ndarray, chunk_size: int, where: str
     ) -> Iterator[tuple[Any, np.ndarray]]:
         for i, chunk in enumerate(row_chunks(counts, positions, chunk_size)):
             x_ng = chunk if genes is None else chunk[:, genes]
-            self._has_warned = _check_counts(x_ng, has_warned=self._has_warned)
+            self._has_warned = _check_counts(x_ng, where, has_warned=self._has_warned)
             yield x_ng, positions[i * chunk_size : (i + 1) * chunk_size]
 
 
@@ -140,7 +148,7 @@ class ExportedCells(CellReader):
             msg = f"This export lacks `adata.{missing}`; export again with `LDVAE.export_to_anndata`."
             raise KeyError(msg)
         self.names = strings(info["names"]).tolist()
-        self.order, self.signs = np.asarray(info["order"]), np.asarray(info["signs"])
+        self.order, self.signs = map(np.asarray, parts_of(info, keys.info, "order", "signs"))
         self._back = np.argsort(self.order)
         latent_nk = latents_of(adata, key)
         self._latent_nk = np.asarray(adata.obsm[keys.logits]) if is_ln else latent_nk
@@ -202,16 +210,24 @@ class ExportedCells(CellReader):
         )
 
 
-def _check_counts(x_ng: Any, *, has_warned: bool) -> bool:
+def _check_counts(x_ng: Any, where: str, *, has_warned: bool) -> bool:
     """Raise on negative or non-finite values; warn once about fractions. Return True if a warning was issued."""
     values = values_of(x_ng)
+    if values.dtype.kind not in "biuf":
+        msg = f"`{where}` must hold counts, real numbers; its type is {values.dtype}."
+        raise TypeError(msg)
     # Both comparisons are false for NaN.
     if values.size and not (values.min() >= 0 and values.max() < np.inf):
-        msg = "The counts hold NaN, infinite or negative values; `layer` names a layer with raw counts."
+        msg = f"`{where}` must hold counts, but holds NaN, infinite or negative values; `layer` names a layer with raw counts."
+        raise ValueError(msg)
+    if values.size and float(values.max()) > _MOST:
+        msg = (
+            f"`{where}` must hold counts, but holds {values.max():g}; more than {_MOST:g} of a gene in a cell is none."
+        )
         raise ValueError(msg)
     if not has_warned and has_fractions(values):
         warn(
-            "The counts hold values that are not integers; the likelihood is for raw counts. `layer` names a layer with "
+            f"`{where}` holds values that are not integers; the likelihood is for raw counts. `layer` names a layer with "
             "raw counts."
         )
         return True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -10,6 +10,7 @@ from anndata import AnnData
 
 from ldvae_ext._groups import groups_of
 from ldvae_ext._keys import DEFAULT_KEY
+from ldvae_ext._row_store import table_of
 from ldvae_ext._validate import cell_positions, check_positive_int
 from ldvae_ext.core._expression import GroupExpression, check_library_size, gene_positions
 from ldvae_ext.core.posterior import deterministic_latent
@@ -79,7 +80,7 @@ def population_expression(
     decoder = exported.decoder
     positions = cell_positions(indices, adata.n_obs)
     # Groups of the selected cells only, so that no group is empty.
-    obs = cast("pd.DataFrame", adata.obs)
+    obs = table_of(adata.obs)
     groups, code_n = groups_of(obs if indices is None else obs.iloc[positions], groupby)
     genes, batches = gene_positions(decoder.genes, gene_list), exported.batch_codes(transform_batch)
     sums = GroupExpression(decoder, len(groups))

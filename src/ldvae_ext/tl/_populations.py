@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 from anndata import AnnData
 
+from ldvae_ext._formats import POPULATIONS
 from ldvae_ext._groups import groups_of
 from ldvae_ext._keys import DEFAULT_KEY, POPULATION_LOADINGS
+from ldvae_ext._row_store import table_of
 from ldvae_ext._validate import cell_positions, check_positive_int
 from ldvae_ext.core._arrays import strings
 from ldvae_ext.core.populations import GroupMoments, PopulationRequest
@@ -74,7 +76,7 @@ def population_loadings(
     Writes
 
     * ``varm["ldvae_population_loadings"]``: genes x factors x populations, float32; NaN for genes outside the model;
-    * ``uns["ldvae_population_loadings"]``: ``names`` (of the factors, including ``"batch"``, or of the directions),
+    * ``uns["ldvae_population_loadings"]``: ``format`` (2), ``names`` (of the factors, including ``"batch"``, or of the directions),
       ``groups``, ``n_cells`` of each group, ``groupby``, ``kind``, ``reference``, ``scale``, ``key``, ``export`` (checksum
       of the export under this key); for ``"within"`` also ``factors``, ``share`` (populations x directions x factors) and
       ``variance`` (populations x directions).
@@ -92,7 +94,7 @@ def population_loadings(
     exported = ExportedCells(adata, key)
     positions = cell_positions(indices, adata.n_obs)
     # Groups of the selected cells only, so that no group is empty.
-    groups, code_n = groups_of(cast("pd.DataFrame", adata.obs).iloc[positions], groupby)
+    groups, code_n = groups_of(table_of(adata.obs).iloc[positions], groupby)
     request = PopulationRequest(groups=groups, kind=kind, reference=str(reference), scale=scale)
     position = adata.var_names.astype(str).get_indexer_for(pd.Index(exported.decoder.genes))
     if len(position) != len(exported.decoder.genes) or not (position >= 0).any():
@@ -118,6 +120,7 @@ def population_loadings(
     array = np.full((target.n_vars, len(loadings.columns), len(loadings.groups)), np.nan, dtype=np.float32)
     array[position[known]] = loadings.value_pgk.transpose(1, 2, 0)[known]
     info: dict[str, Any] = {
+        "format": POPULATIONS,
         "names": strings(loadings.columns),
         "groups": strings([groups[p] for p in loadings.groups]),
         "n_cells": moments.n_p[loadings.groups],
