@@ -86,13 +86,19 @@ def test_links_are_not_followed(out, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "marker", [None, "", "[]", "{}", '{"format": 2, "files": []}', '{"format": 1}', '{"format": 1, "files": 3}']
+    "marker", [None, "", "[]", "{}", '{"format": "x", "files": []}', '{"format": 1}', '{"format": 1, "files": 3}']
 )
 def test_without_a_readable_marker_all_is_foreign(out, marker):
     (out / MARKER).unlink()
     if marker is not None:
         (out / MARKER).write_text(marker)
     with pytest.raises(FolderError, match="did not write"):
+        check_can_be_written(out, overwrite=True)
+
+
+def test_a_folder_of_a_newer_version_is_left_alone_with_the_reason(out):
+    (out / MARKER).write_text('{"format": 99, "files": []}')
+    with pytest.raises(FolderError, match=r"has format 99, .* Update ldvae_ext"):
         check_can_be_written(out, overwrite=True)
 
 

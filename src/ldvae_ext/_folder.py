@@ -13,9 +13,9 @@ from typing import Any
 from anndata import AnnData
 
 from ldvae_ext._files import temporary_folder
+from ldvae_ext._formats import RESULTS, NewerFormatError, check_format
 
 MARKER = ".ldvae-ext-run.json"
-FORMAT = 1
 
 
 class FolderError(Exception):
@@ -130,7 +130,7 @@ def write_marker(folder: Path, version: str) -> None:
         Version of the package.
     """
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
-    (folder / MARKER).write_text(json.dumps({"format": FORMAT, "version": version, "files": files}, indent=1) + "\n")
+    (folder / MARKER).write_text(json.dumps({"format": RESULTS, "version": version, "files": files}, indent=1) + "\n")
 
 
 def foreign_entry(folder: Path) -> Path | None:
@@ -152,8 +152,10 @@ def foreign_entry(folder: Path) -> Path | None:
 def _results(folder: Path) -> set[str]:
     try:
         marker = json.loads((folder / MARKER).read_text())
-        is_readable = marker["format"] == FORMAT
-        return {MARKER, *map(str, marker["files"])} if is_readable else set()
+        check_format(str(folder), marker["format"], RESULTS)
+        return {MARKER, *map(str, marker["files"])}
+    except NewerFormatError as error:
+        raise FolderError(str(error)) from None
     except (OSError, ValueError, KeyError, TypeError):
         return set()
 

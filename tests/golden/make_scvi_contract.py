@@ -85,8 +85,11 @@ TOUCHED: dict[str, tuple[str, str]] = {
     "scvi.data._utils.registry_key_to_default_dtype": ("dtype of each field", "minibatches"),
     "scvi.model._utils.get_max_epochs_heuristic": ("default of `max_epochs`", "`kl_warmup='auto'`"),
     "scvi.model._utils.parse_device_args": ("device of a training", "`backend='auto'`"),
-    "scvi.model._utils.use_distributed_sampler": ("recognises a distributed strategy", "`backend='auto'`"),
     "scvi.train._config.merge_kwargs": ("configuration objects as dictionaries", "`train(plan_config=...)`"),
+    "scvi.train._trainrunner.TrainRunner.__init__": ("takes `ckpt_path` out of the trainer's arguments", "`train(resume=)`"),
+    "scvi.train._callbacks.LoudEarlyStopping._evaluate_stopping_criteria": (
+        "`_scvi.checks_of` reads its counter", "`train(resume=)` with a warm-up of early stopping"),
+    "scvi.train._logger.SimpleExperiment.log_metrics": ("tables that `train(resume=)` stores", "history after it"),
     "lightning.pytorch.trainer.connectors.logger_connector.logger_connector._LoggerConnector.should_update_logs": (
         "steps at which Lightning logs, see `_steps.is_logging_step`", "history of the KL weight"),
     "lightning.pytorch.loops.training_epoch_loop._TrainingEpochLoop.advance": (
@@ -95,6 +98,12 @@ TOUCHED: dict[str, tuple[str, str]] = {
         "`_steps.ShortSteps` takes its place", "training, `trainer.global_step`"),
     "lightning.pytorch.loops.optimization.automatic._AutomaticOptimization._make_closure": (
         "`_steps.ShortSteps` takes its place", "gradients"),
+    "lightning.pytorch.loops.loop._Loop.load_state_dict": (
+        "its flags are undone by `_steps.continue_between_epochs`", "minibatches after `train(resume=)`"),
+    "lightning.pytorch.loops.training_epoch_loop._TrainingEpochLoop.on_run_start": (
+        "begins the minibatches of an epoch", "minibatches after `train(resume=)`"),
+    "lightning.pytorch.loops.fit_loop._FitLoop.reset": (
+        "`_steps.as_between_epochs` keeps it from counting a restored epoch again", "epochs after `train(resume=)`"),
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Self
@@ -9,6 +10,7 @@ from typing import Any, Self
 import numpy as np
 
 from ldvae_ext._files import replacing
+from ldvae_ext._formats import DECODER, NewerFormatError, check_format
 from ldvae_ext._validate import listed
 from ldvae_ext.core._arrays import read_only
 from ldvae_ext.core._design import covariates_from_arrays, covariates_to_arrays
@@ -21,9 +23,9 @@ _TEXT = ("likelihood", "dispersion", "latent_distribution", "link")
 class FromArrays:
     """Methods that make a decoder immutable, and convert it to arrays and back."""
 
-    def _freeze(self, name: str, shape: tuple[int | None, ...]) -> None:
+    def _freeze(self, name: str, shape: tuple[int | None, ...], *, positive: bool = False) -> None:
         if getattr(self, name) is not None:
-            object.__setattr__(self, name, read_only(getattr(self, name), shape, name))
+            object.__setattr__(self, name, read_only(getattr(self, name), shape, name, positive=positive))
 
     @classmethod
     def _plain(cls) -> list[str]:
@@ -32,13 +34,16 @@ class FromArrays:
     def to_arrays(self) -> dict[str, Any]:
         """Flat dictionary of arrays, strings and numbers, without None: values that ``.npz`` and ``adata.uns`` can store.
 
+        ``format`` is the number of the format, 2; earlier releases wrote the same arrays without it.
+
         Examples
         --------
         >>> arrays = decoder.to_arrays()
         >>> arrays["weight_gk"].shape, arrays["likelihood"]
         ((765, 5), 'nb')
         """
-        out = {name: getattr(self, name) for name in self._plain() if getattr(self, name) is not None}
+        out: dict[str, Any] = {"format": DECODER}
+        out.update({name: getattr(self, name) for name in self._plain() if getattr(self, name) is not None})
         out.update(covariates_to_arrays(self.covariates))  # type: ignore[attr-defined]
         for name in _RAW:
             if getattr(self, name) is not None:
@@ -49,16 +54,28 @@ class FromArrays:
     def from_arrays(cls, arrays: Any) -> Self:
         """The decoder that :meth:`to_arrays` took apart, also after h5ad, zarr or ``.npz``.
 
+        Raises
+        ------
+        ValueError
+            If arrays are missing, or a newer version of the package wrote them.
+
         Examples
         --------
         >>> same = type(decoder).from_arrays(decoder.to_arrays())
         >>> bool((same.weight_gk == decoder.weight_gk).all())
         True
         """
-        missing = sorted({"weight_gk", "intercept_bg", "genes", "batches", "factors"} - set(arrays))
+        if not isinstance(arrays, Mapping):
+            msg = f"`arrays` must be a mapping, as `to_arrays` returns it; got {type(arrays).__name__}."
+            raise TypeError(msg)
+        needed = {"weight_gk", "intercept_bg", "genes", "batches", "factors"}
+        if "covariate_names" in arrays:
+            needed |= {"covariate_levels", "covariate_n_levels"}
+        missing = sorted(needed - set(arrays))
         if missing:
             msg = f"These arrays hold no decoder: {listed(missing)} missing."
             raise ValueError(msg)
+        check_format("The decoder", arrays.get("format"), DECODER)
         values = {name: str(arrays[name]) if name in _TEXT else arrays[name] for name in cls._plain() if name in arrays}
         raw = {name: RawLinear.from_arrays(arrays, f"{name}_") for name in _RAW}
         return cls(**{**values, **raw, "covariates": covariates_from_arrays(arrays)})
@@ -145,6 +162,13 @@ class FromArrays:
     def load(cls, path: str | Path) -> Self:
         """Read a decoder that :meth:`save` wrote. No pickles are loaded.
 
+        Raises
+        ------
+        FileNotFoundError
+            If there is no such file.
+        ValueError
+            If the file is damaged or of another kind.
+
         Examples
         --------
         >>> decoder.save("decoder.npz")
@@ -152,5 +176,22 @@ class FromArrays:
         (765,)
         """
         # numpy leaves a file open that it cannot read.
-        with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return cls.from_arrays({name: arrays[name] for name in arrays.files})
+        with Path(path).open("rb") as file:
+            arrays = _arrays_of(file, path)
+        try:
+            return cls.from_arrays(arrays)
+        except NewerFormatError:
+            raise
+        except (TypeError, ValueError) as error:
+            msg = f"{path}: {error}"
+            raise ValueError(msg) from error
+
+
+def _arrays_of(file: Any, path: str | Path) -> dict[str, np.ndarray]:
+    """Arrays of an ``.npz`` file, or a ValueError; a damaged one raises errors of many classes."""
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except Exception as error:
+        msg = f"{path} is no file that `LinearDecoder.save` wrote, or it is damaged ({type(error).__name__}: {error})."
+        raise ValueError(msg) from error

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
+from ldvae_ext._formats import ABLATION
 from ldvae_ext._validate import check_one_of, check_positive_int, factor_indices, listed
 from ldvae_ext.core._arrays import strings
 from ldvae_ext.core._changes import ablation_changes
@@ -131,7 +132,8 @@ class AblationRequest:
 
     def description(self, plan: AblationPlan, groupby: str | None = None) -> dict[str, Any]:
         """Description of the ablation, for ``uns``."""
-        info: dict[str, Any] = {"mode": self.mode, "scheme": self.scheme, "use_posterior": self.use_posterior}
+        info: dict[str, Any] = {"format": ABLATION, "mode": self.mode, "scheme": self.scheme}
+        info["use_posterior"] = self.use_posterior
         if groupby is not None:
             info["groupby"] = groupby
         if self.scheme == "keep_top":

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from anndata import AnnData
 
+from ldvae_ext._formats import RANKING, check_format
 from ldvae_ext._keys import GROUPS_INFO
 from ldvae_ext._validate import given_names, listed
 from ldvae_ext.core._arrays import strings
-from ldvae_ext.get._export import warn_if_outdated
+from ldvae_ext.get._export import check_is_annotated, warn_if_outdated
 
 
 def ranking_of(adata: AnnData, key: str = GROUPS_INFO) -> Any:
     """``uns`` entry of a ranking of factors, or an error that names the function that writes one."""
+    check_is_annotated(adata)
     if key not in adata.uns:
-        msg = f"No ranking {key!r} in `adata.uns`, which has {listed(adata.uns)}; `tl.rank_factors_groups` writes one."
+        msg = f"No ranking {key!r} in `adata.uns`, which has {listed(adata.uns) or 'nothing'}; `tl.rank_factors_groups` writes one."
         raise KeyError(msg)
-    if "auroc" not in adata.uns[key]:
+    if not isinstance(adata.uns[key], Mapping) or "auroc" not in adata.uns[key]:
         msg = f"`adata.uns[{key!r}]` has no AUROC, so it was not written by `tl.rank_factors_groups`."
         raise KeyError(msg)
     params = adata.uns[key]["params"]
+    check_format(f"`adata.uns[{key!r}]`", params.get("format"), RANKING)
     if "key" in params:
         warn_if_outdated(adata, f"`adata.uns[{key!r}]`", key=str(params["key"]), mark=params.get("export"))
     return adata.uns[key]

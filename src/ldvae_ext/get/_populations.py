@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from anndata import AnnData
 
+from ldvae_ext._formats import POPULATIONS, check_format
 from ldvae_ext._groups import directions_table
 from ldvae_ext._keys import POPULATION_LOADINGS
 from ldvae_ext._validate import check_one_of, factor_indices, given_names, listed
 from ldvae_ext.core._arrays import strings
-from ldvae_ext.get._export import warn_if_outdated
+from ldvae_ext.get._export import check_is_annotated, warn_if_outdated
 
 
 def populations_of(adata: AnnData, key: str = POPULATION_LOADINGS) -> tuple[np.ndarray, Any]:
     """Array (genes x factors x populations) and ``uns`` entry of population loadings, or an error that names their function."""
-    if key not in adata.varm or "groups" not in adata.uns.get(key, {}):
+    check_is_annotated(adata)
+    entry = adata.uns.get(key)
+    if key not in adata.varm or not isinstance(entry, Mapping) or "groups" not in entry:
         msg = f"No population loadings {key!r} in `adata.varm`, which has {listed(adata.varm) or 'nothing'}; `ldvae_ext.tl.population_loadings` writes them."
         raise KeyError(msg)
     info = adata.uns[key]
+    check_format(f"`adata.uns[{key!r}]`", info.get("format"), POPULATIONS)
     warn_if_outdated(adata, f"`adata.varm[{key!r}]`", key=str(info["key"]), mark=info.get("export"))
     return np.asarray(adata.varm[key], dtype=np.float64), info
 

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
+from ldvae_ext._formats import PROGRAMS, check_format
 from ldvae_ext._keys import PROGRAMS_KEY, program_keys
 from ldvae_ext._validate import check_one_of
 from ldvae_ext.core._arrays import strings
@@ -49,6 +50,7 @@ def programs(adata: AnnData, what: What = "scores", *, key: str = PROGRAMS_KEY) 
     if not is_programs(info):
         msg = f"No programs {key!r} in `adata.uns`; `LDVAE.get_programs().export_to_anndata(adata)` writes them."
         raise KeyError(msg)
+    check_format(f"`adata.uns[{key!r}]`", info.get("format"), PROGRAMS)
     names = strings(info["names"])
     if what == "stats":
         values = {name: np.asarray(info[name]) for name in ("usage", "stability", "lowest")}

@@ -8,11 +8,12 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
+from ldvae_ext._formats import CONSENSUS, check_format
 from ldvae_ext._keys import CONSENSUS_KEY, DEFAULT_KEY, consensus_keys
 from ldvae_ext._stats import MEASURES, STABILITY, rank_table, replicates
 from ldvae_ext._validate import listed
-from ldvae_ext.core._arrays import strings
-from ldvae_ext.get._export import check_is_annotated, export_of, factors
+from ldvae_ext.core._arrays import checked, strings
+from ldvae_ext.get._export import check_is_annotated, export_of, factors, parts_of
 
 
 def consensus_info(adata: AnnData, key: str = CONSENSUS_KEY) -> Any:
@@ -20,8 +21,9 @@ def consensus_info(adata: AnnData, key: str = CONSENSUS_KEY) -> Any:
     check_is_annotated(adata)
     info = adata.uns.get(consensus_keys(key).info)
     if info is None or "cosine" not in info:
-        msg = f"No consensus {key!r} in `adata.uns`, which has {listed(adata.uns)}; `fit_ensemble(...).export_to_anndata` writes one."
+        msg = f"No consensus {key!r} in `adata.uns`, which has {listed(adata.uns) or 'nothing'}; `fit_ensemble(...).export_to_anndata` writes one."
         raise KeyError(msg)
+    check_format(f"`adata.uns[{key!r}]`", info.get("format"), CONSENSUS)
     return info
 
 
@@ -109,8 +111,11 @@ def rotation(adata: AnnData, *, key: str = DEFAULT_KEY) -> pd.DataFrame:
     if "rotation" not in info:
         msg = f"The export {key!r} was made on the network's own axes; `LDVAE.rotate` before it rotates them."
         raise KeyError(msg)
-    matrix_kk = np.asarray(info["rotation"]["matrix"])[:, np.asarray(info["order"])] * np.asarray(info["signs"])
-    return pd.DataFrame(matrix_kk, index=strings(info["rotation"]["latents"]), columns=strings(info["names"]))
+    order, signs = parts_of(info, key, "order", "signs")
+    matrix, latents = parts_of(info["rotation"], f"{key}']['rotation", "matrix", "latents")
+    matrix_kk = checked(matrix, (len(order), len(order)), f"adata.uns[{key!r}]['rotation']['matrix']")
+    columns = strings(info["names"])
+    return pd.DataFrame(matrix_kk[:, np.asarray(order)] * np.asarray(signs), index=strings(latents), columns=columns)
 
 
 def factor_ranks(adata: AnnData, *, key: str = DEFAULT_KEY) -> pd.DataFrame:

@@ -13,11 +13,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from ldvae_ext._formats import PLAIN_MODEL, check_format
 from ldvae_ext._scvi import SETUP_ARGS_KEY
 from ldvae_ext._validate import listed
 
 WEIGHTS, DESCRIPTION = "weights.safetensors", "model.json"
-FORMAT = 1
 # Kinds of values in the JSON file other than those that JSON has.
 _ARRAY, _VALUES, _TUPLE, _DICT, _FRAME = "array", "values", "tuple", "dict", "frame"
 _NETWORK, _OF_DESCRIPTION = "network.", "description."
@@ -53,10 +53,24 @@ class PlainModel:
         """
         arrays: dict[str, torch.Tensor] = {}
         parts = {"registry": self.registry, "attributes": self.attributes, "genes": self.genes}
-        description = {"format": FORMAT, **{name: _encoded(value, name, arrays) for name, value in parts.items()}}
+        description = {"format": PLAIN_MODEL, **{name: encoded(value, name, arrays) for name, value in parts.items()}}
         tensors = {f"{_NETWORK}{name}": value.detach().cpu().contiguous() for name, value in self.state.items()}
         (folder / f"{prefix}{DESCRIPTION}").write_text(json.dumps(description, indent=1))
         save_file(tensors | arrays, folder / f"{prefix}{WEIGHTS}")
+
+    @classmethod
+    def of(cls, model: Any) -> PlainModel:
+        """What the two files hold of a model.
+
+        Parameters
+        ----------
+        model
+            The model.
+        """
+        attributes = {name: value for name, value in model._get_user_attributes() if name.endswith("_")}
+        registry = attributes.pop("registry_")
+        genes = np.asarray(model.get_var_names()).astype(str)
+        return cls(registry, attributes, genes, model.module.state_dict())
 
     @classmethod
     def read(cls, folder: Path, prefix: str = "") -> PlainModel:
@@ -82,11 +96,9 @@ class PlainModel:
             raise ValueError(msg)
         try:
             description, tensors = json.loads(paths[0].read_text()), load_file(paths[1])
-            if description["format"] != FORMAT:
-                msg = f"its format is {description['format']!r}, and this version reads {FORMAT}"
-                raise ValueError(msg)
+            check_format(DESCRIPTION, description["format"], PLAIN_MODEL)
             registry, attributes, genes = (
-                _decoded(description[name], tensors) for name in ("registry", "attributes", "genes")
+                decoded(description[name], tensors) for name in ("registry", "attributes", "genes")
             )
             if not (isinstance(registry, dict) and isinstance(attributes, dict) and isinstance(genes, np.ndarray)):
                 msg = "it describes no model"
@@ -101,8 +113,23 @@ class PlainModel:
         return cls(registry, attributes, genes, state)
 
 
-def _encoded(value: Any, where: str, arrays: dict[str, torch.Tensor]) -> Any:
-    """A value as JSON has it; numeric arrays are added to the others."""
+def encoded(value: Any, where: str, arrays: dict[str, torch.Tensor]) -> Any:
+    """A value as JSON has it; numeric arrays are added to the others.
+
+    Parameters
+    ----------
+    value
+        The value.
+    where
+        Its name, for the error.
+    arrays
+        Arrays by the names that stand for them in the JSON value.
+
+    Raises
+    ------
+    CannotBeWritten
+        If it is neither a number, text, an array or table of these, nor a container of such values.
+    """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, np.generic):
@@ -112,35 +139,42 @@ def _encoded(value: Any, where: str, arrays: dict[str, torch.Tensor]) -> Any:
             name = f"{_OF_DESCRIPTION}{len(arrays)}"
             arrays[name] = torch.from_numpy(np.array(value, dtype=value.dtype.newbyteorder("="), order="C"))
             return {_ARRAY: name}
-        return {_VALUES: [_encoded(each, where, arrays) for each in value.tolist()], "kind": value.dtype.kind}
+        return {_VALUES: [encoded(each, where, arrays) for each in value.tolist()], "kind": value.dtype.kind}
     if isinstance(value, (list, tuple)):
-        items = [_encoded(each, where, arrays) for each in value]
+        items = [encoded(each, where, arrays) for each in value]
         return items if isinstance(value, list) else {_TUPLE: items}
     if isinstance(value, dict):
-        items = [
-            [_encoded(key, where, arrays), _encoded(each, f"{where}.{key}", arrays)] for key, each in value.items()
-        ]
+        items = [[encoded(key, where, arrays), encoded(each, f"{where}.{key}", arrays)] for key, each in value.items()]
         return {_DICT: items}
     if isinstance(value, pd.DataFrame):
-        columns = {str(name): _encoded(value[name].to_numpy(), where, arrays) for name in value}
-        return {_FRAME: columns, "index": _encoded(value.index.to_numpy(), where, arrays), "name": value.index.name}
+        columns = {str(name): encoded(value[name].to_numpy(), where, arrays) for name in value}
+        return {_FRAME: columns, "index": encoded(value.index.to_numpy(), where, arrays), "name": value.index.name}
     msg = f"`{where}` is a {type(value).__name__}"
     raise CannotBeWritten(msg)
 
 
-def _decoded(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+def decoded(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """The value that :func:`encoded` wrote.
+
+    Parameters
+    ----------
+    value
+        A JSON value.
+    tensors
+        Arrays by name.
+    """
     if isinstance(value, list):
-        return [_decoded(each, tensors) for each in value]
+        return [decoded(each, tensors) for each in value]
     if not isinstance(value, dict):
         return value
     if _ARRAY in value:
         return tensors[value[_ARRAY]].numpy()
     if _VALUES in value:
-        values = [_decoded(each, tensors) for each in value[_VALUES]]
+        values = [decoded(each, tensors) for each in value[_VALUES]]
         return np.array(values, dtype=object if value["kind"] == "O" else str)
     if _TUPLE in value:
-        return tuple(_decoded(each, tensors) for each in value[_TUPLE])
+        return tuple(decoded(each, tensors) for each in value[_TUPLE])
     if _FRAME in value:
-        index = pd.Index(_decoded(value["index"], tensors), name=value["name"])
-        return pd.DataFrame({name: _decoded(column, tensors) for name, column in value[_FRAME].items()}, index=index)
-    return {_decoded(key, tensors): _decoded(each, tensors) for key, each in value[_DICT]}
+        index = pd.Index(decoded(value["index"], tensors), name=value["name"])
+        return pd.DataFrame({name: decoded(column, tensors) for name, column in value[_FRAME].items()}, index=index)
+    return {decoded(key, tensors): decoded(each, tensors) for key, each in value[_DICT]}

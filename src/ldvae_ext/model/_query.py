@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from copy import deepcopy
+from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -15,6 +16,7 @@ from scvi import REGISTRY_KEYS
 from scvi.model import LinearSCVI
 from scvi.model.base import ArchesMixin
 
+from ldvae_ext._formats import SAVED_MODEL, check_format
 from ldvae_ext._scvi import (
     MODEL_NAME_KEY,
     SETUP_ARGS_KEY,
@@ -26,11 +28,14 @@ from ldvae_ext._scvi import (
 from ldvae_ext._validate import listed, warn
 from ldvae_ext.core.levels import match_levels
 from ldvae_ext.model._base import LDVAEBase
+from ldvae_ext.model._checkpoint import PICKLE, damage_named
+from ldvae_ext.model._counts import check_given_anndata
 from ldvae_ext.model._datamodule import start_of
 from ldvae_ext.model._linear_scvi import as_linear_scvi_meant, is_of_linear_scvi, saved_arguments
 from ldvae_ext.model._registry import covariates_of, level_names, state_of
 from ldvae_ext.module._query import Freezing, Levels, QueryTrainingPlan, freeze, take_over
 
+FORMAT_ATTRIBUTE = "saved_format_"
 # Results of the reference's training, which do not apply to the query.
 _OF_TRAINING = (
     "registry_",
@@ -44,6 +49,7 @@ _OF_TRAINING = (
     "run_id_",
     "run_name_",
     "query_",
+    FORMAT_ATTRIBUTE,
 )
 
 
@@ -242,6 +248,7 @@ class QueryMixin(LDVAEBase):
         >>> query.n_vars  # genes that it lacked are all zero
         765
         """
+        check_given_anndata(adata)
         if isinstance(reference_model, os.PathLike):
             reference_model = os.fspath(reference_model)
         return ArchesMixin.prepare_query_anndata(adata, reference_model, return_reference_var_names, inplace)
@@ -260,7 +267,9 @@ def freeze_reference(model: LDVAEBase) -> None:
 def _reference(cls: type, model: Any) -> _Reference:
     """The reference, of an instance or a directory."""
     if isinstance(model, (str, os.PathLike)):
-        attributes, genes, state, _ = load_saved_files(os.fspath(model), load_adata=False, map_location="cpu")
+        with damage_named(Path(model) / PICKLE):
+            attributes, genes, state, _ = load_saved_files(os.fspath(model), load_adata=False, map_location="cpu")
+        check_format(os.fspath(model), attributes.get(FORMAT_ATTRIBUTE), SAVED_MODEL)
         name = attributes["registry_"].get(MODEL_NAME_KEY)
         if name not in (None, cls.__name__, "LDVAE", LinearSCVI.__name__):
             msg = f"`reference_model` must be an LDVAE or a LinearSCVI; {os.fspath(model)!r} is a {name}."
@@ -285,9 +294,7 @@ def _levels(registry: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 def _set_up(cls: Any, adata: AnnData, reference: _Reference, *, subset: bool, new_batches: bool) -> None:
     """Set the query up as the reference was, new levels behind the reference's."""
-    if not isinstance(adata, AnnData):
-        msg = f"`adata` must be an AnnData; got {type(adata).__name__}."
-        raise TypeError(msg)
+    check_given_anndata(adata)
     arguments = reference.registry.get(SETUP_ARGS_KEY)
     if arguments is None or reference.registry.get(SETUP_METHOD_NAME, "setup_anndata") != "setup_anndata":
         msg = "`reference_model` was not set up with an AnnData; give `registry` or `datamodule` instead of `adata`."

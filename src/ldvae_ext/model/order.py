@@ -16,6 +16,7 @@ from scvi import REGISTRY_KEYS
 from scvi.model.base import BaseModelClass
 
 import ldvae_ext
+from ldvae_ext._formats import EXPORT
 from ldvae_ext._keys import ORDERED_KEY, ExportKeys, export_keys
 from ldvae_ext._validate import listed
 from ldvae_ext.core import kl_per_dimension
@@ -76,7 +77,7 @@ def order_latents(
     * ``obsm["X_ordered_latent"]``: posterior means, cells x latents, float32 (softmax of the means of u for
       ``latent_distribution="ln"``, z = softmax(u));
     * ``obsm["X_ordered_latent_var"]``: posterior variances, same order, float32 (of u under ``"ln"``);
-    * ``uns["ordered_latent"]``: ``names`` and ``order`` of the latents, ``statistics`` (``kl``, ``kl_share``,
+    * ``uns["ordered_latent"]``: ``format`` (2), ``names`` and ``order`` of the latents, ``statistics`` (``kl``, ``kl_share``,
       ``active_unit``; of u under ``"ln"``), ``model_class`` (its name), ``latent_distribution``, ``n_cells``, ``versions``.
 
     The KL is from the standard normal, whatever the model's prior is. SCVI, TOTALVI, PEAKVI, MULTIVI and LinearSCVI
@@ -121,6 +122,7 @@ def order_latents(
     target.obsm[keys.latent] = latent_nk[:, order].astype(np.float32)
     target.obsm[keys.variance] = variance_nk[:, order].astype(np.float32)
     target.uns[keys.info] = {
+        "format": EXPORT,
         "names": names,
         "order": order,
         "statistics": statistics,

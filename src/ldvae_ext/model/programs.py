@@ -13,6 +13,7 @@ import scvi
 from anndata import AnnData
 from scipy.special import softmax
 
+from ldvae_ext._formats import PROGRAMS
 from ldvae_ext._groups import codes_at
 from ldvae_ext._keys import PROGRAMS_KEY, program_keys
 from ldvae_ext._validate import cell_positions, check_positive_int, listed, warn
@@ -26,6 +27,7 @@ from ldvae_ext.core.scores import SlopeSums
 from ldvae_ext.model._axes import factor_decoder, network_decoder
 from ldvae_ext.model._base import LDVAEBase
 from ldvae_ext.model._cells import stream_cells, with_positions
+from ldvae_ext.model._counts import check_given_anndata
 from ldvae_ext.model._requests import groups_of_cells
 from ldvae_ext.model._threads import with_torch_threads
 
@@ -125,7 +127,7 @@ class Programs:
         * ``varm["ldvae_programs"]``: profiles, genes x programs, float32;
         * ``varm["ldvae_programs_scores"]`` and ``varm["ldvae_programs_scores_error"]``: gene scores and their standard errors, float32;
         * ``obs["ldvae_programs_residual"]``: residual of each cell;
-        * ``uns["ldvae_programs"]``: ``names``, ``usage``, ``stability``, ``lowest``, ``explained``, ``compared``, ``relations``
+        * ``uns["ldvae_programs"]``: ``format`` (2), ``names``, ``usage``, ``stability``, ``lowest``, ``explained``, ``compared``, ``relations``
           and ``curve``, column by column.
 
         Examples
@@ -134,6 +136,7 @@ class Programs:
         >>> adata.obsm["X_ldvae_programs"].shape
         (700, 5)
         """
+        check_given_anndata(adata)
         keys = program_keys(PROGRAMS_KEY if key_added is None else key_added)
         taken = [name for name in (keys.usages,) if name in adata.obsm]
         taken += [name for name in (keys.profiles, keys.scores, keys.errors) if name in adata.varm]
@@ -151,6 +154,7 @@ class Programs:
         adata.obsm[keys.usages] = at_positions(self.usages.to_numpy(), cell_n, adata.n_obs)
         adata.obs[keys.residual] = at_positions(self.residual.to_numpy(), cell_n, adata.n_obs)
         adata.uns[keys.info] = {
+            "format": PROGRAMS,
             "names": np.array(self.names),
             **{name: self.stats[name].to_numpy() for name in ("usage", "stability", "lowest")},
             "explained": self.explained,
@@ -205,7 +209,9 @@ def additive_programs(
         model._check_has_counts("get_programs")
     positions = cell_positions(indices, source.n_obs)
     if len(positions) < 2 * max(candidates):
-        msg = f"{max(candidates)} programs need at least {2 * max(candidates)} cells; got {len(positions)}."
+        msg = (
+            f"`n_programs`: {max(candidates)} programs need at least {2 * max(candidates)} cells; got {len(positions)}."
+        )
         raise ValueError(msg)
     seed = (0 if scvi.settings.seed is None else scvi.settings.seed) if seed is None else seed
     rng, some = np.random.default_rng(seed), positions
@@ -247,7 +253,11 @@ def additive_programs(
 def _candidates(n_programs: int | Sequence[int] | None, n_latent: int) -> list[int]:
     if n_programs is None:
         return np.unique(np.linspace(2, max(3, n_latent + 2), _N_CANDIDATES).astype(int)).tolist()
-    wanted = list(n_programs) if isinstance(n_programs, (Sequence, np.ndarray, range)) else [n_programs]
+    wanted = (
+        list(n_programs)
+        if isinstance(n_programs, (Sequence, np.ndarray, range)) and not isinstance(n_programs, str)
+        else [n_programs]
+    )
     for n in wanted:
         check_positive_int("n_programs", n, least=2)
     if not wanted:

@@ -11,6 +11,7 @@ import pandas as pd
 from anndata import AnnData
 from scipy.stats import rankdata
 
+from ldvae_ext._formats import RANKING
 from ldvae_ext._groups import groups_of
 from ldvae_ext._keys import DEFAULT_KEY, GROUPS_INFO
 from ldvae_ext._validate import check_one_of, given_names, listed
@@ -153,7 +154,7 @@ def rank_factors_groups(
             if field in tables[0]
         },
         "factors": factors,
-        "params": {**params, "use_raw": False, "key": key, "export": export_mark(info)},
+        "params": {"format": RANKING, **params, "use_raw": False, "key": key, "export": export_mark(info)},
     }
     return adata if copy else None
 
