@@ -22,6 +22,16 @@ def _prefix() -> str:
     return f".ldvae-ext-{_host()}-{os.getpid()}-"
 
 
+def check_place(path: Path) -> None:
+    """Raise unless a file can stand at a path: its folder is there, and the path is no folder."""
+    if path.is_dir():
+        msg = f"{path} is a folder."
+        raise IsADirectoryError(msg)
+    if not path.absolute().parent.is_dir():
+        msg = f"There is no folder {path.absolute().parent} to write {path.name} to."
+        raise FileNotFoundError(msg)
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary file that takes the place of a file when it is complete.
@@ -34,9 +44,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         Path of the file.
     """
     path = Path(path)
-    if path.is_dir():
-        msg = f"{path} is a folder."
-        raise IsADirectoryError(msg)
+    check_place(path)
     remove_leftovers(path.absolute().parent)
     handle, name = tempfile.mkstemp(prefix=_prefix(), suffix=path.suffix, dir=path.absolute().parent)
     os.close(handle)
@@ -63,6 +71,25 @@ def temporary_folder(parent: Path) -> Path:
     """
     remove_leftovers(parent)
     return Path(tempfile.mkdtemp(prefix=_prefix(), dir=parent))
+
+
+@contextmanager
+def completing(folder: Path) -> Iterator[Path]:
+    """A temporary folder that is renamed when it is complete.
+
+    Parameters
+    ----------
+    folder
+        The folder that it becomes, which is not there yet.
+    """
+    work = temporary_folder(folder.parent)
+    try:
+        yield work
+        # Temporary folders are for the user alone.
+        work.chmod(0o777 & ~_umask())
+        work.rename(folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -33,8 +33,8 @@ from scvi.data._utils import _validate_adata_dataloader_input as check_adata_or_
 from scvi.data._utils import registry_key_to_default_dtype
 from scvi.data.fields import CategoricalJointObsField
 
-# Default number of epochs, device of a training, and whether cells are divided among processes.
-from scvi.model._utils import get_max_epochs_heuristic, parse_device_args, use_distributed_sampler
+# Default number of epochs, and device of a training.
+from scvi.model._utils import get_max_epochs_heuristic, parse_device_args
 
 # A saved model without its data, which a query is mapped onto.
 from scvi.model.base._save_load import _load_saved_files as load_saved_files
@@ -58,14 +58,15 @@ __all__ = [
     "StableCategoriesField",
     "adata_minify_type",
     "check_adata_or_dataloader",
+    "checks_of",
     "get_max_epochs_heuristic",
     "load_saved_files",
     "merge_kwargs",
     "parse_device_args",
     "registry_key_to_default_dtype",
+    "set_checks_of",
     "splitting_cells_by",
     "untested_releases",
-    "use_distributed_sampler",
 ]
 
 # Releases that the tests run on: from the first, below the second. `backend="auto"` is "scvi" on others, since a patch
@@ -167,3 +168,28 @@ def splitting_cells_by(model: Any, splitter: type | None) -> Iterator[None]:
     finally:
         if is_set:
             del model._data_splitter_cls
+
+
+def checks_of(stopping: Any) -> int | None:
+    """Number of checks of scvi-tools' early stopping, by which it ends its warm-up; checkpoints of Lightning do not have it.
+
+    Parameters
+    ----------
+    stopping
+        The callback, or None.
+    """
+    return getattr(stopping, "_current_step", None)
+
+
+def set_checks_of(stopping: Any, n_checks: int | None) -> None:
+    """Restore :func:`checks_of`.
+
+    Parameters
+    ----------
+    stopping
+        The callback, or None.
+    n_checks
+        What :func:`checks_of` returned.
+    """
+    if n_checks is not None:
+        stopping._current_step = n_checks

@@ -166,6 +166,7 @@ PLAIN_DDP = """
         assert np.isfinite(model.get_loadings().to_numpy()).all()
         assert not np.allclose(before, model.get_loadings())
         assert model.trainer.world_size == 2
+        assert model.trainer.lightning_module.backend_name == "numba"
         # A file for each process: what two of them print at once can get mixed.
         (Path(sys.argv[1]) / f"rank{model.trainer.global_rank}").touch()
 """

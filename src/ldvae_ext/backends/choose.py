@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ldvae_ext._scvi import untested_releases, use_distributed_sampler
+from ldvae_ext._scvi import untested_releases
 from ldvae_ext._validate import check_one_of, warn
 from ldvae_ext.backends.base import Backend
 from ldvae_ext.backends.folded_encoders import FoldedEncoders
@@ -83,7 +83,6 @@ def choose_for_training(
     precision = trainer_kwargs.get("precision")
     obstacles = {
         "`compile=True`": bool(plan_kwargs.get("compile")),
-        "a distributed strategy": use_distributed_sampler(trainer_kwargs.get("strategy")),
         f"`precision={precision!r}` or plugins": precision not in (None, 32, "32", "32-true")
         or bool(trainer_kwargs.get("plugins")),
         # Another plan may need distributions, or latents with a graph, which backends do not give.

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import copy, deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from anndata import AnnData
 
+from ldvae_ext._formats import CONSENSUS as CONSENSUS_FORMAT
 from ldvae_ext._keys import CONSENSUS_KEY, consensus_keys
 from ldvae_ext._stats import STABILITY, replicates
 from ldvae_ext._validate import check_positive_int, listed
 from ldvae_ext.core._arrays import at_positions
 from ldvae_ext.core.matching import STABLE, UNSTABLE, Consensus, flags, procrustes
 from ldvae_ext.core.rotation import CONSENSUS, Rotation
+from ldvae_ext.model._counts import check_given_anndata
+from ldvae_ext.model._ensemble_files import load_ensemble, save_ensemble
 from ldvae_ext.model._ldvae import LDVAE
 from ldvae_ext.model.programs import Programs, additive_programs
 from ldvae_ext.model.replication import N_TOP, agreement, readouts, sets_of
@@ -184,6 +188,67 @@ class Ensemble:
             f"{counts}{replicated}"
         )
 
+    def save(self, dir_path: str | Path, *, overwrite: bool = False) -> None:
+        """Save the ensemble with its runs, without the cells, in files that hold no code.
+
+        Parameters
+        ----------
+        dir_path
+            Folder, new or empty. An error or the end of the process leaves an ensemble that was there as it was.
+        overwrite
+            True to replace an ensemble in it.
+
+        Raises
+        ------
+        ValueError
+            If the folder has other files, or an ensemble that is not to be replaced.
+
+        Examples
+        --------
+        >>> models.save("ensemble")
+        >>> ldvae_ext.model.Ensemble.load("ensemble", adata).names
+        ['C_0', 'C_1', 'C_2', 'C_3', 'C_4']
+        """
+        runs = dict(zip(self.seeds, self.models, strict=True))
+        save_ensemble(Path(dir_path), runs, self._results(), overwrite=overwrite)
+
+    @classmethod
+    def load(cls, dir_path: str | Path, adata: AnnData | None = None) -> Ensemble:
+        """Open an ensemble that :meth:`save` or ``fit_ensemble(folder=...)`` wrote. No pickle is read.
+
+        Parameters
+        ----------
+        dir_path
+            The folder.
+        adata
+            Cells of the runs, which are set up as at the fit. If None, the runs have no cells; the consensus needs none.
+
+        Raises
+        ------
+        ValueError
+            If the folder has no complete ensemble, or one of a newer version, or ``adata`` has other genes.
+
+        Examples
+        --------
+        >>> models.save("ensemble")
+        >>> ldvae_ext.model.Ensemble.load("ensemble").stats.equals(models.stats)
+        True
+        """
+        runs, results = load_ensemble(Path(dir_path), adata)
+        try:
+            results["consensus"] = Consensus(*(results["consensus"][name] for name in Consensus._fields))
+            seeds = results["seeds"]
+            results["agreement"] = pd.DataFrame(results["agreement"], index=seeds, columns=seeds)
+            return cls(runs, **results)
+        except (KeyError, TypeError, ValueError) as error:
+            msg = f"{dir_path} holds no ensemble that can be read: {error}."
+            raise ValueError(msg) from error
+
+    def _results(self) -> dict[str, Any]:
+        """All but the runs, as plain values."""
+        own = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "models"}
+        return own | {"consensus": self.consensus._asdict(), "agreement": self.agreement.to_numpy()}
+
     def representative(self) -> LDVAE:
         """The run that is nearest to the consensus, rotated so that its factors ``F_k`` are as near to ``C_k`` as they can be.
 
@@ -265,7 +330,7 @@ class Ensemble:
 
         * ``varm["ldvae_consensus"]``: consensus loadings, genes x factors, float32;
         * ``varm["ldvae_consensus_spread"]``: their standard deviation over runs, float32;
-        * ``uns["ldvae_consensus"]``: ``names``, ``statistics`` (``reproducibility``, ``lowest``, ``kl``, with ``resample="halves"`` the
+        * ``uns["ldvae_consensus"]``: ``format`` (2), ``names``, ``statistics`` (``reproducibility``, ``lowest``, ``kl``, with ``resample="halves"`` the
           columns of :attr:`replication`), ``flag``, ``cosine`` (runs x
           factors), ``agreement`` (runs x runs), ``seeds``, ``cells_of_run``, ``resample`` (``"none"``, ``"halves"`` or
           ``"bootstrap"``), ``thresholds``, ``n_failed``.
@@ -278,6 +343,7 @@ class Ensemble:
         >>> ldvae_ext.get.stability(adata).index.tolist()
         ['C_0', 'C_1', 'C_2', 'C_3', 'C_4']
         """
+        check_given_anndata(adata)
         keys = consensus_keys(CONSENSUS_KEY if key_added is None else key_added)
         info = adata.uns.get(keys.info)
         is_consensus = isinstance(info, Mapping) and "cosine" in info
@@ -294,6 +360,7 @@ class Ensemble:
             adata.varm[key] = at_positions(value_gk, position, adata.n_vars)
         stats = self.stats
         adata.uns[keys.info] = {
+            "format": CONSENSUS_FORMAT,
             "names": np.array(self.names),
             "statistics": {name: stats[name].to_numpy() for name in STABILITY if name in stats},
             "flag": stats["flag"].to_numpy().astype(np.str_),

@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import multiprocessing
 import sys
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Any, cast
 
 import joblib
@@ -34,6 +36,8 @@ _START = 10.0
 _NOT_SENT = ("registry_", "init_params_")
 # Arguments of a training with objects of the caller, which would collect what they collect in another process.
 STAY_HERE = ("callbacks", "logger", "loggers", "profiler", "plugins", "strategy", "trainer_config")
+
+_one_at_a_time = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,9 @@ def n_processes(
     return n_jobs if beside + _START < n_runs * of_run else 1
 
 
-def train_in_processes(adata: AnnData, n_runs: int, plan: RunPlan, n_jobs: int) -> Iterator[tuple[int, LDVAE | str]]:
+def train_in_processes(
+    adata: AnnData, runs: Sequence[int], plan: RunPlan, n_jobs: int
+) -> Iterator[tuple[int, LDVAE | str]]:
     """Trained models, or why their training failed, in the order in which they end, with the number of the run.
 
     joblib writes the counts to files, which all processes map into their memory.
@@ -120,26 +126,21 @@ def train_in_processes(adata: AnnData, n_runs: int, plan: RunPlan, n_jobs: int) 
     ----------
     adata
         Registered cells, in memory.
-    n_runs, plan
-        The runs.
+    runs, plan
+        Numbers of the runs, and what they have in common.
     n_jobs
         Number of processes.
     """
-    with seeded(plan.seed):
-        # Raised here, before any process starts: an option that the model does not have.
-        registry = plan.model(adata).registry
-    sent = _counts_and_columns(adata, registry[SETUP_ARGS_KEY])
+    registry, sent = _sent(adata, plan)
     settings = _Settings.now(max(1, min(torch.get_num_threads(), joblib.cpu_count() // n_jobs)))
     work = joblib.delayed(_train)
     parallel = joblib.Parallel(n_jobs, return_as="generator_unordered", mmap_mode="r", backend="loky")
-    results = parallel(work(sent, registry, plan, m, settings) for m in range(n_runs))
-    missing = set(range(n_runs))
+    results = parallel(work(sent, registry, plan, m, settings) for m in runs)
+    missing = set(runs)
     try:
         for m, outcome in results:
-            if isinstance(outcome, TypeError):
-                raise outcome
             missing.discard(m)
-            yield m, _restored(adata, plan, outcome) if isinstance(outcome, _Result) else outcome
+            yield m, _restored(adata, plan, outcome)
     except BrokenProcessPool:
         warn(
             f"A process was ended from outside, perhaps for lack of memory. {len(missing)} runs are trained in this process."
@@ -153,6 +154,49 @@ def train_in_processes(adata: AnnData, n_runs: int, plan: RunPlan, n_jobs: int) 
             results.close()
         # Idle processes would keep a gigabyte each.
         get_reusable_executor().shutdown(wait=False, kill_workers=True)
+
+
+def train_by_client(
+    adata: AnnData, runs: Sequence[int], plan: RunPlan, client: Any
+) -> Iterator[tuple[int, LDVAE | str]]:
+    """As :func:`train_in_processes`, in processes that are there already.
+
+    Parameters
+    ----------
+    adata, runs, plan
+        As in :func:`train_in_processes`.
+    client
+        A client of dask, or an executor of Python.
+    """
+    registry, sent = _sent(adata, plan)
+    settings = _Settings.now(torch.get_num_threads())
+    is_dask = hasattr(client, "scatter")
+    # Each worker gets the counts once, and the others have them if one is killed. Two calls are never one.
+    data, options = (client.scatter(sent, broadcast=True), {"pure": False}) if is_dask else (sent, {})
+    done: SimpleQueue[tuple[int, Any]] = SimpleQueue()
+    futures = []
+    try:
+        for m in runs:
+            futures.append(client.submit(_train, data, registry, plan, m, settings, **options))
+            futures[-1].add_done_callback(lambda future, m=m: done.put((m, future)))
+        for _ in runs:
+            m, future = done.get()
+            try:
+                outcome = future.result()[1]
+            except Exception as error:  # noqa: BLE001 - a process that was killed, or arguments that cannot be sent
+                outcome = f"{type(error).__name__}: {error}"
+            yield m, _restored(adata, plan, outcome)
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+def _sent(adata: AnnData, plan: RunPlan) -> tuple[dict[str, Any], AnnData]:
+    """What other processes set up, and on what."""
+    with seeded(plan.seed):
+        # Raised here, before any process starts: an option that the model does not have.
+        registry = plan.model(adata).registry
+    return registry, _counts_and_columns(adata, registry[SETUP_ARGS_KEY])
 
 
 def _counts_and_columns(adata: AnnData, arguments: dict[str, Any]) -> AnnData:
@@ -171,8 +215,14 @@ def _train(
     adata: AnnData, registry: dict[str, Any], plan: RunPlan, m: int, settings: _Settings
 ) -> tuple[int, _Result | str | TypeError]:
     """Train a run in this process."""
+    # A worker of dask may run several tasks in its threads, and random states and settings are of the process.
     # scvi-tools prints why a training stopped, into the progress bar of the first process.
-    with settings.in_force(), redirect_stdout(io.StringIO()), warnings.catch_warnings(record=True) as caught:
+    with (
+        _one_at_a_time,
+        settings.in_force(),
+        redirect_stdout(io.StringIO()),
+        warnings.catch_warnings(record=True) as caught,
+    ):
         warnings.simplefilter("ignore")
         LDVAE.setup_anndata(adata, source_registry=registry, **registry[SETUP_ARGS_KEY])
         warnings.simplefilter("always")
@@ -191,15 +241,22 @@ def _train(
     return m, _Result(weights, attributes, str(model.device), warned)
 
 
-def _restored(adata: AnnData, plan: RunPlan, result: _Result) -> LDVAE | str:
-    """The model of a run on the data of this process; the text of a warning that the caller's filters make an error."""
+def _restored(adata: AnnData, plan: RunPlan, result: _Result | str | TypeError) -> LDVAE | str:
+    """The model of a run on the data of this process, or why there is none.
+
+    That can be a warning that the caller's filters make an error. A TypeError, which fails all runs alike, is raised.
+    """
+    if isinstance(result, TypeError):
+        raise result
+    if isinstance(result, str):
+        return result
     for text, category, filename, line, module in result.warned:
         try:
             warnings.warn_explicit(text, category, filename, line, module)
         except Warning as error:
             return f"{type(error).__name__}: {error}"
-    # The drawn parameters are replaced at once.
-    with seeded(plan.seed):
+    # The drawn parameters are replaced at once. A thread of this process may be training.
+    with _one_at_a_time, seeded(plan.seed):
         model = plan.model(adata)
     # Arrays that came through a mapped file cannot be written to.
     model.module.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in result.weights.items()})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -14,12 +15,13 @@ from scvi.utils import track
 from ldvae_ext._validate import check_one_of, check_positive_int, listed, warn
 from ldvae_ext.core import kl_per_dimension
 from ldvae_ext.core.matching import consensus_of, cosines, match_columns
+from ldvae_ext.model._arguments import check_mapping, penalties
 from ldvae_ext.model._axes import factor_stream
 from ldvae_ext.model._ensemble import Ensemble
+from ldvae_ext.model._ensemble_files import RunFolder
 from ldvae_ext.model._ldvae import LDVAE
-from ldvae_ext.model._processes import STAY_HERE, n_processes, train_in_processes
+from ldvae_ext.model._processes import STAY_HERE, n_processes, train_by_client, train_in_processes
 from ldvae_ext.model._runs import RunPlan
-from ldvae_ext.model._training import penalties
 from ldvae_ext.model.replication import factor_replication
 
 RESAMPLES = ("halves", "bootstrap")
@@ -40,6 +42,8 @@ def fit_ensemble(
     model_kwargs: dict[str, Any] | None = None,
     train_kwargs: dict[str, Any] | None = None,
     n_jobs: int | None = None,
+    client: Any = None,
+    folder: str | Path | None = None,
     silent: bool = False,
 ) -> Ensemble:
     """Train the same model several times, and find out which factors come back.
@@ -81,6 +85,13 @@ def fit_ensemble(
         each processor, as long as there are runs for it, if the network is trained on a CPU, the trainings are long enough
         to be worth the start of processes, and ``train_kwargs`` have no callbacks, loggers or other objects that would stay
         in the other processes.
+    client
+        A ``dask.distributed.Client``, or a ``concurrent.futures.Executor`` such as a ``ProcessPoolExecutor``, whose processes train
+        the runs, with the same results but for rounding. They need the package, and what ``train_kwargs`` hold. Each run takes
+        ``torch.get_num_threads()`` threads, and a process trains one run at a time.
+    folder
+        Folder for the runs, each of which is written when it is done, without a pickle. If the process was killed, the same call
+        trains the runs that are missing; a larger ``n_runs`` adds runs. :meth:`Ensemble.load` opens the complete ensemble.
     silent
         True to hide the progress bar, which counts runs.
 
@@ -92,7 +103,8 @@ def fit_ensemble(
     Raises
     ------
     ValueError
-        If an option is unknown or decided by the ensemble, or the latent is logistic-normal, which has no other axes.
+        If an option is unknown or decided by the ensemble, the latent is logistic-normal, which has no other axes, or ``folder`` has
+        runs with other arguments or data.
     RuntimeError
         If fewer than two runs, or none on one of the halves, succeeded.
 
@@ -110,11 +122,21 @@ def fit_ensemble(
     check_positive_int("n_latent", n_latent)
     if n_jobs is not None:
         check_positive_int("n_jobs", n_jobs)
+    if client is not None and not callable(getattr(client, "submit", None)):
+        msg = f"`client` must be a client of dask or an executor, with a method `submit`; got {type(client).__name__}."
+        raise TypeError(msg)
+    if client is not None and n_jobs is not None:
+        msg = f"Give either `client` or `n_jobs` ({n_jobs}): the processes of a client are there already."
+        raise ValueError(msg)
     if n_runs < 2:
         msg = f"`n_runs` must be at least 2, since runs are compared; got {n_runs}."
         raise ValueError(msg)
     if resample is not None:
         check_one_of("resample", resample, RESAMPLES)
+    check_mapping("model_kwargs", model_kwargs)
+    check_mapping("train_kwargs", train_kwargs)
+    if max_epochs is not None:
+        check_positive_int("max_epochs", max_epochs)
     model_kwargs, train_kwargs = dict(model_kwargs or {}), dict(train_kwargs or {})
     if model_kwargs.get("latent_distribution") == "ln":
         msg = "`latent_distribution='ln'` cannot be rotated, and unrotated runs are not comparable."
@@ -126,6 +148,9 @@ def fit_ensemble(
     decided = [name for name in train_kwargs if name in _DECIDED or (name == "train_size" and resample is not None)]
     if decided:
         msg = f"`train_kwargs`: {listed(decided)}: the ensemble decides which cells a run is trained on."
+        raise ValueError(msg)
+    if train_kwargs.get("resume") is not None:
+        msg = "`train_kwargs`: 'resume' would be one checkpoint for all runs; `fit_ensemble(folder=...)` keeps the runs that are done."
         raise ValueError(msg)
     if train_kwargs.get("decoder_penalty") is not None:
         penalties(train_kwargs["decoder_penalty"])
@@ -147,24 +172,20 @@ def fit_ensemble(
         model_kwargs=model_kwargs,
         train_kwargs={"kl_warmup": "auto", "enable_progress_bar": False, **train_kwargs},
     )
-    if n_jobs is None:
-        stays = any(train_kwargs.get(name) for name in STAY_HERE)
-        n_jobs = 1 if stays else n_processes(adata, n_runs, max_epochs, **train_kwargs)
-    if n_jobs == 1:
-        outcomes: Iterable[tuple[int, LDVAE | str]] = ((m, plan.train(adata, m)) for m in range(n_runs))
-    else:
-        if adata.isbacked:
-            msg = f"`n_jobs={n_jobs}` needs counts in memory, and `adata` reads them from a file; use `n_jobs=1` or `adata.to_memory()`."
-            raise ValueError(msg)
-        outcomes = train_in_processes(adata, n_runs, plan, n_jobs)
-    trained, failures = {}, {}
+    store = None if folder is None else RunFolder(Path(folder), plan, adata)
+    trained = {} if store is None else store.done(n_runs)
+    missing = [m for m in range(n_runs) if m not in trained]
+    outcomes = _trained(adata, missing, plan, n_jobs, client)
+    failures: dict[int, str] = {}
     try:
-        for m, outcome in track(outcomes, description="Training runs", disable=silent, total=n_runs):
+        for m, outcome in track(outcomes, description="Training runs", disable=silent, total=len(missing)):
             if isinstance(outcome, str):
                 failures[seed + m] = outcome
                 warn(f"The run with seed {seed + m} failed and is left out ({outcome}).")
             else:
                 trained[m] = outcome
+                if store is not None:
+                    store.keep(m, outcome)
     except KeyboardInterrupt:
         if len({plan.kind(adata.n_obs, m) for m in trained}) < 2:
             raise
@@ -177,7 +198,28 @@ def fit_ensemble(
             f"{len(models)} of {n_runs} runs succeeded, which cannot be compared. Errors: {listed(failures.values())}."
         )
         raise RuntimeError(msg)
-    return _ensemble(models, seeds, kinds, resample, failures)
+    ensemble = _ensemble(models, seeds, kinds, resample, failures)
+    if store is not None:
+        store.keep_results(seeds, ensemble._results())
+    return ensemble
+
+
+def _trained(
+    adata: AnnData, runs: list[int], plan: RunPlan, n_jobs: int | None, client: Any
+) -> Iterable[tuple[int, LDVAE | str]]:
+    """Runs by number, here or in other processes, in the order in which they end."""
+    if n_jobs is None and client is None:
+        stays = any(plan.train_kwargs.get(name) for name in STAY_HERE)
+        n_jobs = 1 if stays else n_processes(adata, len(runs), plan.max_epochs, **plan.train_kwargs)
+    if n_jobs == 1 or not runs:
+        return ((m, plan.train(adata, m)) for m in runs)
+    if adata.isbacked:
+        given, instead = ("client", "no client") if n_jobs is None else (f"n_jobs={n_jobs}", "`n_jobs=1`")
+        msg = f"`{given}` needs counts in memory, and `adata` reads them from a file; use {instead} or `adata.to_memory()`."
+        raise ValueError(msg)
+    if n_jobs is None:
+        return train_by_client(adata, runs, plan, client)
+    return train_in_processes(adata, runs, plan, n_jobs)
 
 
 def _ensemble(
