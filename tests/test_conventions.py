@@ -21,25 +21,27 @@ FILES = sorted(SRC.rglob("*.py"))
 # A layer and the layers that it may import.
 ALLOWED = {
     "kernels": {"kernels"},
-    "core": {"core", "kernels", "_files", "_validate"},
+    "core": {"core", "kernels", "_files", "_formats", "_validate"},
     "backends": {"backends", "core", "kernels", "_scvi", "_steps", "_validate"},
     "module": {"backends", "core", "module", "_scvi", "_validate"},
     "model": {
-        "backends", "core", "kernels", "module", "model", "_docs", "_files", "_folder", "_groups", "_keys", "_scvi", "_stats", "_validate", "_writing",
+        "backends", "core", "kernels", "module", "model", "_docs", "_files", "_folder", "_groups", "_keys", "_scvi", "_row_store", "_stats", "_steps", "_formats", "_validate", "_writing",
     },
-    "get": {"core", "get", "_validate", "_keys", "_groups", "_stats"},
-    "tl": {"core", "get", "tl", "_docs", "_validate", "_keys", "_groups", "_writing"},
+    "get": {"core", "get", "_formats", "_validate", "_keys", "_groups", "_stats"},
+    "tl": {"core", "get", "tl", "_docs", "_formats", "_validate", "_keys", "_groups", "_row_store", "_writing"},
     "pl": {"core", "get", "pl", "_groups", "_validate", "_keys"},
     "datasets": {"core", "_validate", "_keys"},
     "_docs": set(),
-    "_folder": {"_files"},
+    "_folder": {"_files", "_formats"},
     "_groups": {"_validate", "_keys"},
+    "_row_store": {"_files"},
     "_scvi": set(),
     "_steps": set(),
     "_stats": set(),
     "_keys": set(),
-    "_writing": {"core", "_validate", "_keys"},
+    "_writing": {"core", "_formats", "_validate", "_keys"},
     "_files": set(),
+    "_formats": set(),
     "_validate": set(),
 }  # fmt: skip
 # A layer and the libraries that may not be there, not even inside a function.

@@ -69,6 +69,13 @@ def marked_populations(latent_nk: np.ndarray, groups: Sequence[str], code_n: np.
     return marks
 
 
+def check_gene_sets(gene_sets: object) -> None:
+    """Raise unless these are gene sets by name, or None."""
+    if gene_sets is not None and not isinstance(gene_sets, Mapping):
+        msg = f"`gene_sets` must be a mapping from names to genes, or the path of a GMT file; got {type(gene_sets).__name__}."
+        raise TypeError(msg)
+
+
 def best_gene_sets(score_gk: pd.DataFrame, gene_sets: Mapping[str, Sequence[str]] | None) -> dict[str, GeneSet]:
     """The gene set whose genes have the largest scores in each factor.
 
@@ -106,7 +113,12 @@ def read_gmt(path: Path) -> dict[str, list[str]]:
         If a line has no genes, or the file has no line.
     """
     sets = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        msg = f"{path} is no file of gene sets: it is not text in UTF-8."
+        raise ValueError(msg) from error
+    for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue
         name, *rest = line.rstrip("\n").split("\t")

@@ -10,8 +10,18 @@ import pandas as pd
 from anndata import AnnData
 
 from ldvae_ext._keys import ABLATION_INFO
-from ldvae_ext._row_store import table_of
 from ldvae_ext._validate import check_column, listed
+
+
+def table_of(frame: Any) -> pd.DataFrame:
+    """A table of an AnnData, read from disk where the AnnData is read lazily.
+
+    Parameters
+    ----------
+    frame
+        ``obs`` or ``var``.
+    """
+    return frame.to_memory() if hasattr(frame, "to_memory") else frame
 
 
 def groups_of(obs: Any, groupby: str) -> tuple[list[str], np.ndarray]:

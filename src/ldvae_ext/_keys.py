@@ -42,8 +42,8 @@ class ExportKeys:
 
 def check_key_added(key_added: object) -> None:
     """Raise if the key is not valid in an AnnData."""
-    if not isinstance(key_added, str) or not key_added or "/" in key_added:
-        msg = f"`key_added` must be a non-empty string without '/', which AnnData refuses in keys; got {key_added!r}."
+    if not isinstance(key_added, str) or not key_added or "/" in key_added or "\0" in key_added:
+        msg = f"`key_added` must be a non-empty string without '/' and NUL, which AnnData and its files refuse in keys; got {key_added!r}."
         raise ValueError(msg)
 
 

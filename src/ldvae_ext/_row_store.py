@@ -135,17 +135,6 @@ class RowStore:
         return result
 
 
-def table_of(frame: Any) -> pd.DataFrame:
-    """A table of an AnnData, read from disk where the AnnData is read lazily.
-
-    Parameters
-    ----------
-    frame
-        ``obs`` or ``var``.
-    """
-    return frame.to_memory() if hasattr(frame, "to_memory") else frame
-
-
 def table_of_cells(
     parts: Iterable[np.ndarray],
     *,

@@ -13,7 +13,7 @@ import pandas as pd
 from anndata import AnnData
 
 from ldvae_ext import get, tl
-from ldvae_ext._annotation import best_gene_sets, marked_populations, read_gmt
+from ldvae_ext._annotation import best_gene_sets, check_gene_sets, marked_populations, read_gmt
 from ldvae_ext._groups import groups_of
 from ldvae_ext._keys import export_keys
 from ldvae_ext._run_counts import check_raw_counts
@@ -21,6 +21,7 @@ from ldvae_ext._run_training import (
     LEARNING_RATE,
     MAX_EPOCHS,
     REPRODUCIBILITY,
+    random_states_kept,
     reproducibility,
     stops_early,
     torch_threads_kept,
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 # With more genes than MANY_GENES, N_TOP_GENES of them are selected.
 MANY_GENES, N_TOP_GENES = 5000, 2000
 ROTATIONS = ("varimax", "promax", "none")
+# One cell to train on, one to validate on, and one more; a gene at each end of a factor.
+MIN_CELLS, MIN_GENES = 3, 2
 N_SUMMARY_GENES, N_TABLE_GENES = 5, 20
 # With more cells no UMAP is computed.
 MAX_UMAP = 50_000
@@ -61,8 +64,9 @@ class Options:
 
     def __post_init__(self) -> None:
         check_one_of("rotation", self.rotation, ROTATIONS)
-        if self.gene_sets is not None and not isinstance(self.gene_sets, Mapping):
-            msg = f"`gene_sets` must be a mapping from names to genes, or the path of a GMT file; got {type(self.gene_sets).__name__}."
+        check_gene_sets(self.gene_sets)
+        if isinstance(self.covariates, str):
+            msg = f"`covariates` must be several columns of `adata.obs`; got {self.covariates!r}."
             raise TypeError(msg)
         for name in ("n_latent", "n_runs"):
             check_positive_int(name, getattr(self, name))
@@ -282,7 +286,7 @@ def run(
     options = Options(
         layer=layer,
         batch_key=batch_key,
-        covariates=tuple(covariates),
+        covariates=covariates if isinstance(covariates, str) else tuple(covariates),
         size_factor_key=size_factor_key,
         groupby=groupby,
         gene_sets=read_gmt(Path(gene_sets)) if isinstance(gene_sets, (str, Path)) else gene_sets,
@@ -294,7 +298,8 @@ def run(
         umap=umap,
         seed=seed,
     )
-    return train_and_export(adata, prepare(adata, options), options, silent=silent)
+    with random_states_kept():
+        return train_and_export(adata, prepare(adata, options), options, silent=silent)
 
 
 def prepare(adata: AnnData, options: Options) -> AnnData:
@@ -307,6 +312,12 @@ def prepare(adata: AnnData, options: Options) -> AnnData:
         hint = "; pass one modality, such as `mdata['rna']`" if type(adata).__name__ == "MuData" else ""
         msg = f"`adata` must be an AnnData; got {type(adata).__name__}{hint}."
         raise TypeError(msg)
+    if adata.n_obs < MIN_CELLS or adata.n_vars < MIN_GENES:
+        msg = f"`adata` must have at least {MIN_CELLS} cells and {MIN_GENES} genes; it has {adata.n_obs} cells and {adata.n_vars} genes."
+        raise ValueError(msg)
+    if options.n_top_genes is not None and 0 < options.n_top_genes < MIN_GENES:
+        msg = f"`n_top_genes` must be 0 or at least {MIN_GENES}; got {options.n_top_genes}."
+        raise ValueError(msg)
     check_can_write(adata, None, overwrite=False)
     check_raw_counts(adata, options.layer)
     columns = {"batch_key": options.batch_key, "size_factor_key": options.size_factor_key, "groupby": options.groupby}

@@ -5,8 +5,7 @@ from __future__ import annotations
 import shlex
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -36,12 +35,11 @@ from ldvae_ext._folder import (
     temporary_beside,
     write_marker,
 )
-from ldvae_ext._run import N_TABLE_GENES, UMAP, Options, Run, prepare, train_and_export
+from ldvae_ext._run import MIN_CELLS, MIN_GENES, N_TABLE_GENES, UMAP, Options, Run, prepare, train_and_export
 from ldvae_ext._run_counts import check_raw_counts
-from ldvae_ext._validate import check_column, listed
+from ldvae_ext._run_training import random_states_kept
+from ldvae_ext._validate import check_column, listed, printable
 
-# One cell to train on, one to validate on, and one more; a gene at each end of a factor.
-MIN_CELLS, MIN_GENES = 3, 2
 MANY_GROUPS = 100
 N_FIGURE_GENES = 8
 
@@ -122,7 +120,7 @@ def _gene_sets(path: Path) -> dict[str, list[str]]:
         raise InputError(msg)
     try:
         return read_gmt(path)
-    except (ValueError, UnicodeDecodeError) as error:
+    except ValueError as error:
         msg = f"`--gene-sets`: {error}"
         raise InputError(msg) from error
 
@@ -166,7 +164,7 @@ def _rehearse(adata: AnnData, options: Options) -> None:
     candidates = pd.Series(codes, index=np.arange(len(codes)))[totals_of(counts_of(adata, options.layer)) > 0]
     few = candidates.groupby(candidates.to_numpy()).head(5).index.to_numpy()
     quick = replace(options, n_top_genes=0, n_runs=1, max_epochs=1, umap=False)
-    with TemporaryDirectory(prefix="ldvae-ext-") as folder, warnings.catch_warnings(), _random_states_restored():
+    with TemporaryDirectory(prefix="ldvae-ext-") as folder, warnings.catch_warnings(), random_states_kept():
         warnings.simplefilter("ignore")
         try:
             small = adata[few].copy()
@@ -179,18 +177,6 @@ def _rehearse(adata: AnnData, options: Options) -> None:
                 f"The results for this input cannot be written ({type(error).__name__}: {reason}). Nothing was trained."
             )
             raise InputError(msg) from error
-
-
-@contextmanager
-def _random_states_restored() -> Iterator[None]:
-    import torch
-
-    state = np.random.get_state()  # noqa: NPY002 - scvi-tools draws from it
-    with torch.random.fork_rng(devices=[]):
-        try:
-            yield
-        finally:
-            np.random.set_state(state)  # noqa: NPY002
 
 
 def _write_results(result: Run, folder: Path, *, reproduce: str | None = None) -> list[tuple[str, str]]:
@@ -257,10 +243,10 @@ def _summary(result: Run) -> str:
         mark = ""
         if "population" in shown:
             is_clear = row["auroc"] >= LEAST_AUROC
-            mark = f"{row['population'][: wide - 7]} {row['auroc']:.2f}" if is_clear else "-"
+            mark = f"{printable(row['population'])[: wide - 7]} {row['auroc']:.2f}" if is_clear else "-"
             mark = f"{mark:<{wide}}"
         fitting = f"  [{row['gene_set']}]" if row.get("gene_set") else ""
-        lines.append(f"  {name:<{width}}{flag}{mark}{row['up']}{fitting}")
+        lines.append(f"  {name:<{width}}{flag}{mark}{printable(row['up'])}{printable(fitting)}")
     if len(table) > len(shown):
         lines.append(f"  ... and {len(table) - len(shown)} more, in the report")
     head = "Factors" + (" (stable: other seeds give them, on the same cells)" if "flag" in table else "")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import logging
+import os
+import random
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -34,7 +36,6 @@ def stops_early(adata: AnnData) -> bool:
 
 def train_models(selected: AnnData, options: Options, *, silent: bool) -> tuple[LDVAE, Ensemble | None]:
     """The model to read, and the ensemble that it is of, if there are several runs."""
-    import scvi
     import torch
 
     from ldvae_ext._progress import Progress
@@ -59,30 +60,24 @@ def train_models(selected: AnnData, options: Options, *, silent: bool) -> tuple[
             else {}
         ),
     }
-    seed = scvi.settings.seed
-    with _quiet_lightning(), torch_threads_kept(), progress:
+    with _seeded(options.seed), _quiet_lightning(), torch_threads_kept(), progress:
         # Minibatches are small: several threads save little time on an idle machine, and wait for each other on a busy one.
         torch.set_num_threads(1)
-        try:
-            scvi.settings.seed = options.seed
-            if options.n_runs == 1:
-                model = LDVAE(selected, n_latent=options.n_latent)
-                model.train(max_epochs, **training)
-                model.rotate(options.rotation)
-                return model, None
-            ensemble = fit_ensemble(
-                selected,
-                options.n_runs,
-                n_latent=options.n_latent,
-                max_epochs=max_epochs,
-                seed=options.seed,
-                train_kwargs=training,
-                n_jobs=n_processes(selected, options.n_runs, max_epochs, **training),
-                silent=True,
-            )
-        finally:
-            if seed is not None:
-                scvi.settings.seed = seed
+        if options.n_runs == 1:
+            model = LDVAE(selected, n_latent=options.n_latent)
+            model.train(max_epochs, **training)
+            model.rotate(options.rotation)
+            return model, None
+        ensemble = fit_ensemble(
+            selected,
+            options.n_runs,
+            n_latent=options.n_latent,
+            max_epochs=max_epochs,
+            seed=options.seed,
+            train_kwargs=training,
+            n_jobs=n_processes(selected, options.n_runs, max_epochs, **training),
+            silent=True,
+        )
     model = ensemble.representative()
     if options.rotation != "varimax":
         model.rotate(options.rotation)
@@ -110,6 +105,43 @@ def reproducibility(model: LDVAE, ensemble: Ensemble) -> pd.Series:
 
 def _loadings(model: LDVAE) -> np.ndarray:
     return model.get_decoder(rotated=model.rotation is not None).centered().weight_gk
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Inside, the seed of scvi-tools; afterwards the caller's, and what scvi-tools and Lightning set with a seed as it was."""
+    import scvi
+    import torch
+
+    own, cudnn = scvi.settings.seed, torch.backends.cudnn
+    flags = cudnn.deterministic, cudnn.benchmark
+    environment = {name: os.environ.get(name) for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")}
+    with random_states_kept():
+        try:
+            scvi.settings.seed = seed
+            yield
+        finally:
+            scvi.settings.seed = own
+            cudnn.deterministic, cudnn.benchmark = flags
+            for name, value in environment.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
+
+
+@contextmanager
+def random_states_kept() -> Iterator[None]:
+    """Restore the random states of Python, numpy and torch: the caller's draws go on as if there had been none inside."""
+    import torch
+
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - scvi-tools draws from it
+    with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)  # noqa: NPY002
 
 
 @contextmanager

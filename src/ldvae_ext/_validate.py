@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
@@ -22,6 +23,33 @@ def listed(values: Iterable[Any], limit: int = 10) -> str:
     values = [v.item() if isinstance(v, np.generic) else v for v in values]
     shown = ", ".join(repr(v) for v in values[:limit])
     return f"{shown}, ... ({len(values)} in all)" if len(values) > limit else shown
+
+
+# Control characters, and marks that change the direction of the text behind them.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def printable(text: Any) -> str:
+    """Text for a figure, a page or a terminal: control characters of names are replaced by their escapes, as in ``repr``."""
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
+
+
+def check_names_last(name: str, values: Iterable[Any]) -> None:
+    """Raise on a name that ends with NUL: arrays of text lose it, and names that differ in nothing else become one."""
+    for value in values:
+        if isinstance(value, str) and value.endswith("\0"):
+            msg = (
+                f"`{name}`: {value!r} ends with a NUL character, which arrays of text and files do not keep; rename it."
+            )
+            raise ValueError(msg)
+
+
+def check_is_decoder(decoder: Any) -> None:
+    """Raise unless this is a :class:`ldvae_ext.core.LinearDecoder`."""
+    # By its arrays: the class imports this file.
+    if not hasattr(decoder, "weight_gk"):
+        msg = f"`decoder` must be a LinearDecoder; got {type(decoder).__name__}."
+        raise TypeError(msg)
 
 
 def check_one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
@@ -77,7 +105,7 @@ def factor_indices(factors: Any, names: Sequence[str], *, argument: str = "laten
     """
     if factors is None:
         return np.arange(len(names))
-    if isinstance(factors, (str, int, np.integer)):
+    if isinstance(factors, str) or not isinstance(factors, Iterable):
         factors = [factors]
     positions = {name: i for i, name in enumerate(names)}
     chosen = []
@@ -97,23 +125,23 @@ def factor_indices(factors: Any, names: Sequence[str], *, argument: str = "laten
     return np.unique(chosen)
 
 
-def cell_positions(indices: Any, n_cells: int) -> np.ndarray:
+def cell_positions(indices: Any, n_cells: int, *, argument: str = "indices") -> np.ndarray:
     """Positions of cells given as None (all cells), as a mask, or as positions."""
     if indices is None:
         return np.arange(n_cells)
     indices = np.asarray(indices)
     if indices.dtype == bool:
         if indices.shape != (n_cells,):
-            msg = f"`indices` as a mask must have one value for each of {n_cells} cells; got shape {indices.shape}."
+            msg = f"`{argument}` as a mask must have one value for each of {n_cells} cells; got shape {indices.shape}."
             raise ValueError(msg)
         return np.flatnonzero(indices)
     if not np.issubdtype(indices.dtype, np.integer) and indices.size:
-        msg = f"`indices` must be positions (integers) or a mask (bool) of {n_cells} cells; got {indices.dtype} such as {indices.flat[0]!r}."
+        msg = f"`{argument}` must be positions (integers) or a mask (bool) of {n_cells} cells; got {indices.dtype} such as {indices.flat[0]!r}."
         raise TypeError(msg)
     positions = indices.ravel().astype(np.int64)
     outside = (positions < -n_cells) | (positions >= n_cells)
     if outside.any():
-        msg = f"`indices` must be positions of {n_cells} cells; got {positions[outside][0]}."
+        msg = f"`{argument}` must be positions of {n_cells} cells; got {positions[outside][0]}."
         raise ValueError(msg)
     # Negative positions count from the end, as in numpy.
     return np.where(positions < 0, positions + n_cells, positions)

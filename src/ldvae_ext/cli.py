@@ -194,6 +194,7 @@ def project(
 def _errors_and_warnings_as_text(*, verbose: bool = False) -> Iterator[None]:
     """Print errors of the input and warnings as sentences; end with status 1 after an error."""
     from ldvae_ext._command import InputError
+    from ldvae_ext._validate import printable
 
     if not verbose:
         logging.getLogger("scvi").setLevel(logging.WARNING)
@@ -207,7 +208,7 @@ def _errors_and_warnings_as_text(*, verbose: bool = False) -> Iterator[None]:
         try:
             yield
         except InputError as error:
-            typer.echo(f"Error: {error}", err=True)
+            typer.echo(f"Error: {printable(' '.join(str(error).split()))}", err=True)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
             typer.echo("Interrupted; nothing was written.", err=True)

@@ -67,7 +67,7 @@ def test_mean_dependent_part_differs_from_the_likelihood_by_what_the_mean_does_n
 
 
 def test_unknown_likelihood_is_an_error(values):
-    with pytest.raises(ValueError, match="'nb', 'zinb', 'poisson' or 'normal'; got 'beta'"):
+    with pytest.raises(ValueError, match="'nb', 'zinb', 'poisson', 'normal'; got 'beta'"):
         log_likelihood("beta", values["x"], values["mu"], values["theta"])
 
 

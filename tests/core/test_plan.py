@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import sparse
 
+from ldvae_ext._formats import ABLATION
 from ldvae_ext.core import LinearDecoder
 from ldvae_ext.core.cells import EncodedCells
 from ldvae_ext.core.plan import MODES, SCHEMES, AblationPlan, AblationRequest, LatentSummary
@@ -374,7 +375,7 @@ def test_a_poisson_has_no_heads_to_refit_even_if_its_dispersion_is_said_to_be_th
 def test_what_was_done_is_described_as_far_as_it_matters(decoder):
     request = AblationRequest(decoder=decoder)
     assert request.description(request.plan()) == {
-        "mode": "zero", "scheme": "leave_out", "use_posterior": "mean", "refit_heads": False, "unit": "nats",
+        "format": ABLATION, "mode": "zero", "scheme": "leave_out", "use_posterior": "mean", "refit_heads": False, "unit": "nats",
     }  # fmt: skip
     request = AblationRequest(
         decoder=decoder, use_posterior="samples", scheme="keep_top", latents=["Z_2", 0], batches=(1, None)

@@ -239,7 +239,7 @@ class TestRotation:
         [
             (np.eye(3) * 1.001, "must have unit length; their squared lengths differ from 1 by 0.002"),
             (np.array([[1.0, 1.0], [0.0, 1e-5]]), "must be independent"),
-            (np.full((2, 2), np.nan), "must have unit length"),
+            (np.full((2, 2), np.nan), "must be finite; 4 of 4 values are not"),
             (np.eye(3)[:, :2], r"must have shape \(3, 3\); got \(3, 2\)"),
             (np.ones(3), r"must have shape \(3, 3\); got \(3,\)"),
         ],
@@ -353,9 +353,10 @@ class TestPromax:
 
     def test_a_start_that_is_no_rotation_and_a_power_below_one_are_refused(self):
         value = sparse_loadings()
-        for rotation, power in ((oblique(4), 3), (np.eye(4), 0.5)):
-            with pytest.raises(ValueError, match="must be orthogonal, and `power` at least 1"):
-                promax(value, rotation, power)
+        with pytest.raises(ValueError, match="`rotation_kk` must be orthogonal"):
+            promax(value, oblique(4), 3)
+        with pytest.raises(ValueError, match=r"`power` must be a finite number of at least 1; got 0\.5"):
+            promax(value, np.eye(4), 0.5)
         with pytest.raises(ValueError, match=r"must have shape \(4, 4\)"):
             promax(value, np.eye(3))
 

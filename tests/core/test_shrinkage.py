@@ -200,9 +200,9 @@ def test_estimates_that_are_all_zero_stay_zero():
 @pytest.mark.parametrize(
     ("weight", "error", "level", "match"),
     [
-        (np.ones((3, 2)), np.ones((3, 1)), 0.95, "must have the same shape"),
-        (np.ones(3), np.ones(3), 0.95, "must have the same shape"),
-        (np.ones((3, 2)), np.zeros((3, 2)), 0.95, "`error_gk` finite and positive"),
+        (np.ones((3, 2)), np.ones((3, 1)), 0.95, r"`error_gk` must have shape \(3, 2\); got \(3, 1\)"),
+        (np.ones(3), np.ones(3), 0.95, "`weight_gk` must have shape"),
+        (np.ones((3, 2)), np.zeros((3, 2)), 0.95, "`error_gk` must be positive; got 0"),
         (np.full((3, 2), np.nan), np.ones((3, 2)), 0.95, "`weight_gk` must be finite"),
         (np.ones((3, 2)), np.ones((3, 2)), 1.5, "`level` must lie between 0 and 1"),
     ],

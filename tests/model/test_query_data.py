@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import anndata as ad
 import numpy as np
 import pytest
 import torch
+from packaging.version import Version
 from scipy import sparse
 from scvi.model import LinearSCVI
 
@@ -45,6 +47,10 @@ def test_a_query_in_a_data_module(reference_of):
         LDVAE.load_query_data(reference_model=reference, registry=CountsDataModule(cells(["new"])).registry)
 
 
+@pytest.mark.skipif(
+    Version(ad.__version__) < Version("0.13"),
+    reason="scvi-tools' `prepare_query_anndata` fails with anndata before 0.13 if the counts are in a layer",
+)
 @pytest.mark.parametrize("kind", ["csr_matrix", "csr_array", "csc_array", "dense"])
 @pytest.mark.parametrize("cls", [LDVAE, LinearSCVI])
 @pytest.mark.filterwarnings("ignore:Query data contains less than 80%:UserWarning")

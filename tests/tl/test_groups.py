@@ -14,6 +14,7 @@ from scipy import stats
 from sklearn.linear_model import LogisticRegression
 
 from ldvae_ext import tl
+from ldvae_ext._formats import RANKING
 from tests.helpers import counts, untrained
 from tests.tl.helpers import GROUPS, latents
 
@@ -215,6 +216,7 @@ def test_the_entry_has_the_form_of_scanpys_own():
     assert type(entry["auroc"]) is np.recarray
     assert entry["factors"].tolist() == adata.uns["ldvae"]["names"].tolist()
     assert entry["params"] == {
+        "format": RANKING,
         "groupby": "population",
         "reference": "rest",
         "method": "wilcoxon",

@@ -14,7 +14,7 @@ from anndata import AnnData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from ldvae_ext._files import replacing
+from ldvae_ext._files import check_place, replacing
 from ldvae_ext._keys import DEFAULT_KEY, export_keys
 from ldvae_ext._report._content import (
     FEW_OF_POPULATION,
@@ -25,6 +25,7 @@ from ldvae_ext._report._content import (
     Factor,
     content_of,
 )
+from ldvae_ext._validate import printable
 
 _WIDTH, _HEIGHT, _MARGIN = 640, 260, 46
 _CURVE_COLORS = ("#0072B2", "#D55E00")
@@ -122,11 +123,12 @@ def write_report(
     **options
         Other arguments of :func:`report`.
     """
+    path = Path(path)
+    check_place(path)
     content = content_of(adata, key=key, **options)
     content.notes[:0] = notes
     has_slopes = export_keys(key).scores in adata.varm
     text = _html(content, reproduce, has_slopes=has_slopes)
-    path = Path(path)
     with replacing(path) as work:
         work.write_text(text, encoding="utf-8")
     return path
@@ -153,7 +155,12 @@ class _Card:
 
 def _html(content: Content, reproduce: str | None, *, has_slopes: bool) -> str:
     environment = Environment(
-        loader=PackageLoader("ldvae_ext._report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=PackageLoader("ldvae_ext._report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        # Control characters are not allowed in a page.
+        finalize=lambda value: printable(value) if type(value) is str else value,
     )
     cards = [_Card(factor) for factor in content.factors]
     effects = [p.effect for factor in content.factors for p in factor.populations if p.effect is not None]

@@ -12,7 +12,7 @@ import pandas as pd
 from anndata import AnnData
 
 from ldvae_ext import get, tl
-from ldvae_ext._annotation import GeneSet, Marks, best_gene_sets, marked_populations
+from ldvae_ext._annotation import GeneSet, Marks, best_gene_sets, check_gene_sets, marked_populations
 from ldvae_ext._groups import groups_of
 from ldvae_ext._keys import CONSENSUS_KEY, export_keys
 from ldvae_ext._report._scatter import columns_of, scatter
@@ -127,6 +127,7 @@ def content_of(
     key: str = "ldvae",
 ) -> Content:
     """Content of the report of an export."""
+    check_gene_sets(gene_sets)
     keys, info = export_of(adata, key)
     table = get.factors(adata, key=key)
     latent_nk, names = latents_of(adata, key).astype(np.float64), table.index.tolist()

@@ -203,6 +203,8 @@ def weighted_gradients(
     return gradients
 
 
+# As on tensors, an overflow is an infinite loss, which ends the training with an error, and no warning before it.
+@np.errstate(over="ignore", invalid="ignore")
 def head_gradients(
     arrays: Sequence[Any],
     counts: Counts,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from scvi import REGISTRY_KEYS
 from scvi.module.base import LossOutput
 
 from ldvae_ext.backends.base import Backend
-from ldvae_ext.backends.counts import Counts
+from ldvae_ext.backends.counts import Counts, check_genes, csr_tensor
 from ldvae_ext.backends.decoder_inputs import DecoderInputs, log_theta
 from ldvae_ext.backends.layer_by_layer import loss_by_layers
 from ldvae_ext.backends.layers import is_plain, replaced
@@ -66,7 +68,18 @@ class TorchBackend(Backend):
         module, tensors, kl_weight
             As there.
         """
+        x_ng = tensors[REGISTRY_KEYS.X_KEY]
+        if x_ng.layout is torch.strided and x_ng.device.type == "cpu" and x_ng.dtype is torch.float32:
+            # Loaders in other processes give dense counts, whose sums are rounded differently.
+            check_genes(x_ng, module.n_input)
+            tensors = {**tensors, REGISTRY_KEYS.X_KEY: _sparse(x_ng)}
         return loss_by_layers(module, tensors, kl_weight, _negative_log_likelihood)
+
+
+def _sparse(x_ng: torch.Tensor) -> torch.Tensor:
+    at_n, at_g = torch.nonzero(x_ng, as_tuple=True)
+    indptr = np.concatenate([[0], np.cumsum(np.bincount(at_n.numpy(), minlength=len(x_ng)))])
+    return csr_tensor(indptr, at_g.numpy(), x_ng[at_n, at_g].numpy(), x_ng.shape)
 
 
 def _negative_log_likelihood(module: Any, inputs: DecoderInputs, counts: Counts) -> torch.Tensor:

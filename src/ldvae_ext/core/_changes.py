@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ldvae_ext.core.cells import Nonzero, dense, nonzero
-from ldvae_ext.core.decoder import LinearDecoder
 from ldvae_ext.core.heads import heads_at
 from ldvae_ext.core.likelihood import EPS, log_likelihood, mean_dependent_part
 from ldvae_ext.core.posterior import deterministic_latent
+
+if TYPE_CHECKING:
+    from ldvae_ext.core.decoder import LinearDecoder
 
 
 def ablation_changes(

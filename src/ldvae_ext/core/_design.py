@@ -44,6 +44,15 @@ class Covariate:
         return 1 if self.levels is None else len(self.levels)
 
 
+def checked_covariates(covariates: Any) -> tuple[Covariate, ...]:
+    """The covariates as a tuple, or an error that names what is none."""
+    for covariate in covariates:
+        if not isinstance(covariate, Covariate):
+            msg = f"`covariates` must be of class `Covariate`; got {covariate!r}."
+            raise TypeError(msg)
+    return tuple(covariates)
+
+
 def level_codes(names: np.ndarray, values: Any, n_cells: int, argument: str = "batch") -> np.ndarray:
     """Position of each cell's level among ``names``; see :meth:`ldvae_ext.core.LinearDecoder.batch_codes`."""
     what, what_all = ("batch", "batches") if argument == "batch" else (f"level of {argument!r}", "its levels")
@@ -147,7 +156,11 @@ def covariates_from_arrays(arrays: Any) -> tuple[Covariate, ...]:
     if "covariate_names" not in arrays:
         return ()
     levels, covariates = strings(arrays["covariate_levels"]), []
-    for name, n_levels in zip(strings(arrays["covariate_names"]), arrays["covariate_n_levels"], strict=True):
+    names, sizes = strings(arrays["covariate_names"]), np.asarray(arrays["covariate_n_levels"]).ravel()
+    if sizes.dtype.kind not in "iu" or len(sizes) != len(names) or sizes[sizes > 0].sum() != len(levels):
+        msg = f"`covariate_n_levels` must hold the number of `covariate_levels` of {len(names)} covariates; got {listed(sizes)}."
+        raise ValueError(msg)
+    for name, n_levels in zip(names, sizes, strict=True):
         own, levels = (None, levels) if n_levels < 0 else (levels[:n_levels], levels[n_levels:])
         covariates.append(Covariate(str(name), own))
     return tuple(covariates)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ldvae_ext._validate import check_number, listed
+from ldvae_ext._validate import check_is_decoder, check_number, check_positive_int, listed
 from ldvae_ext.core._decode import add_group_scale
 from ldvae_ext.core.decoder import LinearDecoder
 
@@ -102,7 +102,13 @@ def population_expression(
     array([[0.5 , 0.5 ],
            [0.25, 0.75]])
     """
-    sums, group_n = GroupExpression(decoder, n_groups), np.asarray(group_n, dtype=np.int64)
+    check_is_decoder(decoder)
+    check_positive_int("n_groups", n_groups)
+    group_n = np.asarray(group_n)
+    if group_n.dtype.kind not in "iu":
+        msg = f"`group_n` must hold codes of populations, integers; got {listed(group_n.ravel()[:1])} of type {group_n.dtype}."
+        raise ValueError(msg)
+    sums, group_n = GroupExpression(decoder, n_groups), group_n.astype(np.int64)
     sums.add(z_nk, batch, group_n, covariates=covariates, library=library)
     sums.count(group_n)
     return sums.mean_pg

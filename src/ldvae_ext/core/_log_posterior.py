@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from scipy.special import softmax
 
+from ldvae_ext.core._changes import to_log_rate
 from ldvae_ext.core._design import design_matrix, level_codes
 from ldvae_ext.core.cells import at_rows
 from ldvae_ext.core.derivatives import DROPOUT, LOG_MEAN, LOG_THETA, derivatives, softplus_slope
@@ -161,11 +162,17 @@ class LogPosterior:
         """Log-likelihood in z, up to :meth:`constant`, with gradient and negative Hessian."""
         decoder = self.prepared.decoder
         batch, label = decoder.batches[self.batch_n], None if decoder.labels is None else decoder.labels[self.label_n]
-        scale_ng = decoder.apply_link(decoder.logits(z_nk, batch, self.covariates))
+        logits_ng = decoder.logits(z_nk, batch, self.covariates)
+        scale_ng = decoder.apply_link(logits_ng)
         mu_ng = self.library_n[:, None] * scale_ng
         theta, dropout_ng = heads_at(decoder, z_nk, batch, self.covariates, label)
         arguments, of_theta = (decoder.likelihood, self.x_ng, mu_ng, theta, dropout_ng), is_theta_of_cell(decoder)
-        value_n = (log_likelihood if of_theta else mean_dependent_part)(*arguments).sum(axis=1)
+        if decoder.likelihood == "poisson":
+            # A mean that is 0 in floats has a logarithm all the same, with which a search comes back from there.
+            to_log_rate(decoder, logits_ng, self.library_n[:, None])
+            value_n = (self.x_ng * logits_ng - mu_ng).sum(axis=1)
+        else:
+            value_n = (log_likelihood if of_theta else mean_dependent_part)(*arguments).sum(axis=1)
         first, second = derivatives(*arguments, of_theta=of_theta)
         if decoder.link == "softmax":
             # d log mu / dz = W - W_mean, and d^2 log mu / dz^2 = -(E WW' - W_mean W_mean') for every gene.

@@ -123,7 +123,7 @@ def _moves(
     """
     n_cells, n_sets = len(mean_nk), len(sets)
     # Infinities are found by the loop.
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         if latent_distribution == "normal":
             delta_nk = plain(value_nk - mean_nk, np.float32)
             return delta_nk, np.ones((n_cells, n_sets), np.float32), np.zeros((n_cells, n_sets), np.float32)

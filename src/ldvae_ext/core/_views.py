@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from ldvae_ext.core._arrays import as_numbers, permutation
 from ldvae_ext.core._design import level_codes
 
 # Affine maps that a decoder can have: log-rate, logits of zero inflation, log of the dispersion.
@@ -102,11 +103,8 @@ class DecoderViews:
         >>> decoder.reordered([4, 3, 2, 1, 0]).factors.tolist()
         ['Z_4', 'Z_3', 'Z_2', 'Z_1', 'Z_0']
         """
-        order = np.asarray(order)
+        order = permutation(order, len(self.factors))
         signs = np.ones(len(order), dtype=np.int64) if signs is None else np.asarray(signs)
-        if not np.array_equal(np.sort(order), np.arange(len(self.factors))):
-            msg = f"`order` must be a permutation of 0 to {len(self.factors) - 1}; got {order.tolist()}."
-            raise ValueError(msg)
         if signs.shape != order.shape or not np.isin(signs, (-1, 1)).all():
             msg = f"`signs` must be +1 or -1 for each factor; got {signs.tolist()}."
             raise ValueError(msg)
@@ -159,9 +157,7 @@ class DecoderViews:
         order
             A permutation: position of each new gene among the present ones.
         """
-        if not np.array_equal(np.sort(order), np.arange(len(self.genes))):
-            msg = f"`order` must be a permutation of 0 to {len(self.genes) - 1}."
-            raise ValueError(msg)
+        order = permutation(order, len(self.genes))
         return self if np.array_equal(order, np.arange(len(order))) else self._genes_at(order)
 
     def with_genes(self, genes: Sequence[str] | np.ndarray) -> Self:
@@ -221,6 +217,9 @@ class DecoderViews:
         >>> decoder.with_batches(["new", "newer"]).batches.tolist()
         ['new', 'newer']
         """
+        if isinstance(batches, str):
+            msg = f"`batches` must be several names; got {batches!r}."
+            raise ValueError(msg)
         rows = np.arange(len(self.batches)) if source is None else level_codes(self.batches, str(source), 1)
         names = [f"{head}intercept_bg" for head in HEADS if getattr(self, f"{head}intercept_bg") is not None]
         parts = {name: getattr(self, name)[rows].mean(axis=0) for name in names}
@@ -265,9 +264,12 @@ def axes_of_factors(rotation_kk: Any, n_factors: int, tolerance: float = 1e-8) -
     tolerance
         Greatest difference of a squared length from 1.
     """
-    rotation_kk = np.array(rotation_kk, dtype=np.float64)
+    rotation_kk = np.array(as_numbers(rotation_kk, "rotation_kk"))
     if rotation_kk.shape != (n_factors, n_factors):
         msg = f"A rotation must have shape ({n_factors}, {n_factors}); got {rotation_kk.shape}."
+        raise ValueError(msg)
+    if not np.isfinite(rotation_kk).all():
+        msg = f"A rotation must be finite; {np.count_nonzero(~np.isfinite(rotation_kk))} of {rotation_kk.size} values are not."
         raise ValueError(msg)
     off = np.abs(np.square(rotation_kk).sum(axis=0) - 1).max(initial=0)
     if not off <= tolerance:

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
+from ldvae_ext._validate import check_is_decoder, factor_indices
+from ldvae_ext.core._arrays import as_numbers, check_broadcasts, per_cell
 from ldvae_ext.core._changes import ablation_changes
 from ldvae_ext.core._design import level_codes
 from ldvae_ext.core._paired import can_be_compiled, compiled_effects
@@ -83,6 +85,7 @@ def ablation_effects(
     >>> (3 * np.log(3 / 2) - np.log(2)).round(3)  # by hand, in nats
     np.float64(0.523)
     """
+    check_is_decoder(decoder)
     n_cells = len(mean_nk)
     return set_effects(
         decoder,
@@ -91,11 +94,17 @@ def ablation_effects(
         library_n,
         decoder.batch_codes(batch, n_cells),
         value,
-        [np.atleast_1d(np.asarray(entry, dtype=np.int64)) for entry in factors],
+        [_positions(decoder, entry) for entry in factors],
         covariates=covariates,
         label_n=None if decoder.labels is None else level_codes(decoder.labels, label, n_cells, "label"),
         refit_heads=refit_heads,
     )
+
+
+def _positions(decoder: LinearDecoder, entry: Any) -> np.ndarray:
+    """Positions of a set of latents, which may be empty."""
+    entry = np.atleast_1d(entry).tolist()
+    return factor_indices(entry, decoder.factors.tolist(), argument="factors") if entry else np.zeros(0, dtype=np.int64)
 
 
 def set_effects(
@@ -119,8 +128,10 @@ def set_effects(
     """
     mean_nk = decoder._latent(mean_nk)
     n_cells = len(mean_nk)
-    value_nk = np.broadcast_to(np.asarray(value, dtype=np.float64), mean_nk.shape)
-    library_n = np.broadcast_to(np.asarray(library_n, dtype=np.float64).ravel(), (n_cells,))
+    value = as_numbers(value, "value")
+    check_broadcasts(value, mean_nk.shape, "value")
+    value_nk = np.broadcast_to(value, mean_nk.shape)
+    library_n = per_cell(library_n, n_cells, "library_n")
     _check(decoder, x_ng, batch_n, label_n, n_cells)
     if can_be_compiled(decoder) and not refit_heads:
         out_ns = compiled_effects(decoder, x_ng, mean_nk, library_n, batch_n, value_nk, sets, covariates, label_n)

@@ -103,6 +103,35 @@ def has_fractions(x_ng: Any) -> bool:
     return not np.issubdtype(values.dtype, np.integer) and bool((values != np.rint(values)).any())
 
 
+def check_sparse(matrix: Any, where: str) -> None:
+    """Raise if the positions of a sparse matrix in memory are not positions of its rows and columns.
+
+    Nobody checks them in a damaged file, and a compiled loop would read and write beyond its arrays.
+
+    Parameters
+    ----------
+    matrix
+        Any matrix; CSR and CSC are checked.
+    where
+        Its name, for the message.
+    """
+    if not sparse.issparse(matrix) or matrix.format not in ("csr", "csc"):
+        return
+    n_lines, n_across = matrix.shape if matrix.format == "csr" else matrix.shape[::-1]
+    indptr, indices = matrix.indptr, matrix.indices
+    is_sound = (
+        len(indptr) == n_lines + 1
+        and indptr[0] == 0
+        and indptr[-1] == len(indices) == len(matrix.data)
+        and bool((indptr[1:] >= indptr[:-1]).all())
+    )
+    if is_sound and len(indices):
+        is_sound = indices.min() >= 0 and indices.max() < n_across
+    if not is_sound:
+        msg = f"`{where}` is a damaged sparse matrix: it has positions outside of its {matrix.shape[0]} rows and {matrix.shape[1]} columns."
+        raise ValueError(msg)
+
+
 def dense(x_ng: Any) -> np.ndarray:
     """A dense or sparse matrix as a dense array, float64."""
     return np.asarray(x_ng.toarray() if sparse.issparse(x_ng) else x_ng, dtype=np.float64)

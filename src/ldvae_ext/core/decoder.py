@@ -10,9 +10,9 @@ import numpy as np
 from scipy.special import expit
 
 from ldvae_ext._validate import check_one_of, listed
-from ldvae_ext.core._arrays import names_array
+from ldvae_ext.core._arrays import as_numbers, check_shape, checked, names_array, per_cell
 from ldvae_ext.core._decode import put_scale
-from ldvae_ext.core._design import Covariate, design_matrix, level_codes
+from ldvae_ext.core._design import Covariate, checked_covariates, design_matrix, level_codes
 from ldvae_ext.core._storage import FromArrays
 from ldvae_ext.core._tables import Tables
 from ldvae_ext.core._views import HEADS, DecoderViews
@@ -109,11 +109,11 @@ class LinearDecoder(DecoderViews, FromArrays):
         check_one_of("dispersion", self.dispersion, DISPERSIONS)
         check_one_of("latent_distribution", self.latent_distribution, LATENT_DISTRIBUTIONS)
         check_one_of("link", self.link, LINKS)
+        object.__setattr__(self, "covariates", checked_covariates(self.covariates))
         self._freeze("weight_gk", (None, None))
         n_genes, n_factors = self.weight_gk.shape
         self._freeze("intercept_bg", (None, n_genes))
         n_batches, n_columns = len(self.intercept_bg), sum(c.n_columns for c in self.covariates)
-        object.__setattr__(self, "covariates", tuple(self.covariates))
         for name, length in (("genes", n_genes), ("batches", n_batches), ("factors", n_factors)):
             object.__setattr__(self, name, names_array(getattr(self, name), length, name))
         has_theta, per_cell = self.likelihood != "poisson", self.dispersion == "gene-cell"
@@ -122,7 +122,7 @@ class LinearDecoder(DecoderViews, FromArrays):
         if self.labels is not None:
             object.__setattr__(self, "labels", names_array(self.labels, len(self.labels), "labels"))
         n_rows = {"gene-batch": n_batches, "gene-label": 0 if self.labels is None else len(self.labels)}
-        self._freeze("theta_bg", (n_rows.get(self.dispersion, 1), n_genes))
+        self._freeze("theta_bg", (n_rows.get(self.dispersion, 1), n_genes), positive=True)
         for head, present in zip(HEADS, (True, self.likelihood == "zinb", has_theta and per_cell), strict=True):
             self._expect(f"{head}weight_gk", present)
             self._expect(f"{head}intercept_bg", present)
@@ -184,7 +184,7 @@ class LinearDecoder(DecoderViews, FromArrays):
         if columns is not None and [str(name) for name in columns] != self.factors.tolist():
             msg = f"The columns of `z` must be {listed(self.factors)}, in this order; got {listed(columns)}."
             raise ValueError(msg)
-        z_nk = np.asarray(z_nk, dtype=np.float64)
+        z_nk = as_numbers(z_nk, "z")
         if z_nk.ndim != 2 or z_nk.shape[1] != len(self.factors):
             msg = f"`z` must have shape (cells, {len(self.factors)}); got {z_nk.shape}."
             raise ValueError(msg)
@@ -198,8 +198,7 @@ class LinearDecoder(DecoderViews, FromArrays):
         batch_n, design_nc = self.batch_codes(batch, len(z_nk)), None
         if self.covariates or covariates is not None:
             design_nc = design_matrix(self.covariates, covariates, len(z_nk))
-        library_n = np.broadcast_to(np.asarray(library, dtype=np.float64).ravel(), (len(z_nk),))
-        return z_nk, batch_n, design_nc, library_n
+        return z_nk, batch_n, design_nc, per_cell(library, len(z_nk), "library")
 
     def _affine(self, head: str, z_nk: Any, batch: Any, covariates: Any) -> np.ndarray:
         z_nk = self._latent(z_nk)
@@ -234,6 +233,7 @@ class LinearDecoder(DecoderViews, FromArrays):
             Shape (cells, genes).
         """
         if self.link == "softmax":
+            check_shape(logits_ng, (None, len(self.genes)), "logits_ng")
             scale_ng = logits_ng - logits_ng.max(axis=1, keepdims=True)
             np.exp(scale_ng, out=scale_ng)
             scale_ng /= scale_ng.sum(axis=1, keepdims=True)
@@ -371,6 +371,7 @@ class LinearDecoder(DecoderViews, FromArrays):
         -------
         Shape (genes, factors), float64.
         """
+        error_gk = checked(error_gk, self.weight_gk.shape, "error_gk", finite=False)
         rho_g, gradient_gk = self._gradient_at_the_prior_mean()
         share_gk = np.abs(self.gene_information())
         remaining_gk, relative_gk = 1 - share_gk, self.weight_gk

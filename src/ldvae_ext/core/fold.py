@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ldvae_ext._validate import check_positive_int, listed
 from ldvae_ext.core._arrays import read_only
 from ldvae_ext.core._design import Covariate
 
@@ -36,7 +37,12 @@ class BatchNorm:
 
     def __post_init__(self) -> None:
         for field in fields(self)[:4]:
-            object.__setattr__(self, field.name, read_only(getattr(self, field.name), (len(self.gamma),), field.name))
+            object.__setattr__(
+                self, field.name, read_only(getattr(self, field.name), (np.size(self.gamma),), field.name)
+            )
+        if not (self.running_var + self.eps > 0).all():
+            msg = f"`running_var` must be positive, with `eps`; got {self.running_var.min():g} and {self.eps:g}."
+            raise ValueError(msg)
 
     @property
     def slope(self) -> np.ndarray:
@@ -130,9 +136,16 @@ class RawLinear:
         ``weight_gk`` of shape (genes, latents), ``intercept_bg`` of shape (batches, genes) and ``covariate_cg`` of shape
         (columns of the covariates, genes), float64, in log-rate.
         """
+        check_positive_int("n_latent", n_latent)
         n_continuous = sum(covariate.levels is None for covariate in covariates)
         sizes = [c.n_columns if c.n_columns > 1 else 0 for c in covariates if c.levels is not None]
         first_batch, first_level = n_latent + n_continuous, self.weight.shape[1] - sum(sizes)
+        if first_batch > first_level:
+            msg = (
+                f"`n_latent` and the covariates must have at most the {self.weight.shape[1]} columns of the layer; got {n_latent} "
+                f"and {n_continuous + sum(sizes)}."
+            )
+            raise ValueError(msg)
         columns_gb = self.weight[:, first_batch:first_level]
 
         effects = [self.weight[:, n_latent:first_batch].T]
@@ -177,6 +190,10 @@ class RawLinear:
             return None
         batch_norm = None
         if f"{prefix}gamma" in arrays:
+            missing = [field.name for field in fields(BatchNorm) if f"{prefix}{field.name}" not in arrays]
+            if missing:
+                msg = f"`arrays` hold a part of a batch norm: {listed(missing)} missing."
+                raise ValueError(msg)
             parts = {field.name: arrays[f"{prefix}{field.name}"] for field in fields(BatchNorm)}
             batch_norm = BatchNorm(**{**parts, "eps": float(parts["eps"])})
         given = {name: arrays.get(f"{prefix}{name}") for name in ("weight", "bias", "batch_embedding")}

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from scipy.special import gammaln, xlogy
 
+from ldvae_ext._validate import check_one_of
+from ldvae_ext.core._arrays import check_broadcasts
 from ldvae_ext.core.cells import nonzero
 
 EPS = 1e-8
@@ -47,6 +49,16 @@ def log_likelihood(
     >>> log_likelihood("poisson", np.array([[0, 2]]), np.array([[1, 2]])).round(3)
     array([[-1.   , -1.307]])
     """
+    check_one_of("likelihood", likelihood, ("nb", "zinb", "poisson", "normal"))
+    needed = {
+        "theta": likelihood != "poisson" and theta is None,
+        "dropout_ng": likelihood == "zinb" and dropout_ng is None,
+    }
+    for name, is_missing in needed.items():
+        if is_missing:
+            msg = f"`{name}` is needed by `likelihood={likelihood!r}`; got None."
+            raise ValueError(msg)
+    check_broadcasts(mu_ng, np.shape(x_ng), "mu_ng")
     return mean_dependent_part(likelihood, x_ng, mu_ng, theta, dropout_ng) + constant_part(likelihood, x_ng, theta)
 
 

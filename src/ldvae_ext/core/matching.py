@@ -8,6 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from ldvae_ext._validate import check_positive_int
+from ldvae_ext.core._arrays import checked
 from ldvae_ext.core.rotation import varimax
 
 # A factor is called stable from the first, unstable below the second reproducibility on.
@@ -52,6 +54,7 @@ def match_columns(cosine_kj: np.ndarray) -> Match:
     >>> match.second.tolist(), match.sign.tolist()
     ([1, 0], [-1, 1])
     """
+    cosine_kj = checked(cosine_kj, (None, None), "cosine_kj")
     first, second = linear_sum_assignment(-np.abs(cosine_kj))
     paired = cosine_kj[first, second]
     return Match(first, second, np.where(paired < 0, -1, 1), np.abs(paired))
@@ -83,6 +86,8 @@ def procrustes(a_gk: np.ndarray, b_gj: np.ndarray) -> tuple[np.ndarray, float]:
     >>> bool(np.allclose(exchanged @ rotation, loadings)), round(distance, 6)
     (True, 0.0)
     """
+    a_gk = checked(a_gk, (None, None), "a_gk")
+    b_gj = checked(b_gj, (len(a_gk), None), "b_gj")
     norm = np.linalg.norm(a_gk) * np.linalg.norm(b_gj)
     left, singular, right = np.linalg.svd(b_gj.T @ a_gk, full_matrices=False)
     if not norm > 0:
@@ -115,7 +120,17 @@ def consensus_loadings(loadings: Sequence[np.ndarray], n_factors: int | None = N
     >>> np.abs(consensus).max(axis=1).round(6)
     array([2., 2., 3., 3.])
     """
-    n_factors = int(np.median([value.shape[1] for value in loadings])) if n_factors is None else n_factors
+    if not len(loadings):
+        msg = "`loadings` must hold those of at least one model; got none."
+        raise ValueError(msg)
+    loadings = [checked(value, (len(loadings[0]), None), "loadings") for value in loadings]
+    sizes = [value.shape[1] for value in loadings]
+    if n_factors is None:
+        n_factors = int(np.median(sizes))
+    check_positive_int("n_factors", n_factors)
+    if n_factors > sum(sizes):
+        msg = f"`n_factors` must be at most {sum(sizes)}, the factors of all models; got {n_factors}."
+        raise ValueError(msg)
     pooled = np.concatenate(loadings, axis=1) / np.sqrt(len(loadings))
     left, singular, _ = np.linalg.svd(pooled, full_matrices=False)
     common_gk = left[:, :n_factors] * singular[:n_factors]

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.special import expit, log_softmax
 
-from ldvae_ext._validate import check_one_of, warn
+from ldvae_ext._validate import check_is_decoder, check_one_of, warn
+from ldvae_ext.core._arrays import check_shape, checked
 from ldvae_ext.core._design import design_matrix
 from ldvae_ext.core.cells import indicator
 from ldvae_ext.core.decoder import LinearDecoder
@@ -200,6 +201,14 @@ def path_attribution(
     array([[0.5, 1. ],
            [1.5, 1. ]])
     """
+    check_is_decoder(decoder)
+    for name, value, like in (
+        ("z_k", z_k, decoder.factors),
+        ("reference_k", reference_k, decoder.factors),
+        ("offset_g", offset_g, decoder.genes),
+        ("reference_offset_g", reference_offset_g, decoder.genes),
+    ):
+        check_shape(value, (len(like),), name)
     direction_gk = np.concatenate(
         [decoder.weight_gk * (z_k - reference_k), (offset_g - reference_offset_g)[:, None]], axis=1
     )
@@ -281,6 +290,8 @@ def within_directions(decoder: LinearDecoder, covariance_kk: np.ndarray) -> With
     >>> found.variance_j.round(6), found.share_jk.argmax(axis=1)
     (array([8., 2.]), array([1, 0]))
     """
+    check_is_decoder(decoder)
+    covariance_kk = checked(covariance_kk, (len(decoder.factors),) * 2, "covariance_kk")
     weight_gk = decoder.centered().weight_gk
     value_k, vector_kk = np.linalg.eigh(covariance_kk)
     root_kk = (vector_kk * np.sqrt(np.maximum(value_k, 0.0))) @ vector_kk.T

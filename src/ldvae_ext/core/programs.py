@@ -10,6 +10,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from ldvae_ext._validate import check_positive_int
+from ldvae_ext.core._arrays import checked, permutation
 from ldvae_ext.core.decoder import LinearDecoder
 from ldvae_ext.core.matching import Match, cosines, match_columns
 from ldvae_ext.core.scores import shares
@@ -58,6 +59,11 @@ class AdditivePrograms:
     cap: float
     explained: float
 
+    def __post_init__(self) -> None:
+        profile_gk = checked(self.profile_gk, (None, None), "profile_gk", least=0)
+        object.__setattr__(self, "profile_gk", profile_gk)
+        object.__setattr__(self, "scale_g", checked(self.scale_g, (len(profile_gk),), "scale_g", least=0))
+
     @property
     def scaled_gk(self) -> np.ndarray:
         """Profiles in units of the genes' scales, shape (genes, programs)."""
@@ -65,6 +71,7 @@ class AdditivePrograms:
 
     def arranged(self, order: np.ndarray) -> AdditivePrograms:
         """The programs in another order."""
+        order = permutation(order, self.profile_gk.shape[1])
         return AdditivePrograms(self.profile_gk[:, order], self.scale_g, self.cap, self.explained)
 
     def usages(self, expression_ng: np.ndarray) -> Usages:
@@ -77,6 +84,7 @@ class AdditivePrograms:
         expression_ng
             Expression that sums to one per cell, shape (cells, genes).
         """
+        expression_ng = checked(expression_ng, (None, len(self.scale_g)), "expression_ng", least=0)
         scaled_ng = capped(expression_ng, self.scale_g, self.cap)
         # With S = Q R the problem of each cell has as many rows as there are programs.
         q_gk, r_kk = np.linalg.qr(self.scaled_gk)
@@ -95,6 +103,9 @@ class AdditivePrograms:
 
     def match(self, other: AdditivePrograms) -> Match:
         """Pairs of programs with the largest cosines of profiles, both in units of this one's scales."""
+        if len(other.scale_g) != len(self.scale_g):
+            msg = f"`other` must have the {len(self.scale_g)} genes of these programs; got {len(other.scale_g)}."
+            raise ValueError(msg)
         return match_columns(cosines(self.scaled_gk, other.profile_gk * _inverse(self.scale_g)[:, None]))
 
 
@@ -148,6 +159,8 @@ def fit_programs(
     from sklearn.exceptions import ConvergenceWarning
 
     check_positive_int("n_programs", n_programs)
+    expression_ng = checked(expression_ng, (None, None), "expression_ng", least=0)
+    scale_g = checked(scale_g, (expression_ng.shape[1],), "scale_g", least=0)
     if cap is None:
         cap = float(np.quantile(capped(expression_ng, scale_g, np.inf), _CAP))
     scaled_ng = capped(expression_ng, scale_g, cap)
@@ -230,6 +243,8 @@ def program_direction(decoder: LinearDecoder, profile_g: np.ndarray, mean_g: np.
     >>> program_direction(decoder, program, mean).direction_k.round(3)
     array([0.707, 0.707])
     """
+    shape = (len(decoder.genes),)
+    profile_g, mean_g = checked(profile_g, shape, "profile_g"), checked(mean_g, shape, "mean_g", positive=True)
     root_g = np.sqrt(mean_g)
     loading_gk = (decoder.weight_gk - mean_g @ decoder.weight_gk) * root_g[:, None]
     change_g = (profile_g / mean_g - 1) * root_g

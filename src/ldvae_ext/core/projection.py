@@ -8,7 +8,8 @@ import numpy as np
 from scipy import sparse
 from scipy.special import gammaln
 
-from ldvae_ext._validate import check_positive_int
+from ldvae_ext._validate import check_is_decoder, check_number, check_positive_int
+from ldvae_ext.core._arrays import per_cell
 from ldvae_ext.core._decode import logit_offsets
 from ldvae_ext.core._design import design_matrix
 from ldvae_ext.core._log_posterior import Prepared, is_theta_of_cell
@@ -126,10 +127,12 @@ def posterior_of(
     >>> posterior_of(decoder, [[9, 1], [1, 9]]).mean_nk[:, 0].round(3)
     array([ 0.889, -0.889])
     """
+    check_is_decoder(decoder)
     check_positive_int("max_iterations", max_iterations)
     check_positive_int("chunk_size", chunk_size)
     x_ng = _counts(decoder, x_ng)
     n_cells, n_factors = x_ng.shape[0], len(decoder.factors)
+    check_number("tolerance", tolerance)
     if not tolerance > 0:
         msg = f"`tolerance` must be positive; got {tolerance!r}."
         raise ValueError(msg)
@@ -168,6 +171,9 @@ def _counts(decoder: LinearDecoder, x_ng: Any) -> Any:
         msg = f"`x_ng` must be cells x the decoder's {len(decoder.genes)} genes; got shape {x_ng.shape}."
         raise ValueError(msg)
     values = values_of(x_ng)
+    if values.dtype.kind not in "biuf":
+        msg = f"`x_ng` must hold real numbers; got type {values.dtype}."
+        raise ValueError(msg)
     if not np.isfinite(values).all() or (decoder.likelihood != "normal" and (values < 0).any()):
         msg = "`x_ng` holds values that are not finite, or negative."
         raise ValueError(msg)
@@ -182,11 +188,7 @@ def _libraries(decoder: LinearDecoder, x_ng: Any, library: Any) -> np.ndarray:
             raise ValueError(msg)
         total_n = np.asarray(x_ng.sum(axis=1, dtype=np.float64)).ravel()
         return np.where(total_n > 0, total_n, 1.0)
-    library_n = np.asarray(library, dtype=np.float64).ravel()
-    if library_n.size not in (1, n_cells):
-        msg = f"`library` must be one number, or one for each of {n_cells} cells; got {library_n.size}."
-        raise ValueError(msg)
-    library_n = np.array(np.broadcast_to(library_n, (n_cells,)))
+    library_n = np.array(per_cell(library, n_cells, "library"))
     if not (np.isfinite(library_n) & (library_n > 0)).all():
         msg = "`library` must be positive and finite."
         raise ValueError(msg)
@@ -197,9 +199,9 @@ def _precision(covariance_kk: np.ndarray | None, n_factors: int) -> np.ndarray:
     if covariance_kk is None:
         return np.eye(n_factors)
     covariance_kk = np.asarray(covariance_kk, dtype=np.float64)
-    is_square = covariance_kk.shape == (n_factors, n_factors)
     if (
-        not is_square
+        covariance_kk.shape != (n_factors, n_factors)
+        or not np.isfinite(covariance_kk).all()
         or not np.allclose(covariance_kk, covariance_kk.T)
         or not np.linalg.eigvalsh(covariance_kk).min(initial=1) > 0
     ):

@@ -8,7 +8,7 @@ import numpy as np
 from scipy import sparse
 
 from ldvae_ext._validate import check_number, check_one_of, check_positive_int, warn
-from ldvae_ext.core._arrays import names_array
+from ldvae_ext.core._arrays import as_numbers, names_array
 from ldvae_ext.core.cells import at_rows, dense, has_fractions, indicator, values_of
 from ldvae_ext.core.derivatives import LOG_MEAN, LOG_THETA, derivatives, softplus_slope
 from ldvae_ext.core.heads import heads_at
@@ -230,7 +230,7 @@ def decoder_from_loadings(
     if hasattr(loadings, "columns"):
         genes = loadings.index if genes is None else genes
         factors = loadings.columns if factors is None else factors
-    weight_gk = np.array(loadings, dtype=np.float64)
+    weight_gk = np.array(as_numbers(loadings, "loadings"))
     if weight_gk.ndim != 2 or not np.isfinite(weight_gk).all():
         n_wrong = int((~np.isfinite(weight_gk)).sum())
         msg = f"`loadings` must be genes x factors, finite; got shape {weight_gk.shape}, {n_wrong} values not finite."
@@ -249,7 +249,7 @@ def decoder_from_loadings(
     if rescale and counts is not None and constant.any():
         msg = f"`loadings` must differ between genes; those of factor {int(np.flatnonzero(constant)[0])} do not."
         raise ValueError(msg)
-    start_g = _log_shares(counts) if intercept is None else np.array(intercept, dtype=np.float64).ravel()
+    start_g = _log_shares(counts) if intercept is None else np.array(as_numbers(intercept, "intercept")).ravel()
     if start_g.size != n_genes:
         msg = f"`intercept` must have the {n_genes} genes of `loadings`; got {start_g.size}."
         raise ValueError(msg)

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from ldvae_ext._validate import check_number, check_positive_int
+from ldvae_ext.core._arrays import checked, permutation
 from ldvae_ext.core._views import axes_of_factors, inverse_axes, is_orthogonal
 from ldvae_ext.core.cells import EncodedCells, PosteriorAxes
 from ldvae_ext.core.decoder import LinearDecoder
@@ -82,7 +84,9 @@ class Rotation:
 
     def variance(self, variance_nk: np.ndarray) -> np.ndarray:
         """Marginal variances of the factors from the variances of the latents, shape (cells, factors)."""
-        return np.asarray(variance_nk, dtype=np.float64) @ np.square(self.matrix_kk)
+        return checked(variance_nk, (None, len(self.matrix_kk)), "variance_nk", finite=False) @ np.square(
+            self.matrix_kk
+        )
 
     def cells(self, cells: EncodedCells) -> EncodedCells:
         """Encoded cells on these axes, with the variances and axes that make up their posterior covariance."""
@@ -94,7 +98,9 @@ class Rotation:
 
     def arranged(self, order: Any, signs: Any) -> Rotation:
         """The same axes in another order, some with the other sign."""
-        return Rotation(matrix_kk=self.matrix_kk[:, order] * signs, method=self.method)
+        return Rotation(
+            matrix_kk=self.matrix_kk[:, permutation(order, len(self.matrix_kk))] * signs, method=self.method
+        )
 
 
 def varimax(value_nk: np.ndarray, *, n_starts: int = N_STARTS) -> np.ndarray:
@@ -125,7 +131,8 @@ def varimax(value_nk: np.ndarray, *, n_starts: int = N_STARTS) -> np.ndarray:
     >>> (np.abs(found) > 1e-6).sum(axis=1)  # each gene is in one factor again
     array([1, 1, 1, 1])
     """
-    value_nk = np.asarray(value_nk, dtype=np.float64)
+    value_nk = checked(value_nk, (None, None), "value_nk")
+    check_positive_int("n_starts", n_starts, least=0)
     n_columns = value_nk.shape[1]
     scale = np.sqrt(np.mean(value_nk**2))
     _, vector_kk = np.linalg.eigh(value_nk.T @ value_nk)
@@ -214,11 +221,13 @@ def promax(value_gk: np.ndarray, rotation_kk: np.ndarray, power: float = POWER) 
     >>> bool(np.allclose(axes.T @ axes, np.eye(2)))  # correlated under the prior
     False
     """
-    rotation_kk = axes_of_factors(rotation_kk, np.shape(value_gk)[1])
-    if not is_orthogonal(rotation_kk) or not power >= 1:
-        msg = f"`rotation_kk` must be orthogonal, and `power` at least 1; got {power!r}."
+    value_gk = checked(value_gk, (None, None), "value_gk")
+    rotation_kk = axes_of_factors(rotation_kk, value_gk.shape[1])
+    check_number("power", power, least=1)
+    if not is_orthogonal(rotation_kk):
+        msg = "`rotation_kk` must be orthogonal; the scalar products of its columns are not 0."
         raise ValueError(msg)
-    value_gk = np.asarray(value_gk, dtype=np.float64) @ rotation_kk
+    value_gk = value_gk @ rotation_kk
     length_k = np.square(value_gk).sum(axis=0)
     (used,) = np.nonzero(length_k > _UNUSED * length_k.max(initial=0))
     fit_kk = np.eye(len(length_k))

@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import sparse
 
+from ldvae_ext._validate import check_positive_int
+from ldvae_ext.core._arrays import check_shape, checked
+
 # Counts per cell that expression is normalised to, as in scanpy's tutorials.
 TARGET_SUM = 1e4
 
@@ -53,6 +56,8 @@ class SlopeSums:
     """
 
     def __init__(self, n_genes: int, n_factors: int) -> None:
+        check_positive_int("n_genes", n_genes)
+        check_positive_int("n_factors", n_factors)
         self._n = 0
         self._y_g, self._yy_g = np.zeros(n_genes), np.zeros(n_genes)
         self._u_k, self._uu_k = np.zeros(n_factors), np.zeros(n_factors)
@@ -60,8 +65,9 @@ class SlopeSums:
 
     def add(self, x_ng: Any, usage_nk: np.ndarray) -> None:
         """Count some cells in: counts, dense or sparse, shape (cells, genes), and usages, shape (cells, factors)."""
+        check_shape(x_ng, (None, len(self._y_g)), "x_ng")
+        usage_nk = checked(usage_nk, (np.shape(x_ng)[0], len(self._u_k)), "usage_nk", finite=False)
         y_ng = log_normalised(x_ng)
-        usage_nk = np.asarray(usage_nk, dtype=np.float64)
         self._n += len(usage_nk)
         self._y_g += y_ng.sum(axis=0)
         self._yy_g += (y_ng * y_ng).sum(axis=0)

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import ndtr
 
+from ldvae_ext._validate import check_is_decoder, check_number, check_positive_int
+from ldvae_ext.core._arrays import checked
 from ldvae_ext.core.cells import EncodedCells
 from ldvae_ext.core.decoder import LinearDecoder
 from ldvae_ext.core.fisher import logit_information
@@ -49,6 +51,7 @@ class LoadingInformation:
     """
 
     def __init__(self, decoder: LinearDecoder) -> None:
+        check_is_decoder(decoder)
         n_genes, n_factors = decoder.weight_gk.shape
         self._decoder, self._n_cells = decoder, 0
         self._total_bg = np.zeros((len(decoder.batches), n_genes))
@@ -75,6 +78,8 @@ class LoadingInformation:
             Number of cells that the loadings were estimated from; those that were counted in if None, which otherwise are
             a sample of them.
         """
+        if n_cells is not None:
+            check_positive_int("n_cells", n_cells)
         n_genes, n_factors = self._decoder.weight_gk.shape
         ratio = 1.0 if n_cells is None else n_cells / max(1, self._n_cells)
         first, second = np.triu_indices(n_factors)
@@ -114,6 +119,14 @@ class Shrunken(NamedTuple):
     """Local false sign rates: the smaller of the posterior probabilities of ``theta >= 0`` and ``theta <= 0``, in [0, 1]."""
 
 
+def check_level(level: float) -> None:
+    """Raise unless this is a probability of intervals."""
+    check_number("level", level)
+    if not 0 < level < 1:
+        msg = f"`level` must lie between 0 and 1; got {level!r}."
+        raise ValueError(msg)
+
+
 def shrink(weight_gk: np.ndarray, error_gk: np.ndarray, level: float = 0.95) -> Shrunken:
     """Adaptive shrinkage (Stephens 2017, 10.1093/biostatistics/kxw041) of estimates with standard errors, column by column.
 
@@ -147,16 +160,9 @@ def shrink(weight_gk: np.ndarray, error_gk: np.ndarray, level: float = 0.95) -> 
     >>> shrink(weights, errors).mean_gk[:2, 0].round(1)  # a small, a large error
     array([3. , 0.1])
     """
-    weight_gk, error_gk = np.asarray(weight_gk, dtype=np.float64), np.asarray(error_gk, dtype=np.float64)
-    if weight_gk.ndim != 2 or weight_gk.shape != error_gk.shape:
-        msg = f"`weight_gk` and `error_gk` must have the same shape, genes x factors; got {weight_gk.shape} and {error_gk.shape}."
-        raise ValueError(msg)
-    if not np.isfinite(weight_gk).all() or not np.isfinite(error_gk).all() or not (error_gk > 0).all():
-        msg = "`weight_gk` must be finite, `error_gk` finite and positive."
-        raise ValueError(msg)
-    if not 0 < level < 1:
-        msg = f"`level` must lie between 0 and 1; got {level!r}."
-        raise ValueError(msg)
+    weight_gk = checked(weight_gk, (None, None), "weight_gk")
+    error_gk = checked(error_gk, weight_gk.shape, "error_gk", positive=True)
+    check_level(level)
     columns = [_shrink_column(w_g, s_g, level) for w_g, s_g in zip(weight_gk.T, error_gk.T, strict=True)]
     return Shrunken(*(np.stack(part, axis=1) for part in zip(*columns, strict=True)))
 

@@ -11,6 +11,7 @@ from anndata import AnnData
 from scipy.sparse import issparse
 from scipy.stats import false_discovery_control, wilcoxon
 
+from ldvae_ext._formats import ABLATION, check_format
 from ldvae_ext._groups import groups_of
 from ldvae_ext._keys import ABLATION_INFO
 from ldvae_ext._validate import check_one_of, factor_indices
@@ -84,7 +85,7 @@ def ablation_df(
         raise ValueError(msg)
     shift = -min_effect if alternative == "less" else min_effect
     if not isinstance(ablation, AnnData) or issparse(ablation.X):
-        msg = "`ablation` must be a result of `ablate`, not the data or the model."
+        msg = f"`ablation` must be a result of `ablate`, not the data or the model; got {type(ablation).__name__}."
         raise TypeError(msg)
     if _is_of_genes(ablation):
         msg = "`ablation` is one of genes; `get.gene_ablation_df` reads it."
@@ -115,7 +116,9 @@ def ablation_df(
 
 
 def _is_of_genes(ablation: AnnData) -> bool:
-    return ablation.uns.get(ABLATION_INFO, {}).get("of") == "genes"
+    info = ablation.uns.get(ABLATION_INFO, {})
+    check_format(f"`ablation.uns[{ABLATION_INFO!r}]`", info.get("format"), ABLATION)
+    return info.get("of") == "genes"
 
 
 _COLUMNS = ["n_cells", "mean", "median", "share_helped", "effect_size", "p_value"]
@@ -169,6 +172,9 @@ def gene_ablation_df(ablation: AnnData, factor: Any = None) -> pd.DataFrame:
     >>> table.columns.tolist()
     ['group', 'factor', 'gene', 'n_cells', 'mean', 'share']
     """
+    if not isinstance(ablation, AnnData):
+        msg = f"`ablation` must be a result of `ablate_genes`; got {type(ablation).__name__}."
+        raise TypeError(msg)
     if not _is_of_genes(ablation):
         msg = "`ablation` must come from `ablate_genes`; `get.ablation_df` reads one of cells."
         raise ValueError(msg)

@@ -148,7 +148,7 @@ def network_posterior(
             if seen is not None:
                 seen(chunk)
     if not parts:
-        msg = "There are no cells to look at."
+        msg = "`indices` must choose at least one cell; got none."
         raise ValueError(msg)
     mean_nk, variance_nk = (np.concatenate(part) for part in zip(*parts, strict=True))
     return mean_nk, variance_nk

@@ -35,7 +35,6 @@ from ldvae_ext._scvi import (
 )
 from ldvae_ext._validate import check_names_last, check_number, check_positive_int, listed, warn
 from ldvae_ext.core.rotation import CONSENSUS, Rotation
-from ldvae_ext.model._collection import open_collection
 from ldvae_ext.model._counts import (
     check_categories,
     check_counts,
@@ -306,60 +305,6 @@ class LDVAEBase(
             manager.register_fields(adata, **kwargs)
         cls.register_manager(manager)
         check_unchanged(manager)
-
-    @classmethod
-    def setup_annbatch(
-        cls,
-        collection_path: str | None = None,
-        paths: list[str] | None = None,
-        batch_key: str | None = None,
-        labels_key: str | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Cells on disk as a data module, for data that do not fit into memory: scvi-tools' ``setup_annbatch``.
-
-        The files are copied once into a collection of annbatch, a zarr store whose cells can be read in any order. Then
-        ``LDVAE(registry=datamodule.registry)`` and ``train(datamodule=datamodule)``. Methods that take an ``adata`` take the
-        data module in its place, and read the cells from disk.
-
-        Parameters
-        ----------
-        collection_path
-            Folder of the collection, which is written, or read if ``paths`` is None or ``rebuild=False``.
-        paths
-            Files (``.h5ad``) with raw counts.
-        batch_key, labels_key
-            Columns of ``obs``, as in :meth:`setup_anndata`.
-        **kwargs
-            Other arguments of scvi-tools: ``layer``, ``categorical_covariate_keys``, ``continuous_covariate_keys``, ``rebuild``,
-            ``batch_size`` (of minibatches that are read; ``train`` has its own), ``chunk_size``, ``preload_nchunks``, ``shuffle``
-            (of the cells in the collection), ``var_subset`` and more.
-
-        Returns
-        -------
-        A ``scvi.dataloaders.AnnbatchDataModule``, with the cells as a lazily read AnnData in ``adata``.
-
-        Raises
-        ------
-        ImportError
-            Without the packages of ``pip install "ldvae-ext[large]"``.
-        ValueError
-            If there is no such collection and no file to make it of.
-
-        Examples
-        --------
-        >>> datamodule = LDVAE.setup_annbatch("cells.zarr", ["a.h5ad", "b.h5ad"], batch_key="donor")  # doctest: +SKIP
-        >>> model = LDVAE(registry=datamodule.registry)  # doctest: +SKIP
-        >>> model.train(datamodule=datamodule, train_size=0.9)  # doctest: +SKIP
-        >>> model.ablate(datamodule)  # doctest: +SKIP
-        """
-        arguments = {
-            "collection_path": collection_path,
-            "paths": paths,
-            "batch_key": batch_key,
-            "labels_key": labels_key,
-        }
-        return open_collection(super().setup_annbatch, cls.__name__, {**arguments, **kwargs})
 
     def get_var_names(self, legacy_mudata_format: bool = False) -> np.ndarray:
         """Names of the genes at the set-up, to which loadings belong whatever ``adata.var_names`` are now.

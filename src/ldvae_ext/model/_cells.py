@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -15,7 +15,7 @@ from anndata import AnnData
 from scvi import REGISTRY_KEYS
 from torch.utils.data import DataLoader
 
-from ldvae_ext._row_store import table_of
+from ldvae_ext._groups import table_of
 from ldvae_ext._scvi import SETUP_METHOD_NAME, adata_minify_type, check_adata_or_dataloader
 from ldvae_ext._validate import cell_positions, check_positive_int, listed
 from ldvae_ext.backends.counts import Counts
@@ -105,7 +105,10 @@ def minibatches(
     generator = torch.Generator()
     if is_of_datamodule(model):
         counts = counts_of(cells, model.get_setup_arg("layer"))
-        fields = {REGISTRY_KEYS.X_KEY: counts, **Columns(model.registry).of(cast("pd.DataFrame", cells.obs), cells.n_obs)}
+        fields = {
+            REGISTRY_KEYS.X_KEY: counts,
+            **Columns(model.registry).of(cast("pd.DataFrame", cells.obs), cells.n_obs),
+        }
         return CountsLoader(fields, positions, batch_size or scvi.settings.batch_size, generator=generator)
     manager = model.get_anndata_manager(cells, required=True)
     if not data_loader_kwargs and scvi.settings.dl_num_workers == 0 and can_gather(manager):

@@ -16,7 +16,7 @@ from scvi.model.base import RNASeqMixin, VAEMixin
 
 from ldvae_ext._keys import ABUNDANCE
 from ldvae_ext._scvi import MODULE_KEYS
-from ldvae_ext._validate import check_column, factor_indices
+from ldvae_ext._validate import check_column, check_one_of, factor_indices
 from ldvae_ext.core import log_likelihood
 from ldvae_ext.core.cells import EncodedCells, dense
 from ldvae_ext.core.heads import parameters_given
@@ -107,6 +107,7 @@ class ComparisonMixin(LDVAEBase):
         >>> table["comparison"].unique().tolist()
         ['G1 vs Rest', 'G2M vs Rest', 'S vs Rest']
         """
+        check_one_of("mode", mode, ("vanilla", "change"))
         if batch_correction is None:
             batch_correction = factors is not None
         arguments = {
@@ -198,6 +199,14 @@ class ComparisonMixin(LDVAEBase):
         module, indices = self.module, np.asarray(indices)
         is_negative_binomial = module.gene_likelihood in ("nb", "zinb") and not module.use_size_factor_key
         if is_negative_binomial and module.latent_distribution == "normal" and not truncation:
+            for name, value, kind in (
+                ("qz", qz, torch.distributions.Distribution),
+                ("px", px, torch.distributions.Distribution),
+                ("zs", zs, torch.Tensor),
+            ):
+                if not isinstance(value, kind):
+                    msg = f"`{name}` must be a {kind.__name__} of torch; got {type(value).__name__}."
+                    raise TypeError(msg)
             return super().get_importance_weights(
                 adata=adata,
                 indices=indices,

@@ -11,7 +11,7 @@ from anndata import AnnData
 from scipy import sparse
 
 from ldvae_ext._validate import check_column, check_names_last, listed, warn
-from ldvae_ext.core.cells import values_of
+from ldvae_ext.core.cells import check_sparse, values_of
 from ldvae_ext.core.levels import match_levels
 from ldvae_ext.core.rows import RowReader, row_chunks
 
@@ -71,6 +71,7 @@ def check_counts(adata: AnnData, layer: str | None, *, may_be_empty: bool = Fals
     if 0 in adata.shape and not may_be_empty:
         msg = f"`adata` must have cells and genes; got {adata.n_obs} cells and {adata.n_vars} genes."
         raise ValueError(msg)
+    check_sparse(counts, where)
     fraction: float | None = None
     empty: list[int] = []
     for start, chunk in _row_chunks(counts):

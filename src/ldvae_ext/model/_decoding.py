@@ -11,6 +11,7 @@ from anndata import AnnData
 
 from ldvae_ext._validate import listed
 from ldvae_ext.core import LinearDecoder, kl_per_dimension
+from ldvae_ext.core._arrays import per_cell
 from ldvae_ext.core._decode import put_scale
 from ldvae_ext.core._expression import check_library_size, gene_positions
 from ldvae_ext.model._axes import (
@@ -175,7 +176,11 @@ class DecodingMixin(LDVAEBase):
         if sizes.dtype.kind not in "iuf" or not (np.isfinite(sizes) & (sizes >= 0)).all():
             msg = f"`library_size` must hold finite numbers of at least 0; got {library_size!r}."
             raise ValueError(msg)
+        per_cell(sizes, len(z), "library_size")
         given = decoder._given(z, batch, covariates, library_size)
+        if not np.isfinite(given[0]).all():
+            msg = f"`z` must be finite; {int((~np.isfinite(given[0])).any(axis=1).sum())} of {len(given[0])} cells are not."
+            raise ValueError(msg)
         expression = np.empty((len(given[0]), len(genes)))
         put_scale(decoder, expression, *given, genes=genes)
         return expression if return_numpy else pd.DataFrame(expression, index=index, columns=decoder.genes[genes])
@@ -242,6 +247,13 @@ class DecodingMixin(LDVAEBase):
             msg = "`weights='importance'` weighs by the likelihood of counts; `gene_likelihood='normal'` has none."
             raise ValueError(msg)
         check_library_size(library_size)
+        if importance_weighting_kwargs and weights != "importance" and not use_posterior_mean:
+            msg = f"{listed(importance_weighting_kwargs)}: no argument of `get_normalized_expression`, but for `weights='importance'`."
+            raise TypeError(msg)
+        if gene_list is not None and not use_posterior_mean and not np.isin(self.get_var_names(), gene_list).any():
+            # scvi-tools leaves out genes that the model does not have.
+            msg = f"`gene_list` must name at least one of the {len(self.get_var_names())} genes of the model; got {gene_list!r}."
+            raise ValueError(msg)
         library_size = library_size if isinstance(library_size, str) else float(library_size)
         is_one_draw = n_samples == 1 and n_samples_overall is None and weights in (None, "uniform")
         is_usual = not use_posterior_mean and is_one_draw and not importance_weighting_kwargs

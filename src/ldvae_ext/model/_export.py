@@ -11,7 +11,8 @@ import scvi
 from anndata import AnnData
 
 import ldvae_ext
-from ldvae_ext._row_store import HeldRows, RowStore, check_store, row_store, table_of
+from ldvae_ext._groups import table_of
+from ldvae_ext._row_store import HeldRows, RowStore, check_store, row_store
 from ldvae_ext._scvi import ADATA_MINIFY_TYPE
 from ldvae_ext._stats import MEASURES
 from ldvae_ext._validate import check_one_of, warn

@@ -35,8 +35,10 @@ class CountsField(LayerField):
         """Register other cells, whose genes must be those of a set-up in the same order."""
         known = np.asarray(state_registry[self.COLUMN_NAMES_KEY]).astype(str)
         names = np.asarray(adata_target.var_names).astype(str)
-        if len(names) == len(known):
-            compare_genes(names, known)
+        if len(names) != len(known):
+            msg = f"`adata` must have the {len(known)} genes of the model; it has {len(names)}, and lacks {listed(known[~np.isin(known, names)]) or 'none'}."
+            raise ValueError(msg)
+        compare_genes(names, known)
         return super().transfer_field(state_registry, adata_target, **kwargs)
 
 

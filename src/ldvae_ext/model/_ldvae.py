@@ -17,17 +17,21 @@ from scvi.model import LinearSCVI
 
 from ldvae_ext._files import temporary_folder
 from ldvae_ext._folder import check_anndata_can_be_written
+from ldvae_ext._formats import SAVED_MODEL, check_format
 from ldvae_ext._scvi import MODEL_NAME_KEY, SETUP_ARGS_KEY, parse_device_args
 from ldvae_ext._validate import listed
 from ldvae_ext.model._ablation import AblationMixin
+from ldvae_ext.model._checkpoint import PICKLE, check_prefix, damage_named
+from ldvae_ext.model._collection import open_collection
 from ldvae_ext.model._comparison import ComparisonMixin
+from ldvae_ext.model._counts import check_is_anndata
 from ldvae_ext.model._decoding import DecodingMixin
 from ldvae_ext.model._export import ExportMixin
 from ldvae_ext.model._fingerprint import compare_genes
 from ldvae_ext.model._linear_scvi import as_linear_scvi_meant, saved_arguments
 from ldvae_ext.model._plain_files import DESCRIPTION, CannotBeWritten, PlainModel
 from ldvae_ext.model._populations import PopulationsMixin
-from ldvae_ext.model._query import QueryMixin, freeze_reference
+from ldvae_ext.model._query import FORMAT_ATTRIBUTE, QueryMixin, freeze_reference
 from ldvae_ext.model._readouts import ReadoutsMixin
 from ldvae_ext.model._refinement import RefinementMixin
 from ldvae_ext.model._stats import StatsMixin
@@ -98,6 +102,63 @@ class LDVAE(
     (700, 5)
     """
 
+    # Ends in an underscore to be saved with the model, as scvi-tools saves such attributes.
+    saved_format_: int = SAVED_MODEL
+
+    @classmethod
+    def setup_annbatch(
+        cls,
+        collection_path: str | None = None,
+        paths: list[str] | None = None,
+        batch_key: str | None = None,
+        labels_key: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Cells on disk as a data module, for data that do not fit into memory: scvi-tools' ``setup_annbatch``.
+
+        The files are copied once into a collection of annbatch, a zarr store whose cells can be read in any order. Then
+        ``LDVAE(registry=datamodule.registry)`` and ``train(datamodule=datamodule)``. Methods that take an ``adata`` take the
+        data module in its place, and read the cells from disk.
+
+        Parameters
+        ----------
+        collection_path
+            Folder of the collection, which is written, or read if ``paths`` is None or ``rebuild=False``.
+        paths
+            Files (``.h5ad``) with raw counts.
+        batch_key, labels_key
+            Columns of ``obs``, as in :meth:`setup_anndata`.
+        **kwargs
+            Other arguments of scvi-tools: ``layer``, ``categorical_covariate_keys``, ``continuous_covariate_keys``, ``rebuild``,
+            ``batch_size`` (of minibatches that are read; ``train`` has its own), ``chunk_size``, ``preload_nchunks``, ``shuffle``
+            (of the cells in the collection), ``var_subset`` and more.
+
+        Returns
+        -------
+        A ``scvi.dataloaders.AnnbatchDataModule``, with the cells as a lazily read AnnData in ``adata``.
+
+        Raises
+        ------
+        ImportError
+            Without the packages of ``pip install "ldvae-ext[large]"``.
+        ValueError
+            If there is no such collection and no file to make it of.
+
+        Examples
+        --------
+        >>> datamodule = LDVAE.setup_annbatch("cells.zarr", ["a.h5ad", "b.h5ad"], batch_key="donor")  # doctest: +SKIP
+        >>> model = LDVAE(registry=datamodule.registry)  # doctest: +SKIP
+        >>> model.train(datamodule=datamodule, train_size=0.9)  # doctest: +SKIP
+        >>> model.ablate(datamodule)  # doctest: +SKIP
+        """
+        arguments = {
+            "collection_path": collection_path,
+            "paths": paths,
+            "batch_key": batch_key,
+            "labels_key": labels_key,
+        }
+        return open_collection(super().setup_annbatch, cls.__name__, {**arguments, **kwargs})
+
     def save(
         self,
         dir_path: str,
@@ -129,6 +190,10 @@ class LDVAE(
         ['Z_0', 'Z_1', 'Z_2', 'Z_3', 'Z_4']
         """
         folder = Path(dir_path)
+        check_prefix(prefix)
+        if folder.is_file():
+            msg = f"`dir_path`: {dir_path} is a file; name a folder."
+            raise NotADirectoryError(msg)
         arguments: dict[str, Any] = {
             "prefix": prefix,
             "save_kwargs": save_kwargs,
@@ -137,9 +202,9 @@ class LDVAE(
         }
         complete = {"overwrite": overwrite, "save_anndata": save_anndata, **arguments, **anndata_write_kwargs}
         if folder.exists() and not overwrite:
-            # Refused, with scvi-tools' message.
-            super().save(dir_path, **complete)
-            return
+            # As scvi-tools refuses it.
+            msg = f"`dir_path`: {dir_path} already exists. Please provide another directory for saving, or `overwrite=True`."
+            raise ValueError(msg)
         if not save_anndata or self.adata is None:
             self._save_whole(folder, complete)
             return
@@ -176,11 +241,8 @@ class LDVAE(
             raise
 
     def _save_plain(self, folder: Path, prefix: str) -> None:
-        attributes = {name: value for name, value in self._get_user_attributes() if name.endswith("_")}
-        registry = attributes.pop("registry_")
-        plain = PlainModel(registry, attributes, np.asarray(self.get_var_names()).astype(str), self.module.state_dict())
         try:
-            plain.write(folder, prefix)
+            PlainModel.of(self).write(folder, prefix)
         except CannotBeWritten as error:
             # The pickle holds it; `load(trusted=False)` says that the files are missing.
             _log.info("Saved as a pickle alone: %s, which only a pickle can hold.", error)
@@ -226,6 +288,8 @@ class LDVAE(
         >>> loaded.get_loadings().equals(model.get_loadings())
         True
         """
+        check_prefix(prefix)
+        check_is_anndata(None if adata is False else adata)
         classes = [LinearSCVI.__name__, *(allowed_classes_names_list or [])]
         if not trusted:
             given = [
@@ -235,18 +299,21 @@ class LDVAE(
                 msg = f"`trusted=False` reads files of the directory alone, without {listed(given)}."
                 raise ValueError(msg)
             return cls._load_plain(Path(dir_path), adata, accelerator, device, prefix or "", [cls.__name__, *classes])
-        model = super().load(
-            dir_path,
-            adata,
-            accelerator=accelerator,
-            device=device,
-            prefix=prefix,
-            backup_url=backup_url,
-            allowed_classes_names_list=classes,
-        )
+        with damage_named(Path(dir_path) / f"{prefix or ''}{PICKLE}"):
+            model = super().load(
+                dir_path,
+                adata,
+                accelerator=accelerator,
+                device=device,
+                prefix=prefix,
+                backup_url=backup_url,
+                allowed_classes_names_list=classes,
+            )
         if datamodule is not None:
             # scvi-tools would build the network anew, from the options that the class spells out.
             model._datamodule = datamodule
+        # A model that is saved again has the present format.
+        check_format(dir_path, vars(model).pop(FORMAT_ATTRIBUTE, None), SAVED_MODEL)
         freeze_reference(model)
         return model
 
@@ -255,7 +322,7 @@ class LDVAE(
         cls, folder: Path, adata: Any, accelerator: str, device: int | str, prefix: str, classes: list[str]
     ) -> LDVAE:
         plain = PlainModel.read(folder, prefix)
-        registry, attributes = plain.registry, dict(plain.attributes)
+        registry = plain.registry
         if registry.get(MODEL_NAME_KEY, cls.__name__) not in classes:
             msg = f"{folder} holds a {registry[MODEL_NAME_KEY]!r}; opened are {listed(classes)}."
             raise ValueError(msg)
@@ -266,23 +333,35 @@ class LDVAE(
             msg = f"{folder} has no AnnData: give `adata`, or `adata=False` to open the model without data."
             raise ValueError(msg)
         if adata is not False:
-            if adata.n_vars == len(plain.genes):
-                compare_genes(np.asarray(adata.var_names).astype(str), plain.genes)
-            cls.setup_anndata(adata, source_registry=registry, **registry[SETUP_ARGS_KEY])
+            cls._register_as(plain, adata)
+        device = parse_device_args(
+            accelerator=accelerator, devices=device, return_device="torch", validate_single_device=True
+        )[-1]
+        return cls._of_plain(plain, adata, device, folder)
+
+    @classmethod
+    def _register_as(cls, plain: PlainModel, adata: AnnData) -> None:
+        """Set up an AnnData as that of a saved model was."""
+        if adata.n_vars == len(plain.genes):
+            compare_genes(np.asarray(adata.var_names).astype(str), plain.genes)
+        cls.setup_anndata(adata, source_registry=plain.registry, **plain.registry[SETUP_ARGS_KEY])
+
+    @classmethod
+    def _of_plain(cls, plain: PlainModel, adata: Any, device: Any, folder: Path) -> LDVAE:
+        """The model that plain files hold, on a registered AnnData or, with False, without data."""
+        attributes = dict(plain.attributes)
+        # A model that is saved again has the present format.
+        check_format(str(folder), attributes.pop(FORMAT_ATTRIBUTE, None), SAVED_MODEL)
         try:
             arguments = saved_arguments(attributes.pop("init_params_"))
             # The drawn parameters are replaced at once. The caller's random state is restored.
             with torch.random.fork_rng(devices=[]):
-                model = cls(None if adata is False else adata, registry if adata is False else None, **arguments)
+                model = cls(None if adata is False else adata, plain.registry if adata is False else None, **arguments)
             model.module.load_state_dict(plain.state)
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:
             msg = f"{folder} holds no model that can be read: {error}."
             raise ValueError(msg) from error
-        model.to_device(
-            parse_device_args(
-                accelerator=accelerator, devices=device, return_device="torch", validate_single_device=True
-            )[-1]
-        )
+        model.to_device(device)
         model.module.eval()
         for name, value in attributes.items():
             if not name.endswith("_") or name.startswith("_"):

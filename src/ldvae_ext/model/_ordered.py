@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ldvae_ext._validate import listed
+from ldvae_ext._validate import check_number, listed
 from ldvae_ext.core._views import check_rotatable
 from ldvae_ext.model._base import LDVAEBase
 from ldvae_ext.model._rotation import deviance_rotation, rotate
@@ -54,6 +54,7 @@ def order_factors(
         rotate(model, "deviance")
         return
     check_epochs(fine_tune_epochs)
+    check_number("lr", lr, least=0)
     check_not_decided("order_factors", trainer_kwargs, "it continues the previous training, on its cells")
     own = [name for name in plan_kwargs or {} if name == "lr" or "kl_w" in name]
     if own:

@@ -8,8 +8,7 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from ldvae_ext._groups import directions_table, groups_of
-from ldvae_ext._row_store import table_of
+from ldvae_ext._groups import directions_table, groups_of, table_of
 from ldvae_ext._validate import cell_positions
 from ldvae_ext.core._expression import GroupExpression, check_library_size, gene_positions
 from ldvae_ext.core.populations import GroupMoments, PopulationLoadings, PopulationRequest

@@ -377,6 +377,7 @@ class TasksMixin(LDVAEBase):
         >>> model.minified_data_type
         'latent_posterior_parameters'
         """
+        check_one_of("minified_data_type", minified_data_type, tuple(ADATA_MINIFY_TYPE))
         keys = (use_latent_qzm_key, use_latent_qzv_key)
         computed = not any(key in self.adata.obsm for key in keys)
         if computed:

@@ -70,6 +70,9 @@ def ablation_genes(
     >>> axes = ldvae_ext.pl.ablation_genes(genes, 0, show=False)
     """
     check_positive_int("n_genes", n_genes)
+    if not isinstance(ablation, AnnData):
+        msg = f"`ablation` must be a result of `ablate_genes`; got {type(ablation).__name__}."
+        raise TypeError(msg)
     name = one_factor(factor, ablation.var_names.astype(str).tolist())
     table = get.gene_ablation_df(ablation, name)
     chosen = groups_in_order(groups, table["group"].unique().tolist())

@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, Locator
 
 from ldvae_ext import get
 from ldvae_ext._keys import POPULATION_LOADINGS
-from ldvae_ext._validate import check_one_of, check_positive_int, listed
+from ldvae_ext._validate import check_one_of, check_positive_int, listed, printable
 from ldvae_ext.core._arrays import strings
 from ldvae_ext.core.populations import BATCH
 from ldvae_ext.get._populations import populations_of
@@ -199,7 +199,8 @@ def _path(adata: AnnData, gene: Any, group: str, key: str) -> tuple[pd.DataFrame
         msg = f"`gene` must name genes of the model; got {listed(unknown) or 'none'}."
         raise ValueError(msg)
     value_gk.columns = pd.Index(labels_in_result(adata, value_gk.columns, info))
-    return value_gk.loc[genes], [group, *reference_line(info)]
+    shown = value_gk.loc[genes].set_axis([printable(name) for name in genes], axis=0)
+    return shown, [printable(line) for line in (group, *reference_line(info))]
 
 
 def _waterfall(value_k: pd.Series, n_factors: int) -> _Fall:

@@ -12,7 +12,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize, is_color_like, to_rgba_array
 from matplotlib.lines import Line2D
 
-from ldvae_ext._validate import listed, warn
+from ldvae_ext._validate import listed, printable, warn
 from ldvae_ext.pl._figure import BLUE, MISSING, PALETTE
 
 # The next shape starts where the colours are used up.
@@ -80,6 +80,6 @@ def look_of(adata: AnnData, color: str | None) -> Look:
     return Look(
         to_rgba_array(colors)[groups.codes],
         np.array(markers)[groups.codes],
-        ["no value" if code < 0 else str(groups.categories[code]) for code in present],
+        ["no value" if code < 0 else printable(groups.categories[code]) for code in present],
         [Line2D([], [], linestyle="none", marker=markers[code], color=colors[code]) for code in present],
     )

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from ldvae_ext import get
 from ldvae_ext._keys import DEFAULT_KEY
-from ldvae_ext._validate import check_positive_int, listed
+from ldvae_ext._validate import check_number, check_positive_int, listed
 from ldvae_ext.get._export import latents_of
 from ldvae_ext.pl._figure import (
     BLUE,
@@ -89,6 +89,8 @@ def embedding_factors(
     names = table.index.tolist()
     chosen = factors_in_order(factors, names)
     check_positive_int("ncols", ncols)
+    if size is not None:
+        check_number("size", size, least=0)
     xy, axis = _embedding(adata, "umap" if basis is None else basis)
     latent_nk = latents_of(adata, key)[:, chosen].astype(np.float64)
     limit = max(float(np.quantile(np.abs(latent_nk), _QUANTILE)), 1e-6)
@@ -126,7 +128,7 @@ def _embedding(adata: AnnData, basis: str) -> tuple[np.ndarray, str]:
     """Two columns of an embedding, and the name of its axes."""
     found = next((name for name in (f"X_{basis}", basis) if name in adata.obsm), None)
     if found is None:
-        msg = f"`basis`: there is no {basis!r} in `adata.obsm`, which has {listed(adata.obsm)}; `scanpy.tl.umap` makes a UMAP."
+        msg = f"`basis`: there is no {basis!r} in `adata.obsm`, which has {listed(adata.obsm) or 'nothing'}; `scanpy.tl.umap` makes a UMAP."
         raise KeyError(msg)
     xy = np.asarray(adata.obsm[found])
     if xy.ndim != 2 or xy.shape[1] < 2:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from ldvae_ext import get
 from ldvae_ext._groups import groups_of
 from ldvae_ext._keys import DEFAULT_KEY
-from ldvae_ext._validate import check_one_of, check_positive_int
+from ldvae_ext._validate import check_one_of, check_positive_int, printable
 from ldvae_ext.get._export import latents_of
 from ldvae_ext.get._genes import RANKS, Rank
 from ldvae_ext.pl._color import group_colors
@@ -121,4 +121,4 @@ def _ranges(ax: Axes, groups: list[str], values: list[np.ndarray], colors: list[
     low, median, high = np.array([np.quantile(v, [0.25, 0.5, 0.75]) for v in values]).T
     ax.hlines(at, low, high, colors=colors, linewidth=2.5)
     ax.plot(median, at, "o", color=DARK, markersize=3)
-    ax.set_yticks(at, groups)
+    ax.set_yticks(at, [printable(group) for group in groups])

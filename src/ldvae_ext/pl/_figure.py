@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.ticker import MaxNLocator
 
-from ldvae_ext._validate import factor_indices, listed
+from ldvae_ext._validate import factor_indices, listed, printable
 from ldvae_ext.get import factors as factor_table
 from ldvae_ext.get._export import export_mark
 
@@ -49,11 +49,23 @@ def plain_text[**P, R](plot: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(plot)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        _check_drawing(**kwargs)
         # Each text keeps the setting with which it was made.
         with plt.rc_context({"text.parse_math": False}):
             return plot(*args, **kwargs)
 
     return run
+
+
+def _check_drawing(*, ax: Any = None, show: Any = None, return_fig: Any = False, **_others: Any) -> None:
+    """Raise unless the arguments that all plots share are axes and switches."""
+    if ax is not None and not isinstance(ax, Axes):
+        msg = f"`ax` must be matplotlib's Axes or None; got {ax!r}."
+        raise TypeError(msg)
+    for name, value in (("show", show), ("return_fig", return_fig)):
+        if value is not None and not isinstance(value, (bool, np.bool_)):
+            msg = f"`{name}` must be True or False; got {value!r}."
+            raise ValueError(msg)
 
 
 def em() -> float:
@@ -111,8 +123,9 @@ def inches(ax: Axes) -> tuple[float, float]:
 
 
 def folded(names: Sequence[str], room: float) -> list[str]:
-    """Names, the long ones in two lines if each name has room for them, in inches."""
-    return list(names) if room < _TWO_LINES * em() else [_folded(name) for name in names]
+    """Names as they are shown, the long ones in two lines if each name has room for them, in inches."""
+    names = [printable(name) for name in names]
+    return names if room < _TWO_LINES * em() else [_folded(name) for name in names]
 
 
 def _folded(name: str) -> str:
@@ -157,7 +170,10 @@ def factor_labels(table: Any, names: Iterable[str]) -> list[str]:
     table without a column ``flag``, stays as it is.
     """
     flags = dict(table["flag"]) if "flag" in table else {}
-    return [f"{name} ({flags[name]})" if flags.get(name) in ("uncertain", "unstable") else name for name in names]
+    return [
+        f"{printable(name)} ({flags[name]})" if flags.get(name) in ("uncertain", "unstable") else printable(name)
+        for name in names
+    ]
 
 
 def labels_in_result(adata: AnnData, names: Iterable[str], source: Mapping[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from ldvae_ext import get
 from ldvae_ext._keys import DEFAULT_KEY
-from ldvae_ext._validate import check_one_of, check_positive_int
+from ldvae_ext._validate import check_one_of, check_positive_int, printable
 from ldvae_ext.get._genes import RANKS, Rank
 from ldvae_ext.pl._figure import (
     BLUE,
@@ -124,7 +124,7 @@ def _panel(ax: Axes, factor: str, genes: np.ndarray, values: np.ndarray) -> None
 def gene_bars(ax: Axes, genes: Sequence[str] | np.ndarray, values: np.ndarray, at: np.ndarray) -> None:
     """Bars of genes, orange where they rise."""
     ax.barh(at, values, color=np.where(values < 0, BLUE, ORANGE).tolist(), height=0.75)
-    ax.set_yticks(at, genes)
+    ax.set_yticks(at, [printable(gene) for gene in genes])
     dress(ax, at[-1] + 1)
 
 

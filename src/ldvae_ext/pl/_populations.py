@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from ldvae_ext import get
 from ldvae_ext._keys import POPULATION_LOADINGS
-from ldvae_ext._validate import check_positive_int
+from ldvae_ext._validate import check_positive_int, printable
 from ldvae_ext.core._arrays import strings
 from ldvae_ext.get._populations import populations_of
 from ldvae_ext.pl._figure import finish, groups_in_order, labels_in_result, one_factor, plain_text
@@ -116,7 +116,7 @@ def reference_line(info: Any) -> list[str]:
     if "reference" not in info:
         return []
     reference = str(info["reference"])
-    return [f"against {'the ' if reference in ('rest', 'prior') else ''}{reference}"]
+    return [f"against {'the ' if reference in ('rest', 'prior') else ''}{printable(reference)}"]
 
 
 def _label(adata: AnnData, info: Any) -> tuple[str, int]:

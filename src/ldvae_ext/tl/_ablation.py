@@ -12,9 +12,9 @@ import pandas as pd
 from anndata import AnnData
 
 from ldvae_ext._docs import fill_docstring
-from ldvae_ext._groups import gene_ablation, groups_of
+from ldvae_ext._groups import gene_ablation, groups_of, table_of
 from ldvae_ext._keys import ABLATION_INFO, DEFAULT_KEY
-from ldvae_ext._row_store import check_store, table_of, table_of_cells
+from ldvae_ext._row_store import check_store, table_of_cells
 from ldvae_ext._validate import cell_positions, check_positive_int, factor_indices
 from ldvae_ext.core.cells import EncodedCells
 from ldvae_ext.core.plan import AblationPlan, AblationRequest, LatentSummary, Mode, Scheme, value_of_each

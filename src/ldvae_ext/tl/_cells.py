@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
+from ldvae_ext._groups import table_of
 from ldvae_ext._keys import MINIFIED_INFO, MINIFIED_WITHOUT_COUNTS
-from ldvae_ext._row_store import table_of
 from ldvae_ext._validate import given_names, listed, warn
 from ldvae_ext.core import LinearDecoder
 from ldvae_ext.core._arrays import strings

@@ -8,9 +8,8 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from ldvae_ext._groups import groups_of
+from ldvae_ext._groups import groups_of, table_of
 from ldvae_ext._keys import DEFAULT_KEY
-from ldvae_ext._row_store import table_of
 from ldvae_ext._validate import cell_positions, check_positive_int
 from ldvae_ext.core._expression import GroupExpression, check_library_size, gene_positions
 from ldvae_ext.core.posterior import deterministic_latent

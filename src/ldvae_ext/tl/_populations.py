@@ -9,9 +9,8 @@ import pandas as pd
 from anndata import AnnData
 
 from ldvae_ext._formats import POPULATIONS
-from ldvae_ext._groups import groups_of
+from ldvae_ext._groups import groups_of, table_of
 from ldvae_ext._keys import DEFAULT_KEY, POPULATION_LOADINGS
-from ldvae_ext._row_store import table_of
 from ldvae_ext._validate import cell_positions, check_positive_int
 from ldvae_ext.core._arrays import strings
 from ldvae_ext.core.populations import GroupMoments, PopulationRequest

@@ -369,7 +369,7 @@ def _checked_on_reference(known: Reference, panel: LinearDecoder, seed: int) -> 
     try:
         own = ExportedCells(known.adata, known.key)
         chunks = list(own.count_chunks(some, CHUNK_SIZE, layer))
-    except (KeyError, ValueError):
+    except (KeyError, TypeError, ValueError):
         return None
     cells, library_n = CellReader(known.adata, panel, known.setup), own.library_n
     if panel.link == "softmax":

@@ -15,7 +15,7 @@ from ldvae_ext._validate import check_column, listed
 from ldvae_ext.core import LinearDecoder
 from ldvae_ext.core._arrays import strings
 from ldvae_ext.core.levels import match_levels
-from ldvae_ext.get._export import export_of
+from ldvae_ext.get._export import export_of, parts_of
 
 # Choices of batch that are no batch of the reference.
 MEAN, FIT = "mean", "fit"
@@ -74,10 +74,11 @@ def reference_of(reference: Any, key: str) -> Reference:
         msg = f"`reference` must be an AnnData with an export, a LinearDecoder, or the path of one; got {type(reference).__name__}."
         raise TypeError(msg)
     _, info = export_of(reference, key)
+    order, signs = parts_of(info, key, "order", "signs")
     return Reference(
         decoder=LinearDecoder.from_arrays(info["decoder"]),
-        order=np.asarray(info["order"]),
-        signs=np.asarray(info["signs"]),
+        order=np.asarray(order),
+        signs=np.asarray(signs),
         names=strings(info["names"]),
         setup={name: str(value) for name, value in dict(info.get("setup", {})).items()},
         rotation=info.get("rotation"),
