@@ -77,7 +77,7 @@ seed
     position of the cell in ``adata``.""",
     "silent": """\
 silent
-    True to hide the progress bar.""",
+    True to hide the progress bar, False to show it at once; if None, it is shown after five seconds.""",
     "store": """\
 store
     Folder in which the result is written as zarr while it is computed, for cells without number; not there yet. ``X`` of the

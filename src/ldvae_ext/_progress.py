@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,6 +14,29 @@ from tqdm import tqdm
 # Events that trainings append to a file, one byte each: a training starts, an epoch ends, an epoch is left out.
 _START, _EPOCH, _LEFT_OUT = b"s", b"e", b"-"
 _SECONDS = 0.2
+# Seconds after which a bar is shown that was not requested.
+_SLOW = 5
+
+
+def shown_if_slow[T](parts: Iterable[T], n_parts: int | None = None, description: str = "Reading cells") -> Iterator[T]:
+    """The parts, with a bar from the fifth second on, in a terminal or a notebook.
+
+    Parameters
+    ----------
+    parts
+        What is passed through.
+    n_parts
+        Their number, if known.
+    description
+        Text beside the bar.
+    """
+    can_show = sys.stderr.isatty() or "ipykernel" in sys.modules
+    if not can_show:
+        yield from parts
+        return
+    from tqdm.auto import tqdm as bar
+
+    yield from bar(parts, total=n_parts, desc=description, delay=_SLOW, leave=False)
 
 
 class Progress:

@@ -74,6 +74,7 @@ def test_result_is_labelled_and_repeatable(trained):
     assert first.var_names.tolist() == ["Z_0", "Z_1", "Z_2", "Z_3"]
     pd.testing.assert_frame_equal(first.obs, trained.adata.obs)
     assert first.uns["ldvae_ablation"] == {
+        "format": 2,
         "mode": "zero",
         "scheme": "leave_out",
         "use_posterior": "mean",

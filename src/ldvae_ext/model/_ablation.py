@@ -9,7 +9,6 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 from anndata import AnnData
-from scvi.utils import track
 
 from ldvae_ext._docs import fill_docstring
 from ldvae_ext._groups import codes_at, gene_ablation
@@ -24,10 +23,10 @@ from ldvae_ext.model._cells import with_positions
 from ldvae_ext.model._expression import posterior_mean_expression
 from ldvae_ext.model._requests import (
     READ_TWICE,
+    ablated_chunks,
     ablation_plan,
     ablation_request,
     groups_of_cells,
-    with_fraction_warning,
 )
 from ldvae_ext.model._threads import with_torch_threads
 
@@ -54,7 +53,7 @@ class AblationMixin(LDVAEBase):
         transform_batch: Any = None,
         batch_size: int | None = None,
         dataloader: Any = None,
-        silent: bool = True,
+        silent: bool | None = None,
         store: str | Path | None = None,
     ) -> AnnData:
         """Change of each cell's negative log-likelihood when latents are taken out.
@@ -130,10 +129,8 @@ class AblationMixin(LDVAEBase):
         _, code_n = groups_of_cells(self, adata, groupby)
         source = REFINED if use_posterior == REFINED else ENCODER
         plan = ablation_plan(self, request, adata, code_n, batch_size, dataloader, use_posterior=source)
-        with factor_stream(self, adata, indices, batch_size, dataloader, use_posterior=source) as cells:
-            chunks = track(
-                with_fraction_warning(self, cells.chunks), description="Ablating", total=cells.n_chunks, disable=silent
-            )
+        with factor_stream(self, adata, indices, batch_size, dataloader, use_posterior=source, silent=silent) as cells:
+            chunks = ablated_chunks(self, cells, silent=silent)
             parts = (
                 plan.effects(request.decoder, chunk, at, codes_at(code_n, at))
                 for chunk, at in with_positions(chunks, cells.positions)
@@ -166,7 +163,7 @@ class AblationMixin(LDVAEBase):
         transform_batch: Any = None,
         batch_size: int | None = None,
         dataloader: Any = None,
-        silent: bool = True,
+        silent: bool | None = None,
     ) -> AnnData:
         """Contribution of each gene to the effect of an ablation, averaged over the cells of each group.
 
@@ -234,10 +231,8 @@ class AblationMixin(LDVAEBase):
         source, genes = REFINED if use_posterior == REFINED else ENCODER, request.decoder.genes
         plan = ablation_plan(self, request, adata, code_n, batch_size, dataloader, use_posterior=source)
         total_pgs, n_p = np.zeros((len(groups), len(genes), len(plan.sets))), np.zeros(len(groups), dtype=np.int64)
-        with factor_stream(self, adata, indices, batch_size, dataloader, use_posterior=source) as cells:
-            chunks = track(
-                with_fraction_warning(self, cells.chunks), description="Ablating", total=cells.n_chunks, disable=silent
-            )
+        with factor_stream(self, adata, indices, batch_size, dataloader, use_posterior=source, silent=silent) as cells:
+            chunks = ablated_chunks(self, cells, silent=silent)
             for chunk, at in with_positions(chunks, cells.positions):
                 group_n = codes_at(code_n, at)
                 plan.add_gene_effects(total_pgs, request.decoder, chunk, at, group_n)
@@ -258,7 +253,7 @@ class AblationMixin(LDVAEBase):
         value: Any = None,
         batch_size: int | None = None,
         dataloader: Any = None,
-        silent: bool = True,
+        silent: bool | None = None,
     ) -> pd.DataFrame:
         """Share of the deviance of the counts that each latent explains, by itself and with the latents before it.
 
@@ -330,10 +325,8 @@ class AblationMixin(LDVAEBase):
                 profile.add(chunk)
         plan = explained_sets(ablation_plan(self, request, adata, code_n, batch_size, dataloader))
         sums = ExplainedSums(len(groups), plan)
-        with factor_stream(self, adata, indices, batch_size, dataloader) as cells:
-            chunks = track(
-                with_fraction_warning(self, cells.chunks), description="Ablating", total=cells.n_chunks, disable=silent
-            )
+        with factor_stream(self, adata, indices, batch_size, dataloader, silent=silent) as cells:
+            chunks = ablated_chunks(self, cells, silent=silent)
             for chunk, at in with_positions(chunks, cells.positions):
                 sums.add(request.decoder, chunk, at, codes_at(code_n, at), profile.share_bg)
         return pd.DataFrame(sums.columns(groups, self.factor_names))
@@ -350,7 +343,7 @@ class AblationMixin(LDVAEBase):
         library_size: float | Literal["latent"] = 1,
         batch_size: int | None = None,
         return_numpy: bool | None = None,
-        silent: bool = True,
+        silent: bool | None = None,
         dataloader: Any = None,
         *,
         value: Any = None,

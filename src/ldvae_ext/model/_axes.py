@@ -65,9 +65,10 @@ def factor_stream(
     dataloader: Any = None,
     *,
     use_posterior: str = ENCODER,
+    silent: bool | None = None,
 ) -> Iterator[CellStream]:
     """Cells on the axes of the rotation in force, or on the network's, with the encoder's posteriors or refined ones."""
-    with _stream(model, adata, indices, batch_size, dataloader, use_posterior, model.rotation) as cells:
+    with _stream(model, adata, indices, batch_size, dataloader, use_posterior, model.rotation, silent) as cells:
         yield cells
 
 
@@ -80,9 +81,10 @@ def network_stream(
     dataloader: Any = None,
     *,
     use_posterior: str = ENCODER,
+    silent: bool | None = None,
 ) -> Iterator[CellStream]:
     """Cells on the network's axes, with the encoder's posteriors or refined ones."""
-    with _stream(model, adata, indices, batch_size, dataloader, use_posterior, None) as cells:
+    with _stream(model, adata, indices, batch_size, dataloader, use_posterior, None, silent) as cells:
         yield cells
 
 
@@ -95,15 +97,16 @@ def _stream(
     dataloader: Any,
     use_posterior: str,
     rotation: Rotation | None,
+    silent: bool | None,
 ) -> Iterator[CellStream]:
     check_one_of("use_posterior", use_posterior, (ENCODER, REFINED))
     if use_posterior == ENCODER:
-        with stream_cells(model, adata, indices, batch_size, dataloader, rotation=rotation) as cells:
+        with stream_cells(model, adata, indices, batch_size, dataloader, rotation=rotation, silent=silent) as cells:
             yield cells
         return
     model._check_has_counts("use_posterior='refined'")
     # Posteriors are refined on the network's axes, where the prior is N(0, I).
-    with stream_cells(model, adata, indices, batch_size, dataloader) as cells:
+    with stream_cells(model, adata, indices, batch_size, dataloader, silent=silent) as cells:
         decoder = network_decoder(model)
         yield cells._replace(chunks=(refined(decoder, chunk, rotation) for chunk in cells.chunks))
 

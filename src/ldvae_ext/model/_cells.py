@@ -16,6 +16,7 @@ from scvi import REGISTRY_KEYS
 from torch.utils.data import DataLoader
 
 from ldvae_ext._groups import table_of
+from ldvae_ext._progress import shown_if_slow
 from ldvae_ext._scvi import SETUP_METHOD_NAME, adata_minify_type, check_adata_or_dataloader
 from ldvae_ext._validate import cell_positions, check_positive_int, listed
 from ldvae_ext.backends.counts import Counts
@@ -61,8 +62,13 @@ def stream_cells(
     dataloader: Any = None,
     data_loader_kwargs: dict | None = None,
     rotation: Rotation | None = None,
+    *,
+    silent: bool | None = None,
 ) -> Iterator[CellStream]:
-    """Posteriors and counts of cells, from an AnnData or from a data loader, read once; on rotated axes where given."""
+    """Posteriors and counts of cells, from an AnnData or from a data loader, read once; on rotated axes where given.
+
+    With ``silent=None`` there is a bar if it takes longer than five seconds.
+    """
     if isinstance(dataloader, CollectionDataModule) and adata is None:
         adata, dataloader = dataloader.adata, None
     adata = as_anndata(adata)
@@ -78,7 +84,8 @@ def stream_cells(
             raise ValueError(msg)
         dataloader = minibatches_of_module(dataloader)
         length = len(dataloader) if hasattr(dataloader, "__len__") else None
-        yield CellStream(None, encode_cells(model.module, dataloader, covariates, rotation), length, None)
+        chunks = encode_cells(model.module, dataloader, covariates, rotation)
+        yield CellStream(None, shown_if_slow(chunks, length) if silent is None else chunks, length, None)
         return
     if (data_loader_kwargs or {}).get("shuffle"):
         msg = "`data_loader_kwargs={'shuffle': True}` would return cells in another order than their names."
@@ -88,9 +95,9 @@ def stream_cells(
         loader = minibatches(model, cells, positions, batch_size, data_loader_kwargs)
         # The obs of the user: scvi-tools adds columns to the AnnData that it registers.
         obs = table_of((cells if adata is None else adata).obs)
-        yield CellStream(
-            obs.iloc[positions], encode_cells(model.module, loader, covariates, rotation), len(loader), positions
-        )
+        chunks = encode_cells(model.module, loader, covariates, rotation)
+        shown = shown_if_slow(chunks, len(loader)) if silent is None else chunks
+        yield CellStream(obs.iloc[positions], shown, len(loader), positions)
 
 
 def minibatches(

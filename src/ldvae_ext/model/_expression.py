@@ -32,7 +32,7 @@ def posterior_mean_expression(
     library_size: float | str,
     batch_size: int | None,
     return_numpy: bool | None,
-    silent: bool,
+    silent: bool | None,
     dataloader: Any,
     data_loader_kwargs: dict | None = None,
     edit: Callable[[EncodedCells, np.ndarray], np.ndarray] = lambda cells, _: cells.mean.astype(np.float64),
@@ -53,8 +53,10 @@ def posterior_mean_expression(
             batch_n = cells.batch if code is None else np.full(len(z_nk), code)
             put_scale(decoder, out_ng, z_nk, batch_n, design_nc, library_n, genes=genes, share=1 / len(codes))
 
-    with stream_cells(model, adata, indices, batch_size, dataloader, data_loader_kwargs, rotation) as cells:
-        chunks = track(cells.chunks, description="Decoding", total=cells.n_chunks, disable=silent)
+    with stream_cells(
+        model, adata, indices, batch_size, dataloader, data_loader_kwargs, rotation, silent=silent
+    ) as cells:
+        chunks = track(cells.chunks, description="Decoding", total=cells.n_chunks, disable=silent is not False)
         located = with_positions(chunks, cells.positions)
         if cells.obs is None:
             parts = []

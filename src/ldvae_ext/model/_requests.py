@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import scvi
 from anndata import AnnData
+from scvi.utils import track
 
 from ldvae_ext._groups import groups_of
 from ldvae_ext._validate import warn
@@ -15,7 +16,7 @@ from ldvae_ext.core.cells import EncodedCells, has_fractions
 from ldvae_ext.core.plan import AblationPlan, AblationRequest, LatentSummary
 from ldvae_ext.model._axes import ENCODER, factor_decoder, factor_stream, transform_batch_codes
 from ldvae_ext.model._base import LDVAEBase
-from ldvae_ext.model._cells import given_cells, with_positions
+from ldvae_ext.model._cells import CellStream, given_cells, with_positions
 
 # Name of the group of all cells without `groupby`.
 _ALL = "all"
@@ -45,7 +46,13 @@ def ablation_request(
     return request
 
 
-def with_fraction_warning(model: LDVAEBase, chunks: Iterable[EncodedCells]) -> Iterator[EncodedCells]:
+def ablated_chunks(model: LDVAEBase, cells: CellStream, *, silent: bool | None) -> Iterable[EncodedCells]:
+    """Chunks of the cells of an ablation, with a bar where one was requested, and a warning if values are not counts."""
+    chunks = _with_fraction_warning(model, cells.chunks)
+    return track(chunks, description="Ablating", total=cells.n_chunks, disable=silent is not False)
+
+
+def _with_fraction_warning(model: LDVAEBase, chunks: Iterable[EncodedCells]) -> Iterator[EncodedCells]:
     """The chunks, with a warning if their values are not counts."""
     said = model.module.gene_likelihood == "normal"
     for chunk in chunks:

@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 import scvi
 from anndata import AnnData
-from scvi.utils import track
 
 from ldvae_ext._groups import codes_at
 from ldvae_ext._scvi import ADATA_MINIFY_TYPE
@@ -24,7 +23,7 @@ from ldvae_ext.model._axes import ENCODER, UsePosterior, factor_decoder, factor_
 from ldvae_ext.model._base import LDVAEBase
 from ldvae_ext.model._cells import given_cells, with_positions
 from ldvae_ext.model._refinement import cell_bounds
-from ldvae_ext.model._requests import ablation_request, groups_of_cells, with_fraction_warning
+from ldvae_ext.model._requests import ablated_chunks, ablation_request, groups_of_cells
 
 # An ablation of each kind that a factor's weight is measured by.
 _ABLATIONS = ("zero", "mean", "permute")
@@ -44,7 +43,7 @@ class StatsMixin(LDVAEBase):
         max_cells: int = 5000,
         seed: int | None = None,
         batch_size: int | None = None,
-        silent: bool = True,
+        silent: bool | None = None,
         use_posterior: UsePosterior = "encoder",
         amortization_gap: bool = False,
     ) -> FactorStats:
@@ -131,7 +130,7 @@ def factor_stats(
     max_cells: int = 5000,
     seed: int | None = None,
     batch_size: int | None = None,
-    silent: bool = True,
+    silent: bool | None = None,
     use_posterior: str = ENCODER,
     amortization_gap: bool = False,
 ) -> FactorStats:
@@ -202,7 +201,7 @@ def _measures_of_counts(
     code_n: np.ndarray | None,
     seed: int,
     batch_size: int | None,
-    silent: bool,
+    silent: bool | None,
     use_posterior: str,
 ) -> dict[str, np.ndarray]:
     """Explained deviance and mean effects of ablation, one value for each group and factor, groups first."""
@@ -216,10 +215,8 @@ def _measures_of_counts(
     null_p, counts_p = np.zeros(len(groups)), np.zeros(len(groups))
     total_mpk = {mode: np.zeros((len(groups), model.n_latent)) for mode in _ABLATIONS}
     n_p = np.zeros(len(groups))
-    with factor_stream(model, adata, positions, batch_size, use_posterior=use_posterior) as cells:
-        chunks = track(
-            with_fraction_warning(model, cells.chunks), description="Ablating", total=cells.n_chunks, disable=silent
-        )
+    with factor_stream(model, adata, positions, batch_size, use_posterior=use_posterior, silent=silent) as cells:
+        chunks = ablated_chunks(model, cells, silent=silent)
         for chunk, at in with_positions(chunks, cells.positions):
             group_n = codes_at(code_n, at)
             indicator_pn = indicator(group_n, len(groups))

@@ -11,6 +11,7 @@ from anndata import AnnData
 
 from ldvae_ext._groups import table_of
 from ldvae_ext._keys import MINIFIED_INFO, MINIFIED_WITHOUT_COUNTS
+from ldvae_ext._progress import shown_if_slow
 from ldvae_ext._validate import given_names, listed, warn
 from ldvae_ext.core import LinearDecoder
 from ldvae_ext.core._arrays import strings
@@ -127,7 +128,8 @@ class CellReader:
     def _read_counts(
         self, counts: Any, genes: np.ndarray | None, positions: np.ndarray, chunk_size: int, where: str
     ) -> Iterator[tuple[Any, np.ndarray]]:
-        for i, chunk in enumerate(row_chunks(counts, positions, chunk_size)):
+        n_chunks = -(-len(positions) // chunk_size)
+        for i, chunk in enumerate(shown_if_slow(row_chunks(counts, positions, chunk_size), n_chunks)):
             x_ng = chunk if genes is None else chunk[:, genes]
             self._has_warned = _check_counts(x_ng, where, has_warned=self._has_warned)
             yield x_ng, positions[i * chunk_size : (i + 1) * chunk_size]
