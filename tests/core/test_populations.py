@@ -8,7 +8,7 @@ from scipy.integrate import quad
 from scipy.special import expit, logsumexp
 from scipy.stats import rankdata
 
-from ldvae_ext.core import LinearDecoder
+from ldvae_ext.core import LinearDecoder, populations
 from ldvae_ext.core.populations import (
     GroupMoments,
     PopulationRequest,
@@ -232,6 +232,20 @@ def test_the_sums_do_not_depend_on_how_cells_are_cut(scale):
     for name in ("n_p", "mean_pk", "offset_pg", "covariance_pkk"):
         np.testing.assert_allclose(getattr(whole, name), getattr(cut, name), atol=1e-12)
     np.testing.assert_allclose(whole.gradient_loadings(), cut.gradient_loadings(), atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", ["log", "expression"])
+def test_many_groups_have_the_sums_of_each_alone(monkeypatch, scale):
+    # Cells are summed a few chunks at a time, and the cells of a group in parts.
+    monkeypatch.setattr(populations, "_AT_ONCE", 17)
+    monkeypatch.setattr(populations, "_DECODED", 3)
+    decoder = decoder_of("softmax", "normal")
+    many, group_n = cells(decoder, 90, seed=1), np.random.default_rng(0).integers(-1, 20, 90)
+    moments = moments_of(decoder, many, group_n, scale, chunk=7)
+    for p in range(20):
+        alone = moments_of(decoder, many, np.where(group_n == p, 0, -1), scale)
+        np.testing.assert_allclose(moments.covariance_pkk[p], alone.covariance_pkk[0], rtol=1e-10, atol=1e-12)
+        np.testing.assert_allclose(moments.gradient_loadings()[p], alone.gradient_loadings()[0], rtol=1e-10, atol=1e-12)
 
 
 def test_slopes_must_have_been_summed():

@@ -11,7 +11,7 @@ from scipy.special import expit, log_softmax
 from ldvae_ext._validate import check_is_decoder, check_one_of, warn
 from ldvae_ext.core._arrays import check_shape, checked
 from ldvae_ext.core._design import design_matrix
-from ldvae_ext.core.cells import indicator
+from ldvae_ext.core.cells import at_rows, indicator
 from ldvae_ext.core.decoder import LinearDecoder
 from ldvae_ext.core.posterior import deterministic_latent
 
@@ -24,6 +24,10 @@ BATCH = "batch"
 # if it does not become exact.
 _NODES, _PIECES = 16, (1, 2, 4, 8, 16, 64, 256)
 _EXACT, _GOOD = 1e-10, 1e-6
+
+
+# Cells whose latents wait for a pass over the groups, and cells that are decoded at once.
+_AT_ONCE, _DECODED = 65_536, 1024
 
 
 class GroupMoments:
@@ -48,6 +52,7 @@ class GroupMoments:
         self._batch_pb = np.zeros((n_groups, len(decoder.batches)))
         self._design_pc = np.zeros((n_groups, sum(c.n_columns for c in decoder.covariates)))
         self._derivative_pgk = None if scale is None else np.zeros((n_groups, n_genes, n_latent))
+        self._waiting: list[tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray] | None]] = []
 
     def add(self, z_nk: np.ndarray, batch_n: np.ndarray, covariates: Any, group_n: np.ndarray) -> None:
         """Count some cells in.
@@ -70,19 +75,33 @@ class GroupMoments:
         self._batch_pb += indicator_pn @ np.eye(len(decoder.batches))[batch_n]
         design_nc = design_matrix(decoder.covariates, covariates, len(z_nk))
         self._design_pc += indicator_pn @ design_nc
-        for p in np.unique(group_n[group_n >= 0]):
-            inside = group_n == p
-            z_ik = z_nk[inside]
-            self._zz_pkk[p] += z_ik.T @ z_ik
-            if self._derivative_pgk is not None and self._scale is not None:
-                values = None
-                if covariates is not None:
-                    values = {
-                        c.name: np.broadcast_to(np.asarray(covariates[c.name]).ravel(), len(z_nk))[inside]
-                        for c in decoder.covariates
-                    }
-                batch = decoder.batches[batch_n[inside]]
-                self._derivative_pgk[p] += summed_derivatives(decoder, z_ik, batch, values, self._scale)
+        values = at_rows(covariates, (c.name for c in decoder.covariates), slice(None), len(z_nk))
+        self._waiting.append((z_nk, batch_n, group_n, values))
+        if sum(len(part[0]) for part in self._waiting) >= _AT_ONCE:
+            self._sum_waiting()
+
+    def _sum_waiting(self) -> None:
+        """Sum what needs a pass for each group, over the cells of many chunks at once: there may be as many groups as cells in a chunk."""
+        if not self._waiting:
+            return
+        z_parts, batch_parts, group_parts, value_parts = zip(*self._waiting, strict=True)
+        self._waiting = []
+        group_n = np.concatenate(group_parts)
+        order = np.argsort(group_n, kind="stable")
+        order = order[np.searchsorted(group_n[order], 0) :]
+        z_nk, batch_n, group_n = np.concatenate(z_parts)[order], np.concatenate(batch_parts)[order], group_n[order]
+        values = None
+        if value_parts[0] is not None:
+            values = {name: np.concatenate([part[name] for part in value_parts])[order] for name in value_parts[0]}
+        groups, first = np.unique(group_n, return_index=True)
+        for p, start, stop in zip(groups, first, [*first[1:], len(group_n)], strict=True):
+            for begin in range(start, stop, _DECODED):
+                at = slice(begin, min(begin + _DECODED, stop))
+                self._zz_pkk[p] += z_nk[at].T @ z_nk[at]
+                if self._derivative_pgk is not None and self._scale is not None:
+                    given = None if values is None else {name: value_n[at] for name, value_n in values.items()}
+                    batch = self._decoder.batches[batch_n[at]]
+                    self._derivative_pgk[p] += summed_derivatives(self._decoder, z_nk[at], batch, given, self._scale)
 
     @property
     def mean_pk(self) -> np.ndarray:
@@ -100,6 +119,7 @@ class GroupMoments:
     @property
     def covariance_pkk(self) -> np.ndarray:
         """Covariance of the latents between the cells of each group (over the number of cells)."""
+        self._sum_waiting()
         mean_pk = self.mean_pk
         return self._zz_pkk / self.n_p[:, None, None] - mean_pk[:, :, None] * mean_pk[:, None, :]
 
@@ -114,6 +134,7 @@ class GroupMoments:
         if self._derivative_pgk is None:
             msg = "The derivatives were not summed: `scale` must be given."
             raise ValueError(msg)
+        self._sum_waiting()
         return self._derivative_pgk / self.n_p[:, None, None]
 
 

@@ -179,24 +179,21 @@ def gene_ablation_df(ablation: AnnData, factor: Any = None) -> pd.DataFrame:
         msg = "`ablation` must come from `ablate_genes`; `get.ablation_df` reads one of cells."
         raise ValueError(msg)
     chosen = factor_indices(factor, ablation.var_names.astype(str).tolist(), argument="factor")
-    effect = np.asarray(ablation.X, dtype=np.float64)
-    group = ablation.obs["group"].astype(str).to_numpy()
-    columns = ["group", "factor", "gene", "n_cells", "mean", "share"]
-    tables = [pd.DataFrame(columns=columns)] if not ablation.n_obs else []
-    for name in dict.fromkeys(group):
-        rows = group == name
-        for k in chosen:
-            mean_g = effect[rows, k]
-            tables.append(
-                pd.DataFrame(
-                    {
-                        "group": name,
-                        "factor": str(ablation.var_names[k]),
-                        "gene": ablation.obs["gene"].astype(str).to_numpy()[rows],
-                        "n_cells": ablation.obs["n_cells"].to_numpy()[rows],
-                        "mean": mean_g,
-                        "share": mean_g / mean_g.sum() if mean_g.sum() != 0 else np.nan,
-                    }
-                )
-            )
-    return pd.concat(tables, ignore_index=True)
+    effect_rk = np.asarray(ablation.X, dtype=np.float64)[:, chosen]
+    code_r, groups = pd.factorize(pd.Series(ablation.obs["group"]).astype(str))
+    whole_pk = np.stack([np.bincount(code_r, effect_k, len(groups)) for effect_k in effect_rk.T], axis=1)
+    share_rk = np.divide(effect_rk, whole_pk[code_r], out=np.full_like(effect_rk, np.nan), where=whole_pk[code_r] != 0)
+    # Rows of a group are together, then those of a factor.
+    row, column = (at.ravel() for at in np.indices(effect_rk.shape))
+    order = np.lexsort((row, column, code_r[row]))
+    row, column = row[order], column[order]
+    return pd.DataFrame(
+        {
+            "group": np.asarray(groups, dtype=object)[code_r[row]],
+            "factor": ablation.var_names.astype(str).to_numpy()[chosen][column],
+            "gene": ablation.obs["gene"].astype(str).to_numpy()[row],
+            "n_cells": ablation.obs["n_cells"].to_numpy()[row],
+            "mean": effect_rk[row, column],
+            "share": share_rk[row, column],
+        }
+    )

@@ -16,6 +16,7 @@ from ldvae_ext._groups import groups_of
 from ldvae_ext._keys import DEFAULT_KEY, GROUPS_INFO
 from ldvae_ext._validate import check_one_of, given_names, listed
 from ldvae_ext.core._arrays import strings
+from ldvae_ext.core.cells import indicator
 from ldvae_ext.get._export import check_no_export, export_mark, export_of, latents_of
 
 METHODS = ("wilcoxon", "t-test", "t-test_overestim_var", "logreg")
@@ -216,21 +217,31 @@ def _effects(
     z_nk: np.ndarray, label_n: pd.Categorical, chosen: list[str], reference: str
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Difference of means and AUROC of each group, by factor."""
-    # A group and its rest are always all cells, so ranks are computed once.
-    rank_nk = rankdata(z_nk, axis=0) if reference == REST else None
-    effects = {}
-    for group in chosen:
-        in_n = np.asarray(label_n == group)
-        other_n = ~in_n if reference == REST else np.asarray(label_n == reference)
-        difference_k = z_nk[in_n].mean(axis=0) - z_nk[other_n].mean(axis=0)
-        if rank_nk is None:
-            rank_k = rankdata(np.concatenate([z_nk[in_n], z_nk[other_n]]), axis=0)[: in_n.sum()].sum(axis=0)
-        else:
-            rank_k = rank_nk[in_n].sum(axis=0)
-        n_in, n_other = int(in_n.sum()), int(other_n.sum())
+    code_n = np.asarray(label_n.codes, dtype=np.int64)
+    names = label_n.categories.tolist()
+    at = np.array([names.index(group) for group in chosen])
+    in_pn = indicator(code_n, len(names))
+    n_p = np.bincount(code_n[code_n >= 0], minlength=len(names))
+    sum_pk = in_pn @ z_nk
+    if reference == REST:
+        # A group and its rest are always all cells, so ranks are computed once.
+        n_other_p = n_p.sum() - n_p
+        other_pk, rank_pk = (sum_pk.sum(axis=0) - sum_pk) / n_other_p[:, None], in_pn @ rankdata(z_nk, axis=0)
+    else:
+        order = np.argsort(code_n, kind="stable")
+        cells_of = np.split(order, np.cumsum(np.bincount(code_n + 1, minlength=len(names) + 1)))[1:]
+        against = names.index(reference)
+        other_ik = z_nk[cells_of[against]]
+        n_other_p = np.full(len(names), len(other_ik))
+        other_pk, rank_pk = np.tile(other_ik.mean(axis=0), (len(names), 1)), np.zeros_like(sum_pk)
+        for p in at:
+            both = np.concatenate([z_nk[cells_of[p]], other_ik])
+            rank_pk[p] = rankdata(both, axis=0)[: n_p[p]].sum(axis=0)
+    with np.errstate(invalid="ignore"):  # groups whose cells are left out, which are not chosen
+        difference_pk = sum_pk / n_p[:, None] - other_pk
         # Mann & Whitney's U, as a share of the pairs.
-        effects[group] = difference_k, (rank_k - n_in * (n_in + 1) / 2) / (n_in * n_other)
-    return effects
+        auroc_pk = (rank_pk - (n_p * (n_p + 1) / 2)[:, None]) / (n_p * n_other_p)[:, None]
+    return {group: (difference_pk[p], auroc_pk[p]) for group, p in zip(chosen, at, strict=True)}
 
 
 def _table(
