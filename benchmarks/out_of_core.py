@@ -112,7 +112,7 @@ def jobs_of(cls: Any, source: str, folder: Path, path: Path, made: dict[str, Any
         "export": exported,
         "kl": lambda: made["model"].get_latent_kl(made["cells"]),
         "populations": lambda: made["model"].get_population_loadings("group", adata=made["cells"]),
-        "stats": lambda: made["model"].get_factor_stats("group", made["cells"]),
+        "stats": lambda: made["model"].get_factor_stats("group", made["cells"], max_cells=1000),
         "tl": from_export,
     }
 

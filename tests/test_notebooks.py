@@ -40,6 +40,6 @@ def test_tutorial_runs(path, tmp_path):
     for cell in notebook.cells:
         # Fewer epochs: whether it runs does not need a model that fits, but some factors that other trainings confirm.
         trained += cell.source.count("max_epochs=250")
-        cell.source = cell.source.replace("max_epochs=250", "max_epochs=60")
+        cell.source = cell.source.replace("max_epochs=250", "max_epochs=40")
     assert trained > 0
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()

@@ -59,6 +59,8 @@ def run_on_pbmc3k(tmp_path_factory, real_data):
         "cell_type",
         "--max-epochs",
         "60",
+        "--runs",
+        "2",
         "--out",
         str(out),
     ]

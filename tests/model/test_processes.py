@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -46,13 +47,35 @@ def fitted(cells, n_jobs: int | None, **kwargs: Any) -> Any:
     return fit_ensemble(cells, 3, n_jobs=n_jobs, **options)
 
 
-def test_processes_give_the_models_that_one_process_gives(cells):
+@pytest.fixture(scope="module")
+def both(cells):
+    """The same runs here and in processes, and what was seen of the latter; processes take long to start."""
+    cells.obs["lock"] = [threading.Lock() for _ in range(cells.n_obs)]
+    # A warm-up that is never complete, which each run warns about.
+    training = {**TRAINING, "kl_warmup": None, "plan_kwargs": {"n_epochs_kl_warmup": 400}}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        here, beside = fitted(cells, 1, resample="halves"), fitted(cells, 2, resample="halves")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            here = fitted(cells, 1, resample="halves", train_kwargs=training)
+        torch.manual_seed(7)
+        np.random.seed(7)  # noqa: NPY002
+        with warnings.catch_warnings(record=True) as caught, Progress(3, 3, silent=True) as progress:
+            warnings.simplefilter("always")
+            callbacks = [progress.callback()]
+            beside = fitted(cells, 2, resample="halves", train_kwargs={**training, "callbacks": callbacks})
+            progress.show()
+            events = progress._events.read_bytes()
+        draws = torch.rand(1).item(), np.random.rand()  # noqa: NPY002
     finally:
         torch.set_num_threads(threads)
+        del cells.obs["lock"]
+    return SimpleNamespace(here=here, beside=beside, warned=caught, events=events, draws=draws)
+
+
+def test_processes_give_the_models_that_one_process_gives(cells, both):
+    here, beside = both.here, both.beside
     assert beside.seeds == here.seeds
     for own, other in zip(here.models, beside.models, strict=True):
         assert other.adata is cells
@@ -67,8 +90,25 @@ def test_processes_give_the_models_that_one_process_gives(cells):
     pd.testing.assert_frame_equal(beside.stats, here.stats)
 
 
-def test_a_model_from_another_process_trains_on(cells):
-    model = fitted(cells, 2).models[0]
+def test_warnings_of_a_process_are_given_here(both):
+    assert [w for w in both.warned if issubclass(w.category, UserWarning) and "KL" in str(w.message)]
+
+
+def test_the_bar_counts_epochs_of_other_processes(both):
+    # Halves of the cells are trained on for each of three seeds.
+    assert both.events.count(b"e") == 3 * len(both.beside.models)
+    assert both.events.count(b"s") == len(both.beside.models)
+
+
+def test_random_states_and_columns_that_are_not_registered_stay_here(both):
+    # A lock, which was a column of obs, cannot be sent to a process.
+    torch.manual_seed(7)
+    np.random.seed(7)  # noqa: NPY002
+    assert both.draws == (torch.rand(1).item(), np.random.rand())  # noqa: NPY002
+
+
+def test_a_model_from_another_process_trains_on(both):
+    model = both.beside.models[-1]
     model.rotate("none")
     before = model.get_loadings().to_numpy()
     model.train(2, kl_warmup=1, **TRAINING)
@@ -81,7 +121,7 @@ def test_large_counts_are_read_from_mapped_files(tmp_path):
     LDVAE.setup_anndata(adata)
 
     def look(trainer: Any, _: Any) -> None:
-        counts = trainer.datamodule.train_dataloader().dataset._counts
+        counts = trainer.datamodule.train_dataloader().dataset._reader._matrix
         (tmp_path / f"{isinstance(counts.data, np.memmap)}-{os.getpid()}-{time.monotonic_ns()}").touch()
 
     fitted(adata, 2, max_epochs=2, train_kwargs={**TRAINING, "callbacks": [LambdaCallback(on_train_start=look)]})
@@ -110,11 +150,6 @@ def test_an_unknown_argument_of_training_is_raised(cells):
         fitted(cells, 2, model_kwargs={"dispersion": "wrong"})
 
 
-def test_warnings_of_a_process_are_given_here(cells):
-    with pytest.warns(UserWarning, match="KL"):
-        fitted(cells, 2, train_kwargs={**TRAINING, "kl_warmup": None, "plan_kwargs": {"n_epochs_kl_warmup": 400}})
-
-
 def test_processes_are_started_only_for_long_trainings_on_a_cpu(monkeypatch):
     monkeypatch.setattr(joblib, "cpu_count", lambda: 2)
     # The test itself may be in a process of pytest-xdist.
@@ -132,14 +167,6 @@ def test_processes_are_started_only_for_long_trainings_on_a_cpu(monkeypatch):
     long.isbacked = False
     monkeypatch.setattr(_processes.multiprocessing, "parent_process", lambda: object())
     assert n_processes(long, 5, 100, accelerator="cpu") == 1
-
-
-def test_the_bar_counts_epochs_of_other_processes(cells):
-    with Progress(3, 3, silent=True) as progress:
-        fitted(cells, 2, train_kwargs={**TRAINING, "callbacks": [progress.callback()]})
-        progress.show()
-        assert progress._events.read_bytes().count(b"e") == 9
-        assert progress._events.read_bytes().count(b"s") == 3
 
 
 class OddError(Exception):
@@ -181,19 +208,6 @@ def test_runs_of_a_killed_process_are_trained_here(cells, tmp_path):
     assert found.seeds == [0, 1, 2]
     for here, model in zip(fitted(cells, 1).models, found.models, strict=True):
         np.testing.assert_allclose(model.get_loadings(), here.get_loadings(), rtol=1e-4, atol=1e-5)
-
-
-def test_random_states_and_columns_that_are_not_registered_stay_here(cells):
-    odd, _ = datasets.simulate(n_cells=150, n_genes=30, n_latent=2, n_batches=2, seed=0)
-    odd.obs["lock"] = [threading.Lock() for _ in range(odd.n_obs)]
-    LDVAE.setup_anndata(odd, batch_key="batch")
-    torch.manual_seed(7)
-    np.random.seed(7)  # noqa: NPY002
-    fitted(odd, 2)
-    after = torch.rand(1).item(), np.random.rand()  # noqa: NPY002
-    torch.manual_seed(7)
-    np.random.seed(7)  # noqa: NPY002
-    assert after == (torch.rand(1).item(), np.random.rand())  # noqa: NPY002
 
 
 def test_objects_of_the_caller_keep_trainings_here(monkeypatch):

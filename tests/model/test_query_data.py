@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import anndata as ad
+from importlib.metadata import version
+
 import numpy as np
 import pytest
 import torch
@@ -48,7 +49,7 @@ def test_a_query_in_a_data_module(reference_of):
 
 
 @pytest.mark.skipif(
-    Version(ad.__version__) < Version("0.13"),
+    Version(version("anndata")) < Version("0.13"),
     reason="scvi-tools' `prepare_query_anndata` fails with anndata before 0.13 if the counts are in a layer",
 )
 @pytest.mark.parametrize("kind", ["csr_matrix", "csr_array", "csc_array", "dense"])
