@@ -88,7 +88,7 @@ def jobs_of(cls: Any, source: str, folder: Path, path: Path, made: dict[str, Any
             made["model"] = cls(made["cells"], n_latent=10)
             return
         made["cells"] = cls.setup_annbatch(
-            folder / f"{path.stem}.zarr", [path], batch_key="batch", preload_to_gpu=False
+            folder / f"{path.stem}.zarr", [path], batch_key="batch", preload_to_gpu=False, dataset_size="500MB"
         )
         made["model"] = cls(registry=made["cells"].registry, n_latent=10)
 

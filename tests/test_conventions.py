@@ -58,7 +58,14 @@ FORBIDDEN = {
     "datasets": {"torch", "scvi", "lightning"},
 }
 # Class attributes with which scvi-tools lets a subclass choose its parts.
-EXTENSION_POINTS = {"_module_cls", "_training_plan_cls", "_data_splitter_cls", "_LATENT_QZM_KEY", "_LATENT_QZV_KEY"}
+EXTENSION_POINTS = {
+    "_data_loader_cls",
+    "_module_cls",
+    "_training_plan_cls",
+    "_data_splitter_cls",
+    "_LATENT_QZM_KEY",
+    "_LATENT_QZV_KEY",
+}
 
 
 def layer(path):

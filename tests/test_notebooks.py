@@ -17,6 +17,7 @@ def test_there_are_tutorials():
         "conditions.ipynb",
         "drop_in.ipynb",
         "factors.ipynb",
+        "memory.ipynb",
         "projection.ipynb",
         "query.ipynb",
         "reading.ipynb",

@@ -82,6 +82,9 @@ def test_results_from_a_file_are_those_in_memory_in_the_order_that_was_asked_for
         lambda m: m.get_latent_kl(indices=indices).to_numpy(),
         lambda m: m.ablate(indices=indices).X,
         lambda m: m.get_normalized_expression(indices=indices, return_numpy=True, n_samples=1),
+        lambda m: m.get_normalized_expression(indices=indices, return_numpy=True, n_samples=3),
+        lambda m: m.get_latent_library_size(indices=indices),
+        lambda m: m.posterior_predictive_sample(indices=indices).todense(),
         lambda m: m.get_explained_deviance(indices=indices)["cumulative"].to_numpy(),
     ):
         results = []

@@ -15,7 +15,7 @@ from scvi.dataloaders import AnnDataLoader, DataSplitter
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ldvae_ext._scvi import registry_key_to_default_dtype
-from ldvae_ext.backends.counts import csr_tensor
+from ldvae_ext.backends.counts import Counts, csr_tensor
 from ldvae_ext.core.rows import ReadRows, RowReader, Rows
 
 
@@ -245,6 +245,44 @@ def counts_loader(
             **kwargs,
         )
     return CountsLoader(manager, indices, batch_size, shuffle, drop_last, sorts=manager.adata.isbacked)
+
+
+class DenseMinibatches:
+    """Minibatches whose counts are dense, as scvi-tools' own networks take them.
+
+    Parameters
+    ----------
+    loader
+        Minibatches with sparse counts.
+    """
+
+    def __init__(self, loader: DataLoader) -> None:
+        self._loader = loader
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for tensors in self._loader:
+            yield tensors | {REGISTRY_KEYS.X_KEY: Counts.of(tensors[REGISTRY_KEYS.X_KEY]).dense()}
+
+
+def loader_of_getters(
+    manager: AnnDataManager, shuffle: bool = False, indices: Any = None, batch_size: int = 128, **kwargs: Any
+) -> AnnDataLoader | DenseMinibatches:
+    """Minibatches of scvi-tools' getters, in the order of the indices.
+
+    scvi-tools sorts the cells of each minibatch of a backed AnnData, so that results are not in the order that was requested.
+
+    Parameters
+    ----------
+    manager, shuffle, indices, batch_size, **kwargs
+        As in ``scvi.dataloaders.AnnDataLoader``.
+    """
+    is_usual = kwargs.keys() <= {"num_workers", "persistent_workers", "generator"} and not kwargs.get("num_workers")
+    if manager.adata.isbacked and is_usual and not shuffle and can_gather(manager):
+        return DenseMinibatches(CountsLoader(manager, indices, batch_size, generator=kwargs.get("generator")))
+    return AnnDataLoader(manager, shuffle=shuffle, indices=indices, batch_size=batch_size, **kwargs)
 
 
 class CountsSplitter(DataSplitter):

@@ -12,10 +12,7 @@ import torch
 from anndata import AnnData
 from scvi import REGISTRY_KEYS
 from scvi.data import AnnDataManager
-from scvi.data.fields import (
-    NumericalJointObsField,
-    NumericalObsField,
-)
+from scvi.data.fields import NumericalJointObsField, NumericalObsField
 from scvi.model import LinearSCVI
 from scvi.model.base import (
     ArchesMixin,
@@ -34,6 +31,7 @@ from ldvae_ext._scvi import (
     adata_minify_type,
 )
 from ldvae_ext._validate import check_names_last, check_number, check_positive_int, listed, warn
+from ldvae_ext.backends.loader import loader_of_getters
 from ldvae_ext.core.rotation import CONSENSUS, Rotation
 from ldvae_ext.model._counts import (
     check_categories,
@@ -77,6 +75,7 @@ class LDVAEBase(
 
     module: LDVAEModule
     _module_cls = LDVAEModule
+    _data_loader_cls = staticmethod(loader_of_getters)
     # The keys of LinearSCVI, so that minified data of either class opens in the other.
     _LATENT_QZM_KEY = LinearSCVI._LATENT_QZM_KEY
     _LATENT_QZV_KEY = LinearSCVI._LATENT_QZV_KEY

@@ -19,7 +19,6 @@ from ldvae_ext._groups import table_of
 from ldvae_ext._progress import shown_if_slow
 from ldvae_ext._scvi import SETUP_METHOD_NAME, adata_minify_type, check_adata_or_dataloader
 from ldvae_ext._validate import cell_positions, check_positive_int, listed
-from ldvae_ext.backends.counts import Counts
 from ldvae_ext.backends.loader import CountsLoader, can_gather
 from ldvae_ext.core.cells import EncodedCells
 from ldvae_ext.core.rotation import Rotation
@@ -122,26 +121,6 @@ def minibatches(
         return CountsLoader(manager, positions, batch_size or scvi.settings.batch_size, generator=generator)
     options = {"generator": generator, **(data_loader_kwargs or {})}
     return model._make_data_loader(cells, indices=positions, batch_size=batch_size, **options)
-
-
-class DenseMinibatches:
-    """Minibatches whose counts are dense, as scvi-tools' own networks take them.
-
-    Parameters
-    ----------
-    loader
-        Minibatches with sparse counts.
-    """
-
-    def __init__(self, loader: DataLoader) -> None:
-        self._loader = loader
-
-    def __len__(self) -> int:
-        return len(self._loader)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for tensors in self._loader:
-            yield tensors | {REGISTRY_KEYS.X_KEY: Counts.of(tensors[REGISTRY_KEYS.X_KEY]).dense()}
 
 
 def with_positions(

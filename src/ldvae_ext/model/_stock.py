@@ -16,9 +16,10 @@ from anndata import AnnData
 
 from ldvae_ext._scvi import MODULE_KEYS, check_adata_or_dataloader
 from ldvae_ext._validate import cell_positions, check_column, check_one_of, check_positive_int, listed, warn
+from ldvae_ext.backends.loader import DenseMinibatches
 from ldvae_ext.model._axes import known_batches
 from ldvae_ext.model._base import LDVAEBase
-from ldvae_ext.model._cells import DenseMinibatches, cells_to_read, is_of_datamodule, minibatches, stream_cells
+from ldvae_ext.model._cells import cells_to_read, is_of_datamodule, minibatches, stream_cells
 from ldvae_ext.model._collection import minibatches_of_module
 
 # Arguments with a number of cells or draws.
