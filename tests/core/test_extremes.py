@@ -24,8 +24,9 @@ from ldvae_ext.core import (
 from ldvae_ext.core._changes import ablation_changes
 from ldvae_ext.core.cells import EncodedCells
 from ldvae_ext.core.explained import ExplainedSums, PooledProfile, explained_sets
+from ldvae_ext.core.group_moments import GroupMoments
 from ldvae_ext.core.plan import AblationRequest
-from ldvae_ext.core.populations import GroupMoments, contribution_loadings
+from ldvae_ext.core.populations import contribution_loadings
 from ldvae_ext.kernels.threads import compiled
 from tests.core.decoders import full_decoder
 from tests.pairwise import examples

@@ -8,9 +8,9 @@ from scipy.integrate import quad
 from scipy.special import expit, logsumexp
 from scipy.stats import rankdata
 
-from ldvae_ext.core import LinearDecoder, populations
+from ldvae_ext.core import LinearDecoder, group_moments
+from ldvae_ext.core.group_moments import GroupMoments
 from ldvae_ext.core.populations import (
-    GroupMoments,
     PopulationRequest,
     path_attribution,
     population_loadings,
@@ -237,8 +237,8 @@ def test_the_sums_do_not_depend_on_how_cells_are_cut(scale):
 @pytest.mark.parametrize("scale", ["log", "expression"])
 def test_many_groups_have_the_sums_of_each_alone(monkeypatch, scale):
     # Cells are summed a few chunks at a time, and the cells of a group in parts.
-    monkeypatch.setattr(populations, "_AT_ONCE", 17)
-    monkeypatch.setattr(populations, "_DECODED", 3)
+    monkeypatch.setattr(group_moments, "_AT_ONCE", 17)
+    monkeypatch.setattr(group_moments, "_DECODED", 3)
     decoder = decoder_of("softmax", "normal")
     many, group_n = cells(decoder, 90), np.random.default_rng(0).permutation(np.arange(90) % 21 - 1)
     moments = moments_of(decoder, many, group_n, scale, chunk=7)

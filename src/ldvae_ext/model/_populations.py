@@ -11,7 +11,8 @@ from anndata import AnnData
 from ldvae_ext._groups import directions_table, groups_of, table_of
 from ldvae_ext._validate import cell_positions
 from ldvae_ext.core._expression import GroupExpression, check_library_size, gene_positions
-from ldvae_ext.core.populations import GroupMoments, PopulationLoadings, PopulationRequest
+from ldvae_ext.core.group_moments import GroupMoments
+from ldvae_ext.core.populations import PopulationLoadings, PopulationRequest
 from ldvae_ext.core.posterior import deterministic_latent
 from ldvae_ext.model._axes import UsePosterior, factor_decoder, factor_stream, network_decoder, transform_batch_codes
 from ldvae_ext.model._base import LDVAEBase

@@ -13,7 +13,8 @@ from ldvae_ext._groups import groups_of, table_of
 from ldvae_ext._keys import DEFAULT_KEY, POPULATION_LOADINGS
 from ldvae_ext._validate import cell_positions, check_positive_int
 from ldvae_ext.core._arrays import strings
-from ldvae_ext.core.populations import GroupMoments, PopulationRequest
+from ldvae_ext.core.group_moments import GroupMoments
+from ldvae_ext.core.populations import PopulationRequest
 from ldvae_ext.core.posterior import deterministic_latent
 from ldvae_ext.get._export import check_no_export, export_mark
 from ldvae_ext.tl._cells import ExportedCells
