@@ -35,7 +35,7 @@ ALLOWED = {
     "_folder": {"_files", "_formats"},
     "_groups": {"_validate", "_keys"},
     "_progress": set(),
-    "_row_store": {"_files"},
+    "_row_store": {"_files", "_folder"},
     "_scvi": set(),
     "_steps": set(),
     "_stats": set(),

@@ -7,10 +7,13 @@ import signal
 import subprocess
 import sys
 import textwrap
+import warnings
 from contextlib import suppress
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from lightning.pytorch.callbacks import LambdaCallback
 
 from ldvae_ext import _files, get, report
@@ -276,3 +279,41 @@ def test_ctrl_c_in_an_ensemble_keeps_the_runs_that_were_done():
     assert ensemble.seeds == [0, 1]
     with pytest.raises(KeyboardInterrupt):
         fit_ensemble(adata, 4, train_kwargs=press_in(1), **options)
+
+
+def test_machines_with_the_same_letters_and_digits_are_two(tmp_path, monkeypatch):
+    monkeypatch.setattr(_files.platform, "node", lambda: "node1-11")
+    leftover = tmp_path / f".ldvae-ext-{_files._host()}-999999999-x"
+    leftover.touch()
+    monkeypatch.setattr(_files.platform, "node", lambda: "node11-1")
+    _files.remove_leftovers(tmp_path)
+    assert leftover.exists()
+
+
+def test_nothing_is_removed_under_windows(tmp_path, monkeypatch):
+    leftover = tmp_path / f".ldvae-ext-{_files._host()}-999999999-x"
+    leftover.touch()
+    asked = []
+    monkeypatch.setattr(_files, "os", SimpleNamespace(name="nt", kill=lambda *_: asked.append(1)))
+    _files.remove_leftovers(tmp_path)
+    assert leftover.exists()
+    assert asked == []
+
+
+def test_a_pickle_is_read_once_also_after_an_error(tmp_path, exported, monkeypatch):
+    model, adata = exported
+    model.save(tmp_path / "model")
+    path = tmp_path / "model" / "model.pt"
+    read = []
+    own = torch.load
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: read.append(1) or own(*args, **kwargs))
+    other = adata[:, :-1].copy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="var_names"):
+            LDVAE.load(tmp_path / "model", other)
+    assert len(read) == 1
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="it is damaged"):
+        LDVAE.load(tmp_path / "model", adata)
+    assert len(read) == 2

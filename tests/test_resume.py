@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -16,7 +17,9 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import LambdaCallback
 
 from ldvae_ext.model import LDVAE, _resuming
+from ldvae_ext.model._descriptions import described
 from ldvae_ext.model._resuming import CHECKPOINT
+from tests.datamodule import CountsDataModule
 from tests.helpers import TRAIN, counts
 
 pytestmark = pytest.mark.slow
@@ -293,3 +296,56 @@ def test_files_that_are_no_checkpoint_are_refused(cells, tmp_path):
         model.train(6, **QUICK, resume=tmp_path / "missing.ckpt")
     with pytest.raises(ValueError, match="either `resume` or `ckpt_path`"):
         model.train(6, **QUICK, resume=tmp_path / "new", ckpt_path="x")
+
+
+def test_another_class_or_function_in_an_argument_is_refused(cells, tmp_path):
+    new(cells, extra_encoder_kwargs={"activation_fn": torch.nn.ReLU}).train(6, **QUICK, resume=tmp_path)
+    with pytest.raises(ValueError, match=r"activation_fn` was .*\.ReLU and is .*\.Tanh"):
+        new(cells, extra_encoder_kwargs={"activation_fn": torch.nn.Tanh}).train(6, **QUICK, resume=tmp_path)
+    words = [
+        described({"one": value})["one"]
+        for value in (np.mean, np.sum, partial(np.sum, axis=0), partial(np.sum, axis=1))
+    ]
+    assert len(set(words)) == 4
+
+
+def test_a_data_module_with_other_cells_or_genes_is_refused(tmp_path):
+    def train(adata, path=None):
+        data = CountsDataModule(adata, batch_size=32, train_size=0.8)
+        if path is not None:
+            data.collection_path = path
+        model = LDVAE(registry=data.registry, n_latent=3)
+        model.train(2, datamodule=data, **{**QUICK, "kl_warmup": 1}, resume=tmp_path / "training")
+
+    adata = counts(150, 30, 2)
+    train(adata, tmp_path / "cells.zarr")
+    train(adata, str(tmp_path / "cells.zarr"))
+    with pytest.raises(ValueError, match="the genes of the data are others"):
+        train(adata[:, ::-1].copy(), tmp_path / "cells.zarr")
+    with pytest.raises(ValueError, match=r"the cells of the data are others \(150 then, 149 now\)"):
+        train(adata[1:].copy(), tmp_path / "cells.zarr")
+    with pytest.raises(ValueError, match=r"`datamodule.collection_path` was .*cells.zarr' and is .*other.zarr'"):
+        train(adata, tmp_path / "other.zarr")
+
+
+def test_an_error_before_the_training_leaves_no_folder(cells, tmp_path):
+    folder = tmp_path / "new"
+    with pytest.raises(TypeError, match="wrong_name"):
+        trained(cells, resume=folder, wrong_name=1)
+    with pytest.raises(ValueError, match="either `resume` or `ckpt_path`"):
+        trained(cells, resume=folder, ckpt_path="x")
+    assert not folder.exists()
+    with pytest.raises(TypeError, match=r"`resume` must be a path, as text or a `pathlib.Path`; got 3"):
+        trained(cells, resume=3)
+
+
+def test_checkpoints_of_other_callbacks_stay_as_they_are(cells, tmp_path):
+    def write(name):
+        path = tmp_path / name
+        return LambdaCallback(on_train_epoch_end=lambda trainer, _: trainer.save_checkpoint(path))
+
+    trained(cells, resume=tmp_path / "training", callbacks=[write("with.ckpt")])
+    trained(cells, callbacks=[write("without.ckpt")])
+    found, expected = (torch.load(tmp_path / name, weights_only=False) for name in ("with.ckpt", "without.ckpt"))
+    assert found.keys() == expected.keys()
+    assert found["loops"]["fit_loop"]["epoch_progress"] == expected["loops"]["fit_loop"]["epoch_progress"]

@@ -80,7 +80,7 @@ silent
     True to hide the progress bar, False to show it at once; if None, it is shown after five seconds.""",
     "store": """\
 store
-    Folder in which the result is written as zarr while it is computed, for cells without number; not there yet. ``X`` of the
+    Folder in which the result is written as zarr while it is computed, for any number of cells. It must not exist. ``X`` of the
     returned AnnData is then an array of dask that reads the folder; :func:`anndata.read_zarr` opens it again.""",
     "transform_batch": """\
 transform_batch

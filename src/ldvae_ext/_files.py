@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import re
@@ -10,16 +11,25 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 _NAME = re.compile(r"\.ldvae-ext-(?P<host>[^-]+)-(?P<process>\d+)-.*")
 
 
 def _host() -> str:
-    return re.sub(r"[^A-Za-z0-9]", "", platform.node()) or "here"
+    # Of the full name: `node1-11` and `node11-1` have the same letters and digits.
+    return hashlib.sha256(platform.node().encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def _prefix() -> str:
     return f".ldvae-ext-{_host()}-{os.getpid()}-"
+
+
+def check_is_path(name: str, value: Any) -> None:
+    """Raise unless the value of an argument can be a path."""
+    if not isinstance(value, (str, os.PathLike)):
+        msg = f"`{name}` must be a path, as text or a `pathlib.Path`; got {value!r}."
+        raise TypeError(msg)
 
 
 def check_place(path: Path) -> None:
@@ -95,11 +105,15 @@ def completing(folder: Path) -> Iterator[Path]:
 def remove_leftovers(folder: Path) -> None:
     """Remove temporary files and folders of processes of this machine that are no longer there.
 
+    Under Windows nothing is removed: there is no harmless way to ask if a process is running.
+
     Parameters
     ----------
     folder
         Folder in which to look.
     """
+    if os.name == "nt":
+        return
     for path in folder.glob(".ldvae-ext-*"):
         name = _NAME.fullmatch(path.name)
         if name is None or name["host"] != _host() or _is_running(int(name["process"])):

@@ -13,6 +13,7 @@ import pandas as pd
 from anndata import AnnData
 
 from ldvae_ext._files import completing, temporary_folder
+from ldvae_ext._folder import check_anndata_can_be_written
 
 # Rows of a chunk of zarr.
 _CHUNK = 16_384
@@ -127,9 +128,8 @@ class RowStore:
 
         with completing(self._path) as folder:
             result.write_zarr(folder)
-        for slot, names in (("obsm", result.obsm.keys()),):
-            for name in names:
-                getattr(result, slot)[name] = da.from_zarr(str(self._path), component=f"{slot}/{name}")
+        for name in result.obsm:
+            result.obsm[name] = da.from_zarr(str(self._path), component=f"obsm/{name}")
         if result.X is not None:
             result.X = da.from_zarr(str(self._path), component="X")
         return result
@@ -188,13 +188,15 @@ def row_store(store: str | Path) -> Iterator[RowStore]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def check_store(store: str | Path) -> Path:
+def check_store(store: str | Path, obs: pd.DataFrame | None = None) -> Path:
     """The path of a result on disk, or an error before any work.
 
     Parameters
     ----------
     store
         Path of the folder.
+    obs
+        Table of the cells that will be written; its first rows are tried.
     """
     try:
         import dask.array  # noqa: F401
@@ -212,4 +214,6 @@ def check_store(store: str | Path) -> Path:
     if not path.parent.is_dir():
         msg = f"`store`: there is no folder {path.parent}."
         raise FileNotFoundError(msg)
+    if obs is not None:
+        check_anndata_can_be_written(AnnData(obs=obs.iloc[:1000].copy()))
     return path

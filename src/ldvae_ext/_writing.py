@@ -32,7 +32,7 @@ class Export:
     order: np.ndarray
     """Position of each exported factor in the decoder."""
     signs: np.ndarray
-    """Of the exported factors."""
+    """Signs of the exported factors."""
     names: np.ndarray
     """Names of the exported factors."""
     order_by: str

@@ -248,6 +248,14 @@ def test_many_groups_have_the_sums_of_each_alone(monkeypatch, scale):
         np.testing.assert_allclose(moments.gradient_loadings()[p], alone.gradient_loadings()[0], rtol=1e-10, atol=1e-12)
 
 
+def test_cells_without_a_group_are_left_out_however_many_there_are(monkeypatch):
+    monkeypatch.setattr(group_moments, "_AT_ONCE", 8)
+    decoder = decoder_of("softmax", "normal")
+    many, group_n = cells(decoder, 30), np.where(np.arange(30) < 10, 0, -1)
+    moments = moments_of(decoder, many, group_n, "log", chunk=10)
+    np.testing.assert_allclose(moments.covariance_pkk[0], np.cov(many["z"][:10].T, bias=True), atol=1e-12)
+
+
 def test_slopes_must_have_been_summed():
     decoder = decoder_of("softmax", "normal")
     moments = moments_of(decoder, cells(decoder, 10), np.zeros(10, dtype=int))

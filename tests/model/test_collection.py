@@ -248,3 +248,100 @@ def test_the_setting_of_zarr_is_as_it_was(folder):
     before = zarr.config.get("codec_pipeline.path")
     opened(folder)
     assert zarr.config.get("codec_pipeline.path") == before
+
+
+@pytest.mark.filterwarnings("ignore:Trying to modify attribute `.obs` of view")  # of annbatch
+def test_genes_are_those_of_the_columns_of_the_collection(tmp_path):
+    adata = cells()
+    adata[:100, [0, 1, 2, 10, 11, 3]].copy().write_h5ad(tmp_path / "a.h5ad")
+    adata[100:, [3, 2, 1, 0, 11]].copy().write_h5ad(tmp_path / "b.h5ad")
+    paths = [tmp_path / "a.h5ad", tmp_path / "b.h5ad"]
+    joined = ad.concat([ad.read_h5ad(path) for path in paths], join="outer", fill_value=0)
+    for at, options in enumerate(({}, {"var_subset": ["gene11", "gene1", "gene3"]})):
+        datamodule = LDVAE.setup_annbatch(tmp_path / f"{at}.zarr", paths, **READING, **options)
+        model = LDVAE(registry=datamodule.registry, n_latent=2)
+        names = model.get_var_names().tolist()
+        assert names == datamodule.adata.var_names.tolist()
+        expected = joined.to_df().sum()
+        np.testing.assert_array_equal(np.asarray(datamodule.adata.X.compute().sum(axis=0)).ravel(), expected[names])
+
+
+def test_counts_of_a_layer_train_and_are_read(tmp_path):
+    adata = cells()
+    adata.layers["counts"] = adata.X.copy()
+    adata.X = adata.X * 0.5
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    datamodule = LDVAE.setup_annbatch(tmp_path / "a.zarr", [tmp_path / "a.h5ad"], layer="counts", **READING)
+    model = trained(datamodule)
+    np.testing.assert_allclose(
+        model.ablate(datamodule).X, model.ablate(adata[datamodule.adata.obs_names].copy()).X, rtol=1e-6, atol=1e-6
+    )
+
+
+def test_the_intercept_starts_at_the_share_of_each_gene_in_all_counts(folder):
+    datamodule, adata = opened(folder), cells()
+    model = LDVAE(datamodule=datamodule, n_latent=3, use_batch_norm="encoder", bias="auto")
+    total_g = np.asarray(adata[:, model.get_var_names()].X.sum(axis=0)).ravel() + 0.5
+    expected = np.log(total_g / total_g.sum())
+    found = model.module.decoder.factor_regressor.fc_layers[0][0].bias.detach().numpy()
+    np.testing.assert_allclose(found - found.mean(), expected - expected.mean(), atol=1e-4)
+
+
+def test_cells_and_a_data_loader_are_not_given_together(folder, model):
+    datamodule = opened(folder)
+    with pytest.raises(ValueError, match="Only one of `adata` or `dataloader`"):
+        model.get_latent_kl(datamodule, dataloader=datamodule.inference_dataloader())
+
+
+def test_a_level_that_the_model_has_not_seen_is_an_error(folder, model):
+    adata = cells()
+    adata.obs["donor"] = "d99"
+    with pytest.raises(ValueError, match="the model has not seen 'd99'"):
+        model.ablate(adata)
+    from ldvae_ext.model._columns import Columns
+
+    with pytest.raises(ValueError, match="`donor`: the model has not seen 'd99'; it has"):
+        Columns(model.registry).of(adata.obs, adata.n_obs)
+
+
+def test_methods_that_register_cells_say_that_they_need_an_anndata(folder, model):
+    datamodule = opened(folder)
+    for call in (
+        lambda: model.differential_expression(datamodule, groupby="kind"),
+        lambda: model.differential_abundance(datamodule, sample_key="kind"),
+    ):
+        with pytest.raises(ValueError, match="needs a model that was set up with an AnnData"):
+            call()
+    assert len(model.get_programs(n_programs=2, adata=datamodule).profiles) == 15
+
+
+def test_a_collection_is_checked_once(folder, model, monkeypatch):
+    from ldvae_ext.model import _cells
+
+    datamodule, seen = opened(folder), []
+    check = _cells.check_counts
+    monkeypatch.setattr(_cells, "check_counts", lambda *args, **kwargs: seen.append(1) or check(*args, **kwargs))
+    for _ in range(3):
+        model.get_latent_kl(datamodule, indices=[3])
+    assert len(seen) == 1
+    for _ in range(2):
+        model.get_latent_kl(cells())
+    assert len(seen) == 3
+
+
+def test_a_column_that_cannot_be_written_is_named_before_any_work(tmp_path, model, monkeypatch):
+    from ldvae_ext.core.plan import AblationPlan
+
+    monkeypatch.setattr(AblationPlan, "effects", lambda *_: pytest.fail("has begun"))
+    adata = cells()
+    adata.obs["a/b"] = 1
+    for write in (model.ablate, model.export_to_anndata):
+        with pytest.raises(ValueError, match="'a/b' with a slash"):
+            write(adata, store=tmp_path / "x.zarr")
+
+
+def test_an_earlier_export_is_no_obstacle(tmp_path, model):
+    adata = cells()
+    model.export_to_anndata(adata)
+    model.export_to_anndata(adata, store=tmp_path / "x.zarr")
+    np.testing.assert_array_equal(ad.read_zarr(tmp_path / "x.zarr").obsm["X_ldvae"], adata.obsm["X_ldvae"])

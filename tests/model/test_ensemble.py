@@ -158,7 +158,7 @@ def test_loadings_that_are_no_numbers_are_a_failed_run(cells, monkeypatch):
             self.module.decoder.factor_regressor.fc_layers[0][0].weight[0, 0] = torch.nan
 
     monkeypatch.setattr(LDVAE, "train", spoil)
-    with pytest.warns(UserWarning, match="loadings that are no numbers"), pytest.raises(RuntimeError):
+    with pytest.warns(UserWarning, match="loadings that are NaN or infinite"), pytest.raises(RuntimeError):
         fit_ensemble(cells, 2, n_latent=4, **QUICK)
 
 

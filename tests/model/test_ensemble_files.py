@@ -7,7 +7,9 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
@@ -19,6 +21,8 @@ from ldvae_ext.model import LDVAE, Ensemble, fit_ensemble
 from tests.helpers import counts
 
 TRAINING = {"accelerator": "cpu", "check_val_every_n_epoch": None}
+# A class, which only a pickle can hold.
+TANH = {"extra_encoder_kwargs": {"activation_fn": torch.nn.Tanh}}
 pytestmark = [
     pytest.mark.slow,
     # Of lightning, which is ignored by its module; `pytest.warns` says it again without.
@@ -247,3 +251,48 @@ def test_other_data_and_other_folders_are_refused(cells, whole, kept, tmp_path):
     (tmp_path / "half" / "arguments.json").write_text("{")
     with pytest.raises(ValueError, match="cannot be read"):
         fitted(cells, folder=tmp_path / "half")
+
+
+def test_files_of_the_user_stay_when_an_ensemble_is_replaced(whole, tmp_path):
+    whole.save(tmp_path)
+    (tmp_path / "run-data").mkdir()
+    (tmp_path / "run-data" / "mine.txt").touch()
+    for name in ("run-notes.txt", "consensus-mine.safetensors"):
+        (tmp_path / name).touch()
+    whole.save(tmp_path, overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "ensemble.json", "consensus-1.safetensors", "run-0-1", "run-1-1", "run-2-1",
+        "run-data", "run-notes.txt", "consensus-mine.safetensors",
+    }  # fmt: skip
+    assert (tmp_path / "run-data" / "mine.txt").exists()
+    assert_same(Ensemble.load(tmp_path), whole)
+
+
+def test_a_description_without_runs_is_refused(whole, tmp_path):
+    whole.save(tmp_path)
+    path = tmp_path / "ensemble.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "runs": []}))
+    with pytest.raises(ValueError, match=r"ensemble.json names no runs"):
+        Ensemble.load(tmp_path)
+
+
+def test_what_cannot_be_done_is_said_before_a_folder_is_made(cells, tmp_path):
+    folder = tmp_path / "runs"
+    seen = []
+    with pytest.raises(TypeError, match="activation_fn` is a type, which only a pickle can hold"):
+        fitted(cells, folder=folder, model_kwargs=TANH, train_kwargs=counting(seen))
+    assert seen == []
+    counts(150, 30, 2).write_h5ad(tmp_path / "cells.h5ad")
+    backed = ad.read_h5ad(tmp_path / "cells.h5ad", backed="r")
+    LDVAE.setup_anndata(backed, batch_key="batch")
+    with ThreadPoolExecutor(1) as executor, pytest.raises(ValueError, match="`client` needs counts in memory"):
+        fitted(backed, folder=folder, client=executor)
+    with pytest.raises(TypeError, match=r"`folder` must be a path, as text or a `pathlib.Path`; got 3"):
+        fitted(cells, folder=3)
+    with pytest.raises(ValueError, match="`train_size` must be above 0 and at most 1; got 'a'"):
+        fitted(cells, folder=folder, resample=None, train_kwargs={**TRAINING, "train_size": "a"})
+    assert not folder.exists()
+    other = fitted(cells, 2, model_kwargs=TANH)
+    with pytest.raises(TypeError, match="only a pickle can hold"):
+        other.save(folder)
+    assert not folder.exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import anndata as ad
+import h5py
 import numpy as np
 import pytest
 import scvi
@@ -10,6 +11,7 @@ import torch
 from scipy import sparse
 from scvi.model import LinearSCVI
 
+from ldvae_ext import tl
 from ldvae_ext.backends.loader import CountsLoader
 from ldvae_ext.core import rows
 from ldvae_ext.model import LDVAE
@@ -110,6 +112,41 @@ def test_a_file_of_columns_is_refused_with_the_way_out(tmp_path):
     LDVAE.setup_anndata(backed, batch_key="batch")
     with pytest.raises(ValueError, match=r"CSC matrix on disk.*tocsr"):
         LDVAE(backed, n_latent=3).train(1, **TRAIN)
+
+
+@pytest.mark.parametrize("kind", ["csr", "dense"])
+def test_genes_in_another_order_are_read_from_the_file(tmp_path, kind):
+    in_memory, backed = written(tmp_path, kind)
+    model = trained(in_memory)
+    in_memory[:, ::-1].copy().write_h5ad(tmp_path / "reversed.h5ad")
+    other = ad.read_h5ad(tmp_path / "reversed.h5ad", backed="r")
+    np.testing.assert_array_equal(model.get_latent_kl(other), model.get_latent_kl(backed))
+    np.testing.assert_array_equal(model.get_latent_kl(other), model.get_latent_kl())
+
+
+def test_workers_do_not_change_the_order_of_cells(tmp_path, monkeypatch):
+    _, backed = written(tmp_path)
+    model = trained(backed)
+    order = np.random.default_rng(0).permutation(N)[:70]
+    expected = model.get_latent_kl().to_numpy()[order]
+    monkeypatch.setattr(scvi.settings, "dl_num_workers", 1)
+    np.testing.assert_allclose(model.get_latent_kl(indices=order), expected, rtol=1e-5)
+    assert model.get_latent_representation(indices=order).shape == (70, 3)
+    with pytest.raises(ValueError, match="loader that takes no options; got pin_memory"):
+        model.get_latent_library_size(indices=order, pin_memory=False)
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    in_memory, _ = written(tmp_path)
+    model = trained(in_memory)
+    model.export_to_anndata()
+    in_memory.write_h5ad(tmp_path / "export.h5ad")
+    with h5py.File(tmp_path / "export.h5ad", "r+") as file:
+        file["X/indices"][5] = 200_000
+    damaged = ad.read_h5ad(tmp_path / "export.h5ad", backed="r")
+    for read in (lambda: LDVAE.setup_anndata(damaged), lambda: model.ablate(damaged), lambda: tl.ablate(damaged)):
+        with pytest.raises(ValueError, match="columns of its counts must be 0 to 11; got 0 to 200000"):
+            read()
 
 
 def _saved(model, folder):

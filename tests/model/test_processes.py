@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import anndata as ad
+import h5py
 import joblib
 import numpy as np
 import pandas as pd
@@ -155,16 +156,13 @@ def test_processes_are_started_only_for_long_trainings_on_a_cpu(monkeypatch):
     # The test itself may be in a process of pytest-xdist.
     monkeypatch.setattr(_processes.multiprocessing, "parent_process", lambda: None)
     long, short = (
-        SimpleNamespace(n_obs=7000, n_vars=2000, isbacked=False),
-        SimpleNamespace(n_obs=700, n_vars=300, isbacked=False),
+        SimpleNamespace(n_obs=7000, n_vars=2000),
+        SimpleNamespace(n_obs=700, n_vars=300),
     )
     assert n_processes(long, 5, 100, accelerator="cpu") == 2
     assert n_processes(long, 5, None, accelerator="cpu") == 2
     assert n_processes(short, 5, 20, accelerator="cpu") == 1
     assert n_processes(long, 5, 100, accelerator="gpu") == 1
-    long.isbacked = True
-    assert n_processes(long, 5, 100, accelerator="cpu") == 1
-    long.isbacked = False
     monkeypatch.setattr(_processes.multiprocessing, "parent_process", lambda: object())
     assert n_processes(long, 5, 100, accelerator="cpu") == 1
 
@@ -240,3 +238,18 @@ def test_counts_on_disk_are_refused(cells, tmp_path):
     LDVAE.setup_anndata(backed, batch_key="batch")
     with pytest.raises(ValueError, match="`n_jobs=2` needs counts in memory"):
         fitted(backed, 2)
+
+
+def test_sparse_counts_on_disk_are_neither_sent_nor_copied(cells, tmp_path, monkeypatch):
+    path = tmp_path / "cells.h5ad"
+    cells.write_h5ad(path)
+    with h5py.File(path) as file:
+        lazy = ad.AnnData(
+            ad.io.sparse_dataset(file["X"]), obs=cells.obs[["batch"]], var=pd.DataFrame(index=cells.var_names)
+        )
+        LDVAE.setup_anndata(lazy, batch_key="batch")
+        assert not lazy.isbacked
+        with pytest.raises(ValueError, match="`n_jobs=2` needs counts in memory"):
+            fitted(lazy, 2)
+        monkeypatch.setattr(ensemble, "n_processes", lambda *_, **__: pytest.fail("asked for processes"))
+        assert len(fitted(lazy, None).models) == 3

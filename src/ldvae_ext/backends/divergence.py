@@ -1,4 +1,4 @@
-"""Trainings that diverge: an error that says what to try, as soon as the loss or the weights are no numbers."""
+"""Trainings that diverge: an error that says what to try, as soon as the loss or the weights are NaN or infinite."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-# How torch's distributions begin the error for parameters that are no numbers; it goes on with all of them.
+# How torch's distributions begin the error for parameters that are NaN or infinite; it goes on with all of them.
 _INVALID = "Expected parameter"
 
 
 @contextmanager
 def divergence_explained(plan: Any) -> Iterator[None]:
-    """Inside, the error of posteriors that are no numbers says what to try; other errors are left as they are.
+    """Inside, the error of posteriors that are NaN or infinite says what to try; other errors are left as they are.
 
     The distribution of a latent is refused before there is a loss, with an error that lists the latents of all cells.
 
@@ -27,18 +27,18 @@ def divergence_explained(plan: Any) -> Iterator[None]:
     Raises
     ------
     FloatingPointError
-        If the posteriors of a minibatch, or the weights, are no numbers.
+        If the posteriors of a minibatch, or the weights, are NaN or infinite.
     """
     try:
         yield
     except ValueError as error:
         if str(error).startswith(_INVALID) or not are_finite(plan.module.parameters()):
-            raise diverged(plan, "the posteriors of a minibatch are no numbers") from None
+            raise diverged(plan, "the posteriors of a minibatch are NaN or infinite") from None
         raise
 
 
 def check_step(plan: Any, loss: torch.Tensor) -> None:
-    """Raise if the loss of a step is no number, on a CPU.
+    """Raise if the loss of a step is NaN or infinite, on a CPU.
 
     On other devices this would wait for the device at each step: there the sum of an epoch is looked at.
 
@@ -59,7 +59,7 @@ def check_step(plan: Any, loss: torch.Tensor) -> None:
 
 
 def check_loss(plan: Any, loss: Any) -> None:
-    """Raise if a loss is no number.
+    """Raise if a loss is NaN or infinite.
 
     Parameters
     ----------
@@ -79,7 +79,7 @@ def check_loss(plan: Any, loss: Any) -> None:
 
 
 def check_weights(plan: Any) -> None:
-    """Raise if weights are no numbers, for the end of a training: the loss is computed before the weights move.
+    """Raise if weights are NaN or infinite, for the end of a training: the loss is computed before the weights move.
 
     Parameters
     ----------
@@ -92,7 +92,7 @@ def check_weights(plan: Any) -> None:
         If a weight is NaN or infinite.
     """
     if not are_finite(plan.module.parameters()):
-        raise diverged(plan, "weights of the network are no numbers")
+        raise diverged(plan, "weights of the network are NaN or infinite")
 
 
 @torch.no_grad()

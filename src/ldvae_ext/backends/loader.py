@@ -191,7 +191,7 @@ def can_gather(manager: AnnDataManager) -> bool:
     if isinstance(counts, np.ndarray):
         return counts.dtype.kind in "iuf"
     if not sparse.issparse(counts):  # on disk or of dask
-        return getattr(getattr(counts, "dtype", None), "kind", "O") in "iuf" and can_read_rows(manager)
+        return getattr(getattr(counts, "dtype", None), "kind", "O") in "iufb" and can_read_rows(manager)
     # Rows of another format are slow to take, and duplicate entries of a matrix would have to be summed.
     return (
         sparse.issparse(counts)
@@ -205,6 +205,15 @@ def can_read_rows(manager: AnnDataManager) -> bool:
     """False for a CSC matrix on disk."""
     counts: Any = None if manager.adata is None else manager.get_from_registry(REGISTRY_KEYS.X_KEY)
     return sparse.issparse(counts) or getattr(counts, "format", "csr") == "csr"
+
+
+def _check_rows(manager: AnnDataManager) -> None:
+    if not can_read_rows(manager):
+        msg = (
+            "The counts of `adata` are a CSC matrix on disk, of which no rows can be read; write them by rows, as "
+            "`adata.X.to_memory().tocsr()`."
+        )
+        raise ValueError(msg)
 
 
 def counts_loader(
@@ -225,12 +234,7 @@ def counts_loader(
     manager, indices, batch_size, shuffle, drop_last, pin_memory, load_sparse_tensor, distributed_sampler, **kwargs
         As in ``scvi.dataloaders.AnnDataLoader``.
     """
-    if not can_read_rows(manager):
-        msg = (
-            "The counts of `adata` are a CSC matrix on disk, of which no rows can be read; write them by rows, as "
-            "`adata.X.to_memory().tocsr()`."
-        )
-        raise ValueError(msg)
+    _check_rows(manager)
     needs_scvi = pin_memory or load_sparse_tensor or distributed_sampler or kwargs or settings.dl_num_workers > 0
     if needs_scvi or not can_gather(manager):
         return AnnDataLoader(
@@ -267,6 +271,25 @@ class DenseMinibatches:
             yield tensors | {REGISTRY_KEYS.X_KEY: Counts.of(tensors[REGISTRY_KEYS.X_KEY]).dense()}
 
 
+def check_in_order(manager: AnnDataManager, options: dict[str, Any] | None) -> None:
+    """Raise unless cells of a backed AnnData can be read in the order that was requested.
+
+    Parameters
+    ----------
+    manager
+        Manager of the AnnData.
+    options
+        Arguments for scvi-tools' data loader, which sorts the cells of each minibatch.
+    """
+    if options:
+        msg = (
+            f"Cells of a backed AnnData are read by a loader that takes no options; got {', '.join(sorted(options))}. scvi-tools' "
+            "loader sorts the cells of each minibatch."
+        )
+        raise ValueError(msg)
+    _check_rows(manager)
+
+
 def loader_of_getters(
     manager: AnnDataManager, shuffle: bool = False, indices: Any = None, batch_size: int = 128, **kwargs: Any
 ) -> AnnDataLoader | DenseMinibatches:
@@ -279,8 +302,10 @@ def loader_of_getters(
     manager, shuffle, indices, batch_size, **kwargs
         As in ``scvi.dataloaders.AnnDataLoader``.
     """
-    is_usual = kwargs.keys() <= {"num_workers", "persistent_workers", "generator"} and not kwargs.get("num_workers")
-    if manager.adata.isbacked and is_usual and not shuffle and can_gather(manager):
+    if manager.adata.isbacked:
+        # scvi-tools adds settings of workers, which would read the same cells.
+        given = {k: v for k, v in kwargs.items() if k not in ("num_workers", "persistent_workers", "generator")}
+        check_in_order(manager, {**given, "shuffle": True} if shuffle else given)
         return DenseMinibatches(CountsLoader(manager, indices, batch_size, generator=kwargs.get("generator")))
     return AnnDataLoader(manager, shuffle=shuffle, indices=indices, batch_size=batch_size, **kwargs)
 

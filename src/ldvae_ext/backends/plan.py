@@ -78,7 +78,7 @@ class GatheringPlan(FastHookNames, TrainingPlan):
             self._short_steps.start()
 
     def on_train_end(self) -> None:
-        """As in scvi-tools; an error if the weights are no numbers."""
+        """As in scvi-tools; an error if the weights are NaN or infinite."""
         if self._short_steps is not None:
             self._short_steps.end()
             self._short_steps = None
@@ -86,7 +86,7 @@ class GatheringPlan(FastHookNames, TrainingPlan):
         check_weights(self)
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        """As in scvi-tools; an error if the loss is no number.
+        """As in scvi-tools; an error if the loss is NaN or infinite.
 
         Parameters
         ----------
@@ -121,7 +121,7 @@ class GatheringPlan(FastHookNames, TrainingPlan):
         return losses.loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """As in scvi-tools; an error if posteriors are no numbers.
+        """As in scvi-tools; an error if posteriors are NaN or infinite.
 
         Parameters
         ----------

@@ -78,6 +78,8 @@ class GroupMoments:
         values = None
         if value_parts[0] is not None:
             values = {name: np.concatenate([part[name] for part in value_parts])[order] for name in value_parts[0]}
+        if not len(group_n):
+            return
         groups, first = np.unique(group_n, return_index=True)
         for p, start, stop in zip(groups, first, [*first[1:], len(group_n)], strict=True):
             for begin in range(start, stop, _DECODED):

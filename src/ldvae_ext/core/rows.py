@@ -77,6 +77,9 @@ class RowReader:
         """
         if not len(rows):
             return self._read(slice(0, 0))
+        if self.is_in_memory:
+            is_run = rows[-1] - rows[0] + 1 == len(rows) and bool((np.diff(rows) == 1).all())
+            return self._read(slice(rows[0], rows[-1] + 1) if is_run else rows)
         # Files read ascending positions only, and slices much faster.
         unique, inverse = np.unique(rows, return_inverse=True)
         is_run = unique[-1] - unique[0] + 1 == len(unique)
@@ -108,6 +111,10 @@ class RowReader:
         # One after the other, since they are the most that is held.
         values, indices = (self._gathered(part, first, last, indptr, spans) for part in self._parts)
         # In one type, which scipy would else convert both to.
+        if len(indices) and not (indices.min() >= 0 and indices.max() < self.shape[1]):
+            # A compiled loop would read and write beyond its arrays.
+            msg = f"The file is damaged: columns of its counts must be 0 to {self.shape[1] - 1}; got {indices.min()} to {indices.max()}."
+            raise ValueError(msg)
         indptr = indptr.astype(indices.dtype) if indptr[-1] <= np.iinfo(indices.dtype).max else indptr
         return sparse.csr_array((values, indices, indptr), shape=(len(rows), self.shape[1]))
 

@@ -11,7 +11,7 @@ import pandas as pd
 from anndata import AnnData
 
 from ldvae_ext._docs import fill_docstring
-from ldvae_ext._groups import codes_at, gene_ablation
+from ldvae_ext._groups import codes_at, gene_ablation, table_of
 from ldvae_ext._keys import ABLATION_INFO
 from ldvae_ext._row_store import check_store, table_of_cells
 from ldvae_ext._validate import check_one_of
@@ -19,7 +19,7 @@ from ldvae_ext.core.explained import ExplainedSums, PooledProfile, explained_set
 from ldvae_ext.core.plan import MODES, POSTERIORS, RANDOM_MODES, Mode, Scheme
 from ldvae_ext.model._axes import ENCODER, REFINED, factor_stream
 from ldvae_ext.model._base import LDVAEBase
-from ldvae_ext.model._cells import with_positions
+from ldvae_ext.model._cells import given_cells, with_positions
 from ldvae_ext.model._expression import posterior_mean_expression
 from ldvae_ext.model._requests import (
     READ_TWICE,
@@ -109,7 +109,8 @@ class AblationMixin(LDVAEBase):
         """
         check_one_of("use_posterior", use_posterior, (*POSTERIORS, REFINED))
         if store is not None:
-            check_store(store)
+            source = self.adata if adata is None and dataloader is not None else given_cells(self, adata)
+            check_store(store, None if source is None else table_of(source.obs))
         self._check_has_counts("ablate")
         request = ablation_request(
             self,

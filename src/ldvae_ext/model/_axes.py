@@ -21,7 +21,7 @@ from ldvae_ext.model._bridge import linear_decoder
 from ldvae_ext.model._cells import CellStream, stream_cells
 from ldvae_ext.model._registry import covariates_of, level_names
 
-# Where posteriors come from: the network, or the decoder and the counts of a cell.
+# Sources of posteriors: the network, or the decoder and the counts of a cell.
 ENCODER, REFINED = "encoder", "refined"
 UsePosterior = Literal["encoder", "refined"]
 

@@ -174,7 +174,7 @@ class LDVAEBase(
             return
         wants_intercept = self.module.bias == "auto"
         if not self._has_start and (wants_intercept or not self.module.use_observed_lib_size):
-            start = start_of(datamodule, self.summary_stats.n_batch)
+            start = start_of(datamodule, self.summary_stats.n_batch, has_size_factors=self.module.use_size_factor_key)
             if not self.module.use_observed_lib_size:
                 self.module.set_library_prior(start.log_means, start.log_variances)
             if wants_intercept:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import scvi
@@ -19,12 +20,19 @@ from ldvae_ext._groups import table_of
 from ldvae_ext._progress import shown_if_slow
 from ldvae_ext._scvi import SETUP_METHOD_NAME, adata_minify_type, check_adata_or_dataloader
 from ldvae_ext._validate import cell_positions, check_positive_int, listed
-from ldvae_ext.backends.loader import CountsLoader, can_gather
+from ldvae_ext.backends.loader import CountsLoader, can_gather, check_in_order
 from ldvae_ext.core.cells import EncodedCells
 from ldvae_ext.core.rotation import Rotation
+from ldvae_ext.core.rows import RowReader
 from ldvae_ext.model._base import LDVAEBase
 from ldvae_ext.model._bridge import encode_cells
-from ldvae_ext.model._collection import CollectionDataModule, as_anndata, minibatches_of_module
+from ldvae_ext.model._collection import (
+    CollectionDataModule,
+    as_anndata,
+    is_checked,
+    minibatches_of_module,
+    note_checked,
+)
 from ldvae_ext.model._columns import Columns
 from ldvae_ext.model._counts import (
     are_counts,
@@ -73,7 +81,7 @@ def stream_cells(
     adata = as_anndata(adata)
     if batch_size is not None:
         check_positive_int("batch_size", batch_size)
-    if adata is None or not is_of_datamodule(model):
+    if adata is None or dataloader is not None or not is_of_datamodule(model):
         check_adata_or_dataloader(model, adata, dataloader)
     model._check_if_trained(warn=True)
     covariates = covariates_of(model.registry)
@@ -117,8 +125,12 @@ def minibatches(
         }
         return CountsLoader(fields, positions, batch_size or scvi.settings.batch_size, generator=generator)
     manager = model.get_anndata_manager(cells, required=True)
+    size = batch_size or scvi.settings.batch_size
+    if manager.adata.isbacked:
+        check_in_order(manager, data_loader_kwargs)
+        return CountsLoader(manager, positions, size, generator=generator)
     if not data_loader_kwargs and scvi.settings.dl_num_workers == 0 and can_gather(manager):
-        return CountsLoader(manager, positions, batch_size or scvi.settings.batch_size, generator=generator)
+        return CountsLoader(manager, positions, size, generator=generator)
     options = {"generator": generator, **(data_loader_kwargs or {})}
     return model._make_data_loader(cells, indices=positions, batch_size=batch_size, **options)
 
@@ -180,6 +192,16 @@ def is_of_datamodule(model: LDVAEBase) -> bool:
     return model.registry.get(SETUP_METHOD_NAME) == "setup_datamodule"
 
 
+def check_registers_cells(model: LDVAEBase, method: str, cells: Any) -> None:
+    """Raise if a method of scvi-tools would have to register cells with a model that was set up by a data module."""
+    if cells is not None and is_of_datamodule(model):
+        msg = (
+            f"`{method}` needs a model that was set up with an AnnData, which may be backed; this one was set up with a data "
+            "module."
+        )
+        raise ValueError(msg)
+
+
 def given_cells(model: LDVAEBase, adata: Any) -> AnnData:
     """The cells that a method was given, or the model's own if None."""
     source = model.adata if adata is None else as_anndata(adata)
@@ -202,9 +224,11 @@ def cells_to_read(model: LDVAEBase, adata: AnnData | None, dataloader: Any = Non
     in_memory = isinstance(adata.obs, pd.DataFrame)
     if in_memory and model.adata is not None and adata_minify_type(adata) is None and _has_genes_in_order(model, adata):
         _check_cells(model, adata)
-        yield adata
-        for manager in _managers_of(model, adata):
-            _columns[manager] = _checksum_of_columns(model, adata)
+        try:
+            yield adata
+        finally:
+            for manager in _managers_of(model, adata):
+                _checksums[manager] = _checksum_of_columns(model, adata)
         return
     with readable_cells(model, adata, keep_random_state=False) as cells:
         yield cells
@@ -215,7 +239,7 @@ def _has_genes_in_order(model: LDVAEBase, adata: AnnData) -> bool:
 
 
 # Checksum of the columns of obs of another AnnData when scvi-tools registered it.
-_columns: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+_checksums: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 
 
 def _managers_of(model: LDVAEBase, adata: AnnData) -> list[Any]:
@@ -225,7 +249,8 @@ def _managers_of(model: LDVAEBase, adata: AnnData) -> list[Any]:
 def _checksum_of_columns(model: LDVAEBase, adata: AnnData) -> int:
     """Checksum of the columns of obs that a model reads."""
     keys = [*known_levels(model.registry), *(c.name for c in covariates_of(model.registry) if c.levels is None)]
-    return hash(tuple(int(pd.util.hash_pandas_object(pd.Series(adata.obs[key]), index=False).sum()) for key in keys))
+    columns = (pd.util.hash_pandas_object(pd.Series(adata.obs[key]), index=False) for key in keys)
+    return hash(tuple(column.to_numpy().tobytes() for column in columns))
 
 
 def _is_registered(model: LDVAEBase, adata: AnnData) -> bool:
@@ -235,7 +260,7 @@ def _is_registered(model: LDVAEBase, adata: AnnData) -> bool:
     """
     managers = _managers_of(model, adata)
     for manager in managers:
-        if manager in _columns and _columns[manager] != _checksum_of_columns(model, adata):
+        if manager in _checksums and _checksums[manager] != _checksum_of_columns(model, adata):
             for store in (model._per_instance_manager_store[model.id], model._setup_adata_manager_store):
                 store.pop(manager.adata_uuid, None)
             return False
@@ -269,6 +294,9 @@ def model_counts(model: LDVAEBase, adata: AnnData) -> Any:
     position = names.get_indexer(genes)
     if np.array_equal(position, np.arange(adata.n_vars)):
         return counts
+    if not RowReader(counts).is_in_memory and not hasattr(counts, "compute"):
+        # Columns of a file would all be read into memory.
+        counts = ad.experimental.read_elem_lazy(getattr(counts, "group", counts))
     return counts.iloc[:, position] if isinstance(counts, pd.DataFrame) else counts[:, position]
 
 
@@ -302,7 +330,12 @@ def light_cells(model: LDVAEBase, adata: AnnData) -> AnnData:
         var=pd.DataFrame(index=np.asarray(model.get_var_names()).astype(str)),
         layers=None if layer is None else {layer: counts},
     )
-    _check_cells(model, light)
+    # A collection is checked once: its files do not change.
+    if is_checked(adata):
+        _check_columns(model, light)
+    else:
+        _check_cells(model, light)
+        note_checked(adata)
     for key, (_, levels) in known_levels(model.registry).items():
         light.obs[key] = matched_column(pd.Series(light.obs[key]), levels, key)
     return light
@@ -311,6 +344,11 @@ def light_cells(model: LDVAEBase, adata: AnnData) -> AnnData:
 def _check_cells(model: LDVAEBase, adata: AnnData) -> None:
     """Raise unless counts and columns of other cells can be read by the model."""
     check_counts(adata, model.get_setup_arg("layer"))
+    _check_columns(model, adata)
+
+
+def _check_columns(model: LDVAEBase, adata: AnnData) -> None:
+    """Raise unless columns of other cells can be read by the model."""
     for key, (argument, levels) in known_levels(model.registry).items():
         check_categories(adata, argument, key, levels)
     for covariate in covariates_of(model.registry):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import torch
 
 PICKLE = "model.pt"
 
@@ -23,25 +22,20 @@ def check_prefix(prefix: Any) -> None:
 def damage_named(path: Path) -> Iterator[None]:
     """Raise a ValueError that names the file if a model cannot be loaded since its file is damaged.
 
-    Other errors, such as those of data that do not fit the model, stay as they are.
+    Other errors, such as those of data that do not fit the model, stay as they are. The file is not read again, since a pickle would
+    run its code a second time.
     """
     try:
         yield
     except Exception as error:
-        reason = _damage(path) if path.is_file() else None
-        if reason is None:
+        if isinstance(error, PermissionError) or not path.is_file() or not _is_of_reading(error):
             raise
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         msg = f"`dir_path`: {path} is no model that can be read; it is damaged or of another kind ({reason})."
         raise ValueError(msg) from error
 
 
-def _damage(path: Path) -> str | None:
-    """Why the file cannot be read; None if it can."""
-    try:
-        with path.open("rb") as file:
-            torch.load(file, map_location="cpu", weights_only=False)
-    except PermissionError:
-        return None
-    except Exception as error:  # noqa: BLE001 - a damaged pickle raises any
-        return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-    return None
+def _is_of_reading(error: Exception) -> bool:
+    """True if torch raised the error, or passed it on, while it read a file."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_globals.get("__name__") == "torch.serialization" for frame, _ in frames)

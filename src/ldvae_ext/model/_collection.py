@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, cast
+from weakref import WeakValueDictionary
 
 import numpy as np
 import pandas as pd
@@ -35,7 +36,21 @@ class CollectionDataModule(AnnbatchDataModule):
     @cached_property
     def adata(self) -> AnnData:
         """All cells in the order of the collection, with all columns of ``obs``; counts are read from disk when they are needed."""
-        return read_collection(self.collection_path)
+        adata = read_collection(self.collection_path, self.registry["setup_args"]["layer"])
+        _checked.discard(id(adata))
+        _collections[id(adata)] = adata
+        return adata
+
+    @property
+    def registry(self) -> dict[str, Any]:
+        """scvi-tools' registry, with the genes of the collection; scvi-tools names them after the first file."""
+        registry = super().registry
+        registry["field_registries"][REGISTRY_KEYS.X_KEY]["state_registry"]["column_names"] = self._genes
+        return registry
+
+    @cached_property
+    def _genes(self) -> list[str]:
+        return genes_of_collection(self.collection_path)
 
     @property
     def loads_minibatches(self) -> bool:
@@ -85,7 +100,7 @@ class _Loaded:
 
 def _csr(counts: Any) -> torch.Tensor:
     if isinstance(counts, torch.Tensor):
-        if counts.layout is not torch.sparse_csr:
+        if counts.layout is not torch.sparse_csr or counts.device.type != "cpu":
             return counts.float()
         parts = counts.crow_indices(), counts.col_indices(), counts.values()
         arrays = [part.numpy() for part in parts]
@@ -145,27 +160,65 @@ def open_collection(set_up: Callable[..., AnnbatchDataModule], name: str, argume
     return datamodule
 
 
-def read_collection(path: str) -> AnnData:
-    """Cells of an annbatch collection: counts as an array of dask on disk, obs in memory.
+def genes_of_collection(path: str) -> list[str]:
+    """Names of the genes of a collection, in the order of its columns.
 
     Parameters
     ----------
     path
         Path of the collection.
     """
-    import dask.array as da
-    import zarr
-    from anndata.experimental import read_elem_lazy
     from anndata.io import read_elem
+
+    return cast("pd.DataFrame", read_elem(_data_sets(path)[0]["var"])).index.astype(str).tolist()
+
+
+def _data_sets(path: str) -> list[Any]:
+    import zarr
 
     store = zarr.open_group(path, mode="r")
     names = sorted(store.group_keys(), key=lambda name: int(name.rsplit("_", 1)[-1]))
-    groups: list[Any] = [store[name] for name in names]
+    return [store[name] for name in names]
+
+
+def read_collection(path: str, layer: str | None = None) -> AnnData:
+    """Cells of an annbatch collection: counts as an array of dask on disk, obs in memory.
+
+    Parameters
+    ----------
+    path
+        Path of the collection.
+    layer
+        Layer of the files that the counts of the collection come from, which they are then found in, too.
+    """
+    import dask.array as da
+    from anndata.experimental import read_elem_lazy
+    from anndata.io import read_elem
+
+    groups = _data_sets(path)
+    counts = da.concatenate([read_elem_lazy(group["X"]) for group in groups])
     return AnnData(
-        X=da.concatenate([read_elem_lazy(group["X"]) for group in groups]),
+        X=counts,
+        layers=None if layer is None else {layer: counts},
         obs=pd.concat([read_elem(group["obs"]) for group in groups]),
         var=cast("pd.DataFrame", read_elem(groups[0]["var"])),
     )
+
+
+# Collections whose counts were checked, by identity, since an AnnData cannot be compared.
+_collections: WeakValueDictionary[int, AnnData] = WeakValueDictionary()
+_checked: set[int] = set()
+
+
+def is_checked(adata: AnnData) -> bool:
+    """True if the counts of a collection were checked before."""
+    return _collections.get(id(adata)) is adata and id(adata) in _checked
+
+
+def note_checked(adata: AnnData) -> None:
+    """Remember that the counts of a collection were checked; other cells may change, and are checked again."""
+    if _collections.get(id(adata)) is adata:
+        _checked.add(id(adata))
 
 
 def as_anndata(cells: Any) -> AnnData | None:

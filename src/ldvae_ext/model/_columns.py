@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from scvi import REGISTRY_KEYS
 
+from ldvae_ext._validate import listed
 from ldvae_ext.core.levels import match_levels
 from ldvae_ext.model._registry import covariates_of, level_names
 
@@ -56,4 +57,9 @@ def _column(obs: Any, key: str, levels: np.ndarray | None) -> np.ndarray:
     if levels is None:
         return obs[key].to_numpy(np.float32, copy=True)[:, None]
     code_n, values = pd.factorize(obs[key], use_na_sentinel=False)
-    return np.asarray(match_levels(key, list(values), list(levels)), dtype=np.int64)[code_n][:, None]
+    code_of = np.asarray(match_levels(key, list(values), list(levels)), dtype=np.int64)
+    if (code_of < 0).any():
+        unseen = [value for value, code in zip(values, code_of, strict=True) if code < 0]
+        msg = f"`{key}`: the model has not seen {listed(unseen)}; it has {listed(levels)}."
+        raise ValueError(msg)
+    return code_of[code_n][:, None]

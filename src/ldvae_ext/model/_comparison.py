@@ -24,7 +24,8 @@ from ldvae_ext.core.importance import importance_weights, latent_log_density
 from ldvae_ext.core.rotation import Rotation
 from ldvae_ext.model._axes import network_decoder
 from ldvae_ext.model._base import LDVAEBase
-from ldvae_ext.model._cells import cells_to_read, stream_cells
+from ldvae_ext.model._cells import cells_to_read, check_registers_cells, stream_cells
+from ldvae_ext.model._collection import as_anndata
 from ldvae_ext.model._stock import quiet, reads_cells, with_checked_groups, with_u
 from ldvae_ext.module import LDVAEModule
 
@@ -283,6 +284,8 @@ class ComparisonMixin(LDVAEBase):
         if dataloader is not None and self.adata is not None:
             msg = "`dataloader` is for a model without an AnnData; this one compares the cells of `adata`."
             raise ValueError(msg)
+        adata = as_anndata(adata)
+        check_registers_cells(self, "differential_abundance", adata)
         given = self.adata if adata is None else adata
         if given is not None:
             check_column(given.obs.columns, "sample_key", cast("str", sample_key))

@@ -22,7 +22,8 @@ from ldvae_ext._validate import listed
 from ldvae_ext.model._counts import check_given_anndata
 from ldvae_ext.model._descriptions import described, differences, of_data
 from ldvae_ext.model._ldvae import LDVAE
-from ldvae_ext.model._plain_files import PlainModel, decoded, encoded
+from ldvae_ext.model._linear_scvi import saved_arguments
+from ldvae_ext.model._plain_files import CannotBeWritten, PlainModel, decoded, encoded
 from ldvae_ext.model._resuming import arguments_of_training
 from ldvae_ext.model._runs import RunPlan, seeded
 
@@ -49,29 +50,34 @@ def save_ensemble(folder: Path, models: Mapping[int, LDVAE], results: Mapping[st
     ------
     ValueError
         If the folder is not empty, and has no ensemble that is to be replaced.
+    CannotBeWritten
+        If only a pickle can hold an argument of a model.
     """
     _check_can_be_written(folder, overwrite=overwrite)
+    for model in models.values():
+        _check_can_be_held(model)
+    before = _saved(folder).get("runs")
     folder.mkdir(parents=True, exist_ok=True)
     runs = [_write_run(folder, f"run-{seed}", model) for seed, model in models.items()]
     _write_results(folder, runs, results)
-    # Those of the ensemble that was replaced.
-    for path in folder.glob("run-*"):
-        if path.name not in runs:
-            shutil.rmtree(path)
+    # Those of the ensemble that was replaced; other folders may be the user's.
+    for name in before if isinstance(before, list) else ():
+        if name not in runs and _is_name(name, "run-") and (folder / name).is_dir():
+            shutil.rmtree(folder / name)
 
 
 def _write_results(folder: Path, runs: list[str], results: Mapping[str, Any]) -> None:
     arrays: dict[str, torch.Tensor] = {}
     value = encoded(dict(results), "ensemble", arrays)
+    before = _saved(folder).get("arrays", "")
     name = _free(folder, "consensus", ".safetensors")
     with replacing(folder / name) as work:
         save_file(arrays, work)
     description = {"format": ENSEMBLE, "runs": runs, "arrays": name, "results": value}
     with replacing(folder / _ENSEMBLE) as work:
         work.write_text(json.dumps(description, indent=1))
-    for path in folder.glob("consensus*.safetensors"):
-        if path.name != name:
-            path.unlink()
+    if before != name and _is_name(before, "consensus"):
+        (folder / before).unlink(missing_ok=True)
 
 
 def load_ensemble(folder: Path, adata: AnnData | None) -> tuple[list[LDVAE], dict[str, Any]]:
@@ -113,6 +119,9 @@ def load_ensemble(folder: Path, adata: AnnData | None) -> tuple[list[LDVAE], dic
     ) as error:
         msg = f"{folder} holds no ensemble that can be read: {error}."
         raise ValueError(msg) from error
+    if not names:
+        msg = f"{folder} holds no ensemble that can be read: {_ENSEMBLE} names no runs."
+        raise ValueError(msg)
     saved = [PlainModel.read(folder / name) for name in names]
     if adata is not None:
         LDVAE._register_as(saved[0], adata)
@@ -139,11 +148,16 @@ class RunFolder:
     ------
     ValueError
         If the folder belongs to another ensemble, with what differs, or has other files.
+    CannotBeWritten
+        If only a pickle can hold an argument of the models.
     """
 
     def __init__(self, folder: Path, plan: RunPlan, adata: AnnData) -> None:
         self._folder, self._plan, self._adata = folder, plan, adata
-        path, description = folder / _ARGUMENTS, _description(plan, adata)
+        with seeded(plan.seed):
+            model = plan.model(adata)
+        _check_can_be_held(model)
+        path, description = folder / _ARGUMENTS, _description(plan, model)
         if path.is_file():
             try:
                 saved = json.loads(path.read_text())
@@ -211,13 +225,38 @@ class RunFolder:
         return f"run-{self._plan.seed + m}"
 
 
-def _description(plan: RunPlan, adata: AnnData) -> dict[str, str]:
+def _description(plan: RunPlan, model: LDVAE) -> dict[str, str]:
     """Arguments and data of an ensemble, without the number of runs: a run does not depend on it."""
-    with seeded(plan.seed):
-        manager = plan.model(adata).adata_manager
     options = arguments_of_training(plan.train_kwargs, plan.train_kwargs.get("plan_kwargs") or {})
     own = {field.name: getattr(plan, field.name) for field in fields(plan) if field.name != "train_kwargs"}
-    return {**described(own | {"train_kwargs": options}), **of_data(manager)}
+    return {**described(own | {"train_kwargs": options}), **of_data(model.adata_manager)}
+
+
+def _check_can_be_held(model: LDVAE) -> None:
+    """Raise on an argument of a model that files without a pickle cannot hold."""
+    for name, value in saved_arguments(model.init_params_).items():
+        try:
+            encoded(value, name, {})
+        except CannotBeWritten as error:
+            msg = (
+                f"{error}, which only a pickle can hold, and the files of an ensemble have none. Fit it without `folder`, and save its "
+                "models one by one."
+            )
+            raise CannotBeWritten(msg) from error
+
+
+def _saved(folder: Path) -> dict[str, Any]:
+    """Description of the ensemble in a folder; empty if there is none, or it cannot be read."""
+    try:
+        saved = json.loads((folder / _ENSEMBLE).read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return saved if isinstance(saved, dict) else {}
+
+
+def _is_name(name: Any, prefix: str) -> bool:
+    """True for the name of a file or folder of an ensemble, which is no path to another folder."""
+    return isinstance(name, str) and name.startswith(prefix) and Path(name).name == name
 
 
 def _check_can_be_written(folder: Path, *, overwrite: bool) -> None:

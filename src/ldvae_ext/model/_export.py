@@ -147,8 +147,8 @@ class ExportMixin(LDVAEBase):
             :meth:`get_refined_posterior`, from the decoder and the counts of each cell. Draws of rotated factors take the
             network's latents as independent, as an encoder's are.
         store
-            Folder in which the export is written as zarr while it is computed, instead of to ``adata``, for cells without number;
-            not there yet. It is an AnnData with the genes of the model, ``obs``, and no counts.
+            Folder in which the export is written as zarr while it is computed, instead of to ``adata``, for any number of
+            cells. It must not exist. It is an AnnData with the genes of the model, ``obs``, and no counts.
 
         Returns
         -------
@@ -199,11 +199,12 @@ class ExportMixin(LDVAEBase):
             order_by = "network" if self._has_own_order else "kl"
         check_one_of("order_by", order_by, ORDERS)
         adata, target = as_anndata(adata), given_cells(self, adata)
-        if store is not None:
-            check_store(store)
-            genes = pd.DataFrame(index=np.asarray(self.get_var_names()).astype(str))
-            target = AnnData(obs=table_of(target.obs).copy(), var=genes)
         keys = check_can_write(target, key_added, overwrite=overwrite, as_pca=as_pca)
+        if store is not None:
+            # Columns of an earlier export are not of this one.
+            obs = table_of(target.obs).drop(columns=[keys.library, keys.fit, keys.converged], errors="ignore")
+            check_store(store, obs)
+            target = AnnData(obs=obs, var=pd.DataFrame(index=np.asarray(self.get_var_names()).astype(str)))
         check_one_of("use_posterior", use_posterior, (ENCODER, REFINED))
         options: dict[str, Any] = {
             "order_by": order_by,

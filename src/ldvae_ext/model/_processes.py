@@ -21,9 +21,11 @@ import scvi
 import torch
 from anndata import AnnData
 from joblib.externals.loky import get_reusable_executor
+from scipy import sparse
 
 from ldvae_ext._scvi import SETUP_ARGS_KEY, get_max_epochs_heuristic
 from ldvae_ext._validate import warn
+from ldvae_ext.core.rows import RowReader
 from ldvae_ext.kernels.threads import compiled, is_compiled
 from ldvae_ext.model._ldvae import LDVAE
 from ldvae_ext.model._runs import RunPlan, seeded
@@ -83,6 +85,21 @@ class _Result:
     warned: list[tuple[str, type[Warning], str, int, str]]
 
 
+def are_in_memory(adata: AnnData) -> bool:
+    """True if the registered counts are in memory, neither on disk nor computed when they are needed.
+
+    Parameters
+    ----------
+    adata
+        Registered cells.
+    """
+    manager = LDVAE._get_most_recent_anndata_manager(adata, required=True)
+    layer = manager.registry[SETUP_ARGS_KEY].get("layer")
+    counts = adata.X if layer is None else adata.layers[layer]
+    # A reader would convert columns to rows.
+    return sparse.issparse(counts) or RowReader(counts).is_in_memory
+
+
 def n_processes(
     adata: AnnData,
     n_runs: int,
@@ -97,7 +114,7 @@ def n_processes(
     Parameters
     ----------
     adata
-        Registered cells.
+        Registered cells, in memory.
     n_runs, max_epochs
         Number of runs, and of their epochs.
     accelerator, batch_size, **_
@@ -105,7 +122,7 @@ def n_processes(
     """
     is_on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())
     # A process that another one started for work of its own has been given its share of the processors.
-    if not is_on_cpu or adata.isbacked or multiprocessing.parent_process() is not None:
+    if not is_on_cpu or multiprocessing.parent_process() is not None:
         return 1
     n_epochs = get_max_epochs_heuristic(adata.n_obs) if max_epochs is None else max_epochs
     n_steps = n_epochs * -(-adata.n_obs // (batch_size or scvi.settings.batch_size))
@@ -149,7 +166,7 @@ def train_in_processes(
             yield m, plan.train(adata, m)
     finally:
         with warnings.catch_warnings():
-            # Of results that nobody takes, if a run raised or the caller stopped.
+            # Warnings about results that are not collected, if a run raised or the caller stopped.
             warnings.simplefilter("ignore")
             results.close()
         # Idle processes would keep a gigabyte each.
@@ -171,7 +188,7 @@ def train_by_client(
     registry, sent = _sent(adata, plan)
     settings = _Settings.now(torch.get_num_threads())
     is_dask = hasattr(client, "scatter")
-    # Each worker gets the counts once, and the others have them if one is killed. Two calls are never one.
+    # Each worker gets the counts once, and the others have them if one is killed. dask would merge equal calls unless `pure=False`.
     data, options = (client.scatter(sent, broadcast=True), {"pure": False}) if is_dask else (sent, {})
     done: SimpleQueue[tuple[int, Any]] = SimpleQueue()
     futures = []

@@ -185,7 +185,7 @@ class QueryMixin(LDVAEBase):
         if datamodule is not None:
             model._datamodule = datamodule
             if not model.module.use_observed_lib_size:
-                start = start_of(datamodule, model.module.n_batch)
+                start = start_of(datamodule, model.module.n_batch, has_size_factors=model.module.use_size_factor_key)
                 model.module.set_library_prior(start.log_means, start.log_variances)
         if not reference.attributes.get("is_trained_", False):
             warn("The reference has not been trained: the query is mapped onto its random initial values.")

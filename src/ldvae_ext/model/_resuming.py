@@ -14,12 +14,12 @@ import pandas as pd
 import torch
 from lightning.pytorch import Callback
 
-from ldvae_ext._files import replacing
+from ldvae_ext._files import check_is_path, replacing
 from ldvae_ext._formats import CHECKPOINT as FORMAT
 from ldvae_ext._formats import check_format
 from ldvae_ext._scvi import checks_of, set_checks_of
 from ldvae_ext._steps import as_between_epochs, continue_between_epochs, end_training
-from ldvae_ext.model._descriptions import described, differences, of_model
+from ldvae_ext.model._descriptions import described, differences, of_datamodule, of_model
 
 CHECKPOINT = "training.ckpt"
 _KEY = "ldvae_ext"
@@ -57,6 +57,8 @@ class Resumption(Callback):
 
     Raises
     ------
+    TypeError
+        If ``resume`` is no path.
     ValueError
         If a checkpoint cannot be read, or is of another training, with what differs.
     """
@@ -69,6 +71,7 @@ class Resumption(Callback):
         max_epochs: int,
         is_interrupted: Callable[[], bool],
     ) -> None:
+        check_is_path("resume", resume)
         path = Path(resume)
         if path.suffix == ".ckpt" and not path.exists():
             msg = f"`resume`: there is no checkpoint {path}."
@@ -77,17 +80,20 @@ class Resumption(Callback):
         of_folder = path / CHECKPOINT
         self._model, self._is_interrupted = model, is_interrupted
         self._written = None if is_file else of_folder
-        self._description = {**of_model(model), **described(arguments)}
+        self._description = {
+            **of_model(model),
+            **of_datamodule(arguments.get("datamodule")),
+            **described(arguments),
+        }
         self._history = model.history_ if model.is_trained_ and isinstance(model.history_, dict) else None
         self._was_trained = bool(model.is_trained_)
         self._next_time = 0.0
+        self._is_writing = False
         self._randomness: list[dict[str, Any]] | None = None
         self.checkpoint = path if is_file else of_folder if of_folder.is_file() else None
         """Checkpoint to continue from; None to start."""
         if self.checkpoint is not None:
             self._check(_read(self.checkpoint), max_epochs)
-        else:
-            path.mkdir(parents=True, exist_ok=True)
 
     def added_to(self, trainer_options: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments of a trainer with which it continues from the checkpoint and writes the next.
@@ -124,8 +130,15 @@ class Resumption(Callback):
             )
             raise ValueError(msg)
 
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Make the folder, after all arguments have been checked."""
+        if self._written is not None:
+            self._written.parent.mkdir(parents=True, exist_ok=True)
+
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Add what Lightning does not store."""
+        """Add what Lightning does not store to a checkpoint of this class; those of other callbacks stay as they are."""
+        if not self._is_writing:
+            return
         as_between_epochs(checkpoint)
         weight = getattr(pl_module, "loss_kwargs", {}).get("kl_weight")
         cells = {name: getattr(trainer.datamodule, name, None) for name in _CELLS}
@@ -190,7 +203,11 @@ class Resumption(Callback):
         start = time.monotonic()
         # Lightning collects the state in all processes, and writes it in the first.
         with replacing(self._written) if trainer.is_global_zero else nullcontext(self._written) as work:
-            trainer.save_checkpoint(work, weights_only=False)
+            self._is_writing = True
+            try:
+                trainer.save_checkpoint(work, weights_only=False)
+            finally:
+                self._is_writing = False
         now = time.monotonic()
         self._next_time = now + (now - start) * (1 / _SHARE - 1)
 

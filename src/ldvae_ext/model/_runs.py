@@ -104,7 +104,7 @@ def train_on(model: LDVAE, cells: list[np.ndarray], max_epochs: int | None, opti
     with splitting_cells_by(model, DrawnCells):
         model.train(max_epochs, datasplitter_kwargs=split, **options)
     if not np.isfinite(model.module.get_loadings()).all():
-        msg = "Training ended with loadings that are no numbers."
+        msg = "Training ended with loadings that are NaN or infinite."
         raise FloatingPointError(msg)
 
 

@@ -19,8 +19,8 @@ from ldvae_ext._validate import cell_positions, check_column, check_one_of, chec
 from ldvae_ext.backends.loader import DenseMinibatches
 from ldvae_ext.model._axes import known_batches
 from ldvae_ext.model._base import LDVAEBase
-from ldvae_ext.model._cells import cells_to_read, is_of_datamodule, minibatches, stream_cells
-from ldvae_ext.model._collection import minibatches_of_module
+from ldvae_ext.model._cells import cells_to_read, check_registers_cells, is_of_datamodule, minibatches, stream_cells
+from ldvae_ext.model._collection import as_anndata, minibatches_of_module
 
 # Arguments with a number of cells or draws.
 _COUNTS = ("batch_size", "n_samples", "n_samples_overall", "n_mc_samples", "mc_samples")
@@ -77,8 +77,10 @@ def reads_cells(
             cells_to_read(self, given.get("adata"), dataloader) as cells,
         ):
             given["adata"] = cells
+            if "dataloader" not in parameters.parameters:
+                check_registers_cells(self, method.__name__, cells)
             if is_of_datamodule(self) and cells is not None and "dataloader" in parameters.parameters:
-                # scvi-tools reads such a model's cells from a data loader alone.
+                # scvi-tools reads the cells of such a model from a data loader alone.
                 at = cell_positions(indices, cells.n_obs)
                 dataloader = DenseMinibatches(minibatches(self, cells, at, given.get("batch_size")))
                 given |= {"adata": None, "indices": None, "dataloader": dataloader}
@@ -172,7 +174,8 @@ def with_checked_groups(method: Callable[..., Any]) -> Callable[..., Any]:
     def run(self: LDVAEBase, *args: Any, **kwargs: Any) -> Any:
         bound = signature(method).bind(self, *args, **kwargs)
         given = bound.arguments
-        adata, groupby = given.get("adata", self.adata), given.get("groupby")
+        adata, groupby = as_anndata(given.get("adata", self.adata)), given.get("groupby")
+        check_registers_cells(self, method.__name__, given.get("adata"))
         if adata is not None and groupby is not None:
             check_column(adata.obs.columns, "groupby", groupby)
             groups = _groups_with_cells(adata.obs[groupby], groupby)

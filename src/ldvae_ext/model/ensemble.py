@@ -12,6 +12,7 @@ import scvi
 from anndata import AnnData
 from scvi.utils import track
 
+from ldvae_ext._files import check_is_path
 from ldvae_ext._validate import check_one_of, check_positive_int, listed, warn
 from ldvae_ext.core import kl_per_dimension
 from ldvae_ext.core.matching import consensus_of, cosines, match_columns
@@ -20,7 +21,7 @@ from ldvae_ext.model._axes import factor_stream
 from ldvae_ext.model._ensemble import Ensemble
 from ldvae_ext.model._ensemble_files import RunFolder
 from ldvae_ext.model._ldvae import LDVAE
-from ldvae_ext.model._processes import STAY_HERE, n_processes, train_by_client, train_in_processes
+from ldvae_ext.model._processes import STAY_HERE, are_in_memory, n_processes, train_by_client, train_in_processes
 from ldvae_ext.model._runs import RunPlan
 from ldvae_ext.model.replication import factor_replication
 
@@ -102,6 +103,8 @@ def fit_ensemble(
 
     Raises
     ------
+    TypeError
+        If an argument has another type, or ``folder`` is given with an option of the model that only a pickle can hold.
     ValueError
         If an option is unknown or decided by the ensemble, the latent is logistic-normal, which has no other axes, or ``folder`` has
         runs with other arguments or data.
@@ -133,6 +136,8 @@ def fit_ensemble(
         raise ValueError(msg)
     if resample is not None:
         check_one_of("resample", resample, RESAMPLES)
+    if folder is not None:
+        check_is_path("folder", folder)
     check_mapping("model_kwargs", model_kwargs)
     check_mapping("train_kwargs", train_kwargs)
     if max_epochs is not None:
@@ -156,7 +161,8 @@ def fit_ensemble(
         penalties(train_kwargs["decoder_penalty"])
     train_size = train_kwargs.pop("train_size", None)
     train_size = _TRAIN_SIZE if train_size is None else train_size
-    if not 0 < train_size <= 1:
+    is_number = isinstance(train_size, (int, float, np.integer, np.floating)) and not isinstance(train_size, bool)
+    if not is_number or not 0 < train_size <= 1:
         msg = f"`train_size` must be above 0 and at most 1; got {train_size!r}."
         raise ValueError(msg)
     seed = (0 if scvi.settings.seed is None else scvi.settings.seed) if seed is None else seed
@@ -172,6 +178,8 @@ def fit_ensemble(
         model_kwargs=model_kwargs,
         train_kwargs={"kl_warmup": "auto", "enable_progress_bar": False, **train_kwargs},
     )
+    if client is not None or n_jobs not in (None, 1):
+        _check_in_memory(adata, n_jobs)
     store = None if folder is None else RunFolder(Path(folder), plan, adata)
     trained = {} if store is None else store.done(n_runs)
     missing = [m for m in range(n_runs) if m not in trained]
@@ -204,19 +212,23 @@ def fit_ensemble(
     return ensemble
 
 
+def _check_in_memory(adata: AnnData, n_jobs: int | None) -> None:
+    if are_in_memory(adata):
+        return
+    given, instead = ("client", "no client") if n_jobs is None else (f"n_jobs={n_jobs}", "`n_jobs=1`")
+    msg = f"`{given}` needs counts in memory, and `adata` reads them when they are needed; use {instead} or `adata.to_memory()`."
+    raise ValueError(msg)
+
+
 def _trained(
     adata: AnnData, runs: list[int], plan: RunPlan, n_jobs: int | None, client: Any
 ) -> Iterable[tuple[int, LDVAE | str]]:
     """Runs by number, here or in other processes, in the order in which they end."""
     if n_jobs is None and client is None:
-        stays = any(plan.train_kwargs.get(name) for name in STAY_HERE)
+        stays = any(plan.train_kwargs.get(name) for name in STAY_HERE) or not are_in_memory(adata)
         n_jobs = 1 if stays else n_processes(adata, len(runs), plan.max_epochs, **plan.train_kwargs)
     if n_jobs == 1 or not runs:
         return ((m, plan.train(adata, m)) for m in runs)
-    if adata.isbacked:
-        given, instead = ("client", "no client") if n_jobs is None else (f"n_jobs={n_jobs}", "`n_jobs=1`")
-        msg = f"`{given}` needs counts in memory, and `adata` reads them from a file; use {instead} or `adata.to_memory()`."
-        raise ValueError(msg)
     if n_jobs is None:
         return train_by_client(adata, runs, plan, client)
     return train_in_processes(adata, runs, plan, n_jobs)

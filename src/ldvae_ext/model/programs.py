@@ -26,7 +26,8 @@ from ldvae_ext.core.programs import ADDITIVE, AdditivePrograms, Expression, fit_
 from ldvae_ext.core.scores import SlopeSums
 from ldvae_ext.model._axes import factor_decoder, network_decoder
 from ldvae_ext.model._base import LDVAEBase
-from ldvae_ext.model._cells import stream_cells, with_positions
+from ldvae_ext.model._cells import given_cells, stream_cells, with_positions
+from ldvae_ext.model._collection import as_anndata
 from ldvae_ext.model._counts import check_given_anndata
 from ldvae_ext.model._requests import groups_of_cells
 from ldvae_ext.model._threads import with_torch_threads
@@ -201,10 +202,7 @@ def additive_programs(
     first = models[0] if representative is None else representative
     candidates = _candidates(n_programs, first.n_latent)
     groups, code_n = groups_of_cells(first, adata, groupby)
-    source = first.adata if adata is None else adata
-    if source is None:
-        msg = "This model was loaded without data: give `adata`."
-        raise ValueError(msg)
+    adata, source = as_anndata(adata), given_cells(first, adata)
     for model in models:
         model._check_has_counts("get_programs")
     positions = cell_positions(indices, source.n_obs)

@@ -113,7 +113,7 @@ def ablate(
     )
     work.request.reject_unused_groups()
     if store is not None:
-        check_store(store)
+        check_store(store, table_of(adata.obs))
     positions = cell_positions(indices, adata.n_obs)
     chunks = work.chunks(positions)
     plan = work.plan()
