@@ -104,6 +104,13 @@ def test_an_ensemble_is_replaced_as_a_whole_or_not_at_all(cells, whole, tmp_path
         with pytest.raises(OSError, match="space"):
             other.save(folder, overwrite=True)
     assert_same(Ensemble.load(folder, cells), whole)
+    assert {path.name for path in folder.iterdir()} == {
+        "ensemble.json",
+        "consensus.safetensors",
+        "run-0",
+        "run-1",
+        "run-2",
+    }
     other.save(folder, overwrite=True)
     assert Ensemble.load(folder).seeds == [7, 8]
     assert len([path for path in folder.iterdir() if path.is_dir()]) == 2

@@ -58,8 +58,16 @@ def save_ensemble(folder: Path, models: Mapping[int, LDVAE], results: Mapping[st
         _check_can_be_held(model)
     before = _saved(folder).get("runs")
     folder.mkdir(parents=True, exist_ok=True)
-    runs = [_write_run(folder, f"run-{seed}", model) for seed, model in models.items()]
-    _write_results(folder, runs, results)
+    runs: list[str] = []
+    try:
+        for seed, model in models.items():
+            runs.append(_write_run(folder, f"run-{seed}", model))
+        _write_results(folder, runs, results)
+    except BaseException:
+        if _saved(folder).get("runs") != runs:
+            for name in runs:
+                shutil.rmtree(folder / name, ignore_errors=True)
+        raise
     # Those of the ensemble that was replaced; other folders may be the user's.
     for name in before if isinstance(before, list) else ():
         if name not in runs and _is_name(name, "run-") and (folder / name).is_dir():
@@ -74,8 +82,13 @@ def _write_results(folder: Path, runs: list[str], results: Mapping[str, Any]) ->
     with replacing(folder / name) as work:
         save_file(arrays, work)
     description = {"format": ENSEMBLE, "runs": runs, "arrays": name, "results": value}
-    with replacing(folder / _ENSEMBLE) as work:
-        work.write_text(json.dumps(description, indent=1))
+    try:
+        with replacing(folder / _ENSEMBLE) as work:
+            work.write_text(json.dumps(description, indent=1))
+    except BaseException:
+        if _saved(folder).get("arrays") != name:
+            (folder / name).unlink(missing_ok=True)
+        raise
     if before != name and _is_name(before, "consensus"):
         (folder / before).unlink(missing_ok=True)
 
