@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch.callbacks import LambdaCallback
 
 from ldvae_ext import _files, get, report
+from ldvae_ext.backends import plan
 from ldvae_ext.core import LinearDecoder
 from ldvae_ext.model import LDVAE, _ldvae, fit_ensemble
 from tests.helpers import TRAIN, counts, untrained
@@ -148,7 +149,8 @@ def test_a_process_that_is_killed_while_it_writes_a_decoder_keeps_it(tmp_path, e
         """
         import os, signal, sys
         import numpy as np
-        from ldvae_ext.core import LinearDecoder
+        from ldvae_ext.backends import plan
+from ldvae_ext.core import LinearDecoder
 
         decoder = LinearDecoder.load(sys.argv[1])
 
@@ -227,6 +229,26 @@ def test_ctrl_c_in_a_training_leaves_a_model_that_can_be_used(tmp_path):
     assert all(value.is_contiguous() for value in model.module.state_dict().values())
     model.save(tmp_path / "model")
     model.train(2, **TRAIN, kl_warmup=1)
+
+
+@pytest.mark.usefixtures("heeds_ctrl_c")
+def test_ctrl_c_inside_of_an_epoch_ends_the_training_after_the_step(monkeypatch):
+    steps, check = [], plan.check_step
+
+    def press(*args):
+        steps.append(1)
+        if len(steps) == 5:
+            signal.raise_signal(signal.SIGINT)
+        check(*args)
+
+    monkeypatch.setattr(plan, "check_step", press)
+    adata = counts(160, 30)
+    LDVAE.setup_anndata(adata)
+    model = LDVAE(adata, n_latent=2)
+    with pytest.raises(KeyboardInterrupt, match="can be used"):
+        model.train(3, batch_size=16, train_size=1.0, **TRAIN)
+    assert len(steps) == 6
+    assert np.isfinite(model.get_latent_representation()).all()
 
 
 @pytest.mark.usefixtures("heeds_ctrl_c")

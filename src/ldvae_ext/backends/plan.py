@@ -98,10 +98,11 @@ class GatheringPlan(FastHookNames, TrainingPlan):
         FloatingPointError
             If the training has diverged.
         """
-        if self._is_interrupted is not None and self._is_interrupted():
-            end_training(self.trainer)
         with divergence_explained(self):
             loss = self._training_loss(batch, batch_idx)
+        # After the loss: a training that is about to end logs each step, which a short step cannot.
+        if self._is_interrupted is not None and self._is_interrupted():
+            end_training(self.trainer)
         if self._decoder_penalty is not None:
             loss = loss + self.module.decoder_penalty(**self._decoder_penalty)
         check_step(self, loss)
