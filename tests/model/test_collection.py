@@ -345,3 +345,13 @@ def test_an_earlier_export_is_no_obstacle(tmp_path, model):
     model.export_to_anndata(adata)
     model.export_to_anndata(adata, store=tmp_path / "x.zarr")
     np.testing.assert_array_equal(ad.read_zarr(tmp_path / "x.zarr").obsm["X_ldvae"], adata.obsm["X_ldvae"])
+
+
+def test_a_model_of_a_collection_is_saved_and_reads_the_collection_again(tmp_path, folder, model):
+    model.save(tmp_path / "model")
+    for options in ({}, {"trusted": False}):
+        loaded = LDVAE.load(tmp_path / "model", adata=False, **options)
+        np.testing.assert_array_equal(loaded.get_latent_kl(opened(folder)), model.get_latent_kl(opened(folder)))
+    untrained = LDVAE(registry=opened(folder).registry, n_latent=3)
+    with pytest.raises(ValueError, match="give `datamodule`"):
+        untrained.save(tmp_path / "other")

@@ -21,6 +21,7 @@ from ldvae_ext._formats import SAVED_MODEL, check_format
 from ldvae_ext._scvi import MODEL_NAME_KEY, SETUP_ARGS_KEY, parse_device_args
 from ldvae_ext._validate import listed
 from ldvae_ext.model._ablation import AblationMixin
+from ldvae_ext.model._cells import is_of_datamodule
 from ldvae_ext.model._checkpoint import PICKLE, check_prefix, damage_named
 from ldvae_ext.model._collection import open_collection
 from ldvae_ext.model._comparison import ComparisonMixin
@@ -180,7 +181,7 @@ class LDVAE(
         Raises
         ------
         ValueError
-            If ``save_anndata`` is True and a name or column of the AnnData cannot be written. The model is saved, and an
+            If a model that was set up with a data module has not been trained, and ``datamodule`` is not given; or if ``save_anndata`` is True and a name or column of the AnnData cannot be written. The model is saved, and an
             AnnData in the folder, incomplete or of another model, is removed.
 
         Examples
@@ -194,6 +195,10 @@ class LDVAE(
         if folder.is_file():
             msg = f"`dir_path`: {dir_path} is a file; name a folder."
             raise NotADirectoryError(msg)
+        datamodule = getattr(self, "_datamodule", None) if datamodule is None else datamodule
+        if datamodule is None and is_of_datamodule(self):
+            msg = "This model was set up with a data module and has not been trained on one: give `datamodule`."
+            raise ValueError(msg)
         arguments: dict[str, Any] = {
             "prefix": prefix,
             "save_kwargs": save_kwargs,

@@ -134,6 +134,8 @@ def encoded(value: Any, where: str, arrays: dict[str, torch.Tensor]) -> Any:
         return value
     if isinstance(value, np.generic):
         return value.item()
+    if isinstance(value, torch.Tensor):  # in registries of scvi-tools' data modules; read as an array
+        value = value.detach().cpu().numpy()
     if isinstance(value, np.ndarray):
         if value.dtype.kind in "biuf":
             name = f"{_OF_DESCRIPTION}{len(arrays)}"

@@ -134,8 +134,10 @@ class TrainingMixin(LDVAEBase):
                 kl_warmup = max(1, max_epochs // 2)
             check_positive_int("kl_warmup", kl_warmup)
             plan_kwargs["n_epochs_kl_warmup"] = int(kl_warmup)
-        if datamodule is not None and not self.is_trained_:
-            self._start_from(datamodule)
+        if datamodule is not None:
+            if not self.is_trained_:
+                self._start_from(datamodule)
+            self._datamodule = datamodule  # which `save` needs
         if uses_backend(self._training_plan_cls):
             check_plan(self._training_plan_cls, self.module, plan_kwargs)
         trainer_options = merge_kwargs(trainer_config, trainer_kwargs, name="trainer")
