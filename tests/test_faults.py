@@ -149,8 +149,7 @@ def test_a_process_that_is_killed_while_it_writes_a_decoder_keeps_it(tmp_path, e
         """
         import os, signal, sys
         import numpy as np
-        from ldvae_ext.backends import plan
-from ldvae_ext.core import LinearDecoder
+        from ldvae_ext.core import LinearDecoder
 
         decoder = LinearDecoder.load(sys.argv[1])
 

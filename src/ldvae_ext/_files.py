@@ -17,7 +17,7 @@ _NAME = re.compile(r"\.ldvae-ext-(?P<host>[^-]+)-(?P<process>\d+)-.*")
 
 
 def _host() -> str:
-    # Of the full name: `node1-11` and `node11-1` have the same letters and digits.
+    # A hash of the full name, since `node1-11` and `node11-1` have the same letters and digits.
     return hashlib.sha256(platform.node().encode(errors="surrogateescape")).hexdigest()[:16]
 
 
