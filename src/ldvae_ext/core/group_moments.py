@@ -163,7 +163,7 @@ def summed_derivatives(decoder: LinearDecoder, z_nk: np.ndarray, batch: Any, cov
 
 
 def softplus_log_slope(logits: np.ndarray) -> np.ndarray:
-    """Derivative of :func:`_log_softplus`."""
+    """Derivative of ``log softplus`` by its argument, also where the softplus is 0 in floats."""
     inside = np.clip(logits, -30.0, 20.0)
     derivative = np.where(logits > 20.0, 1.0 / np.maximum(logits, 1.0), expit(inside) / np.logaddexp(0.0, inside))
     return np.where(logits < -30.0, 1.0, derivative)

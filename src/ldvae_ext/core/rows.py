@@ -110,11 +110,11 @@ class RowReader:
         spans = _spans(first, last, self._gap // size, _SPAN_BYTES // size)
         # One after the other, since they are the most that is held.
         values, indices = (self._gathered(part, first, last, indptr, spans) for part in self._parts)
-        # In one type, which scipy would else convert both to.
         if len(indices) and not (indices.min() >= 0 and indices.max() < self.shape[1]):
             # A compiled loop would read and write beyond its arrays.
             msg = f"The file is damaged: columns of its counts must be 0 to {self.shape[1] - 1}; got {indices.min()} to {indices.max()}."
             raise ValueError(msg)
+        # In one type, which scipy would else convert both to.
         indptr = indptr.astype(indices.dtype) if indptr[-1] <= np.iinfo(indices.dtype).max else indptr
         return sparse.csr_array((values, indices, indptr), shape=(len(rows), self.shape[1]))
 

@@ -116,16 +116,15 @@ def minibatches(
 ) -> DataLoader:
     """Minibatches of cells that are registered with the model, in order; sparse where the counts are in memory."""
     # A generator of its own, since a torch data loader draws a seed from the global one even if it does not shuffle.
-    generator = torch.Generator()
+    generator, size = torch.Generator(), batch_size or scvi.settings.batch_size
     if is_of_datamodule(model):
         counts = counts_of(cells, model.get_setup_arg("layer"))
         fields = {
             REGISTRY_KEYS.X_KEY: counts,
             **Columns(model.registry).of(cast("pd.DataFrame", cells.obs), cells.n_obs),
         }
-        return CountsLoader(fields, positions, batch_size or scvi.settings.batch_size, generator=generator)
+        return CountsLoader(fields, positions, size, generator=generator)
     manager = model.get_anndata_manager(cells, required=True)
-    size = batch_size or scvi.settings.batch_size
     if manager.adata.isbacked:
         check_in_order(manager, data_loader_kwargs)
         return CountsLoader(manager, positions, size, generator=generator)
