@@ -10,13 +10,14 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+from lightning.pytorch.callbacks import LambdaCallback
 from packaging.version import Version
 
 from ldvae_ext import _formats, get
 from ldvae_ext._folder import FolderError, check_can_be_written
 from ldvae_ext.core import LinearDecoder
-from ldvae_ext.model import LDVAE
-from tests.golden.make_formats import EXAMPLES, FORMATS, cells, number_of
+from ldvae_ext.model import LDVAE, Ensemble
+from tests.golden.make_formats import EXAMPLES, FORMATS, TRAIN, cells, ensemble_in, number_of, resumed
 from tests.golden.schemas import schema_of
 
 FOLDERS = sorted(path.relative_to(FORMATS).as_posix() for path in FORMATS.glob("*/*"))
@@ -123,6 +124,33 @@ def check_saved_model(folder, expected):
         np.testing.assert_allclose(mean, expected["mean"], **CLOSE)
         np.testing.assert_allclose(variance, expected["variance"], **CLOSE)
         np.testing.assert_allclose(model.get_loadings(), expected["loadings"], **CLOSE)
+
+
+def check_ensemble(folder, expected):
+    adata, trained = cells(), []
+    training = {**TRAIN, "callbacks": [LambdaCallback(on_train_start=lambda *_: trained.append(1))]}
+    for models in (
+        Ensemble.load(folder / "ensemble", adata),
+        ensemble_in(folder / "ensemble", adata, train_kwargs=training),
+    ):
+        for model, mean, variance in zip(models.models, expected["mean"], expected["variance"], strict=True):
+            own_mean, own_variance = model.get_latent_representation(return_dist=True)
+            np.testing.assert_allclose(own_mean, mean, **CLOSE)
+            np.testing.assert_allclose(own_variance, variance, **CLOSE)
+        np.testing.assert_allclose(models.consensus.loading_gk, expected["loadings"], **CLOSE)
+        np.testing.assert_allclose(models.stats["reproducibility"], expected["reproducibility"], **CLOSE)
+    # All runs were in the folder.
+    assert not trained
+
+
+def check_checkpoint(folder, expected):
+    for n_epochs in (2, 3):
+        model = resumed(folder / "training.ckpt", n_epochs)
+        elbo = model.history["elbo_train"]["elbo_train"]
+        assert elbo.index.tolist() == list(range(n_epochs))
+        np.testing.assert_array_equal(elbo[:2], expected["elbo"])
+        mean, _ = model.get_latent_representation(return_dist=True)
+        assert np.allclose(mean, expected["mean"], **CLOSE) == (n_epochs == 2)
 
 
 def check_results(folder, expected):

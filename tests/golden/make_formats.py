@@ -9,6 +9,7 @@ examples of releases were made. `tests/test_formats.py` reads all of them.
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import warnings
 from collections.abc import Callable
@@ -266,6 +267,48 @@ def saved_model(folder: Path) -> dict[str, Any]:
     return {"mean": mean, "variance": variance, "loadings": scvi.model.LinearSCVI.get_loadings(model)}
 
 
+@example("ENSEMBLE")
+def ensemble(folder: Path) -> dict[str, Any]:
+    """The folder of an ensemble: latents of each run by scvi-tools' layers, and the numbers of the ensemble."""
+    models = ensemble_in(folder / "ensemble", cells())
+    halves = {name: value for name, value in TRAIN.items() if name != "train_size"}
+    ensemble_in(folder / "variant_halves", cells(), resample="halves", train_kwargs=halves)
+    posteriors = [posterior(model) for model in models.models]
+    return {
+        "mean": np.stack([mean for mean, _ in posteriors]),
+        "variance": np.stack([variance for _, variance in posteriors]),
+        "loadings": models.consensus.loading_gk,
+        "reproducibility": models.stats["reproducibility"],
+    }
+
+
+def ensemble_in(folder: Path, adata: ad.AnnData, **options: Any) -> Any:
+    """The ensemble of the example, trained, or read from the folder if it is there."""
+    from ldvae_ext.model import fit_ensemble
+
+    LDVAE.setup_anndata(adata, batch_key="batch")
+    given = {"n_latent": N_LATENT, "seed": 0, "max_epochs": 2, "model_kwargs": {"n_hidden": 4}, "train_kwargs": TRAIN}
+    return fit_ensemble(adata, 2, **given | options, silent=True, folder=folder)
+
+
+@example("CHECKPOINT")
+def checkpoint(folder: Path) -> dict[str, Any]:
+    """The checkpoint of a training: latents by scvi-tools' layers, and the history."""
+    model = resumed(folder, 2)
+    mean, variance = posterior(model)
+    return {"mean": mean, "variance": variance, "elbo": model.history["elbo_train"]["elbo_train"]}
+
+
+def resumed(folder: Path, n_epochs: int) -> Any:
+    """The model of the example after a number of epochs, continued from the checkpoint if it is there."""
+    adata = cells()
+    LDVAE.setup_anndata(adata, batch_key="batch")
+    scvi.settings.seed = 0
+    model = LDVAE(adata, n_latent=N_LATENT, n_hidden=4)
+    model.train(n_epochs, plan_kwargs={"lr": 1e-2, "n_epochs_kl_warmup": 1}, resume=folder, **TRAIN)
+    return model
+
+
 @example("RESULTS")
 def results(folder: Path) -> dict[str, Any]:
     """The tables of `ldvae-ext run`, and the file that marks the folder; reports, figures and the model are left out."""
@@ -323,7 +366,10 @@ def write(name: str, folder: Path) -> None:
     (folder / "expected.json").write_text(json.dumps(values) + "\n")
     schema = schema_of(folder)
     for path in folder.glob("variant_*"):
-        path.unlink()
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
     (folder / "schema.json").write_text(json.dumps(schema, indent=1, sort_keys=True) + "\n")
 
 

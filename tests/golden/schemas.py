@@ -21,11 +21,13 @@ def schema_of(folder: Path) -> dict[str, Any]:
     Parameters
     ----------
     folder
-        Folder of an example. `expected.json` and `schema.json` are no part of it.
+        Folder of an example. `expected.json` and `schema.json` are no part of it, nor are the runs of an ensemble, which are saved
+        models with a number of their own.
     """
     out: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_dir() or path.name in ("expected.json", "schema.json"):
+        is_run = any(name.startswith("run-") for name in path.relative_to(folder).parts[:-1])
+        if path.is_dir() or is_run or path.name in ("expected.json", "schema.json"):
             continue
         out[path.relative_to(folder).as_posix()] = _READERS[path.suffix](path)
     return out
@@ -100,13 +102,26 @@ def _of_json(path: Path) -> dict[str, Any]:
     content = json.loads(path.read_text())
     if path.name == "model.json":
         return {name: value if name == "format" else type(value).__name__ for name, value in content.items()}
+    if path.name == "ensemble.json":
+        return {name: of_encoded(value) if name == "results" else kind_of(value) for name, value in content.items()}
+    if path.name == "arguments.json":
+        return {"format": content["format"], "arguments": of_mapping(content["arguments"])}
     return {name: value if name in ("format", "files") else kind_of(value) for name, value in content.items()}
 
 
-def _of_weights(path: Path) -> dict[str, Any]:
+def of_encoded(value: Any) -> Any:
+    """Schema of a value as JSON without pickles holds it: dictionaries as pairs, arrays by their names."""
+    if isinstance(value, dict) and set(value) == {"dict"}:
+        return {name: of_encoded(part) for name, part in value["dict"]}
+    return sorted(value) if isinstance(value, dict) else kind_of(value)
+
+
+def _of_tensors(path: Path) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     tensors = load_file(path)
+    if path.name != "weights.safetensors":
+        return {name: kind_of(value.numpy()) for name, value in tensors.items()}
     return {name: kind_of(value.numpy()) for name, value in tensors.items() if name.startswith("network.")}
 
 
@@ -127,11 +142,21 @@ _OF_SCVI = (
     "validation_indices_", "was_pretrained",
 )  # fmt: skip
 
+
+def _of_checkpoint(path: Path) -> dict[str, Any]:
+    """What the package adds to a checkpoint of Lightning."""
+    import torch
+
+    added = torch.load(path, map_location="cpu", weights_only=True)["ldvae_ext"]
+    return {name: value if name == "format" else type(value).__name__ for name, value in added.items()}
+
+
 _READERS = {
     ".h5ad": _of_h5ad,
     ".npz": _of_npz,
     ".csv": _of_csv,
     ".json": _of_json,
-    ".safetensors": _of_weights,
+    ".safetensors": _of_tensors,
     ".pt": _of_model,
+    ".ckpt": _of_checkpoint,
 }
