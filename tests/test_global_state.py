@@ -57,6 +57,8 @@ def snapshot():
     )
     numpy_state = np.random.get_state()  # noqa: NPY002
     return {
+        # First: early releases of numba set torch's threads when theirs are started.
+        "numba's threads": numba.get_num_threads(),
         "torch's threads": torch.get_num_threads(),
         "torch's threads between operations": torch.get_num_interop_threads(),
         "grad mode": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
@@ -71,7 +73,6 @@ def snapshot():
         "python's draws": random.getstate(),
         "floating point errors": np.geterr(),
         "print options": {k: v for k, v in np.get_printoptions().items() if k != "override_repr"},
-        "numba's threads": numba.get_num_threads(),
         "threads of loops": (threads(), is_compiled()),
         "rcParams": dict(mpl.rcParams),
         "matplotlib's backend": mpl.get_backend(),

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 DECODER = 2
 """Arrays of a decoder: in ``.npz`` files and in ``uns[...]["decoder"]``."""
 EXPORT = 2
@@ -60,7 +62,8 @@ def check_format(what: str, found: Any, newest: int) -> int:
     if found is None:
         return 1
     try:
-        version = int(found)
+        # Early numpy converts an array with a single value, too.
+        version = int(found) if np.ndim(found) == 0 else 0
         is_number = version >= 1 and version == found
     except (TypeError, ValueError, OverflowError):
         is_number = False

@@ -195,6 +195,9 @@ class RawLinear:
                 msg = f"`arrays` hold a part of a batch norm: {listed(missing)} missing."
                 raise ValueError(msg)
             parts = {field.name: arrays[f"{prefix}{field.name}"] for field in fields(BatchNorm)}
+            if np.ndim(parts["eps"]) > 0:
+                msg = f"`{prefix}eps` must be one number; got an array {np.shape(parts['eps'])}."
+                raise ValueError(msg)
             batch_norm = BatchNorm(**{**parts, "eps": float(parts["eps"])})
         given = {name: arrays.get(f"{prefix}{name}") for name in ("weight", "bias", "batch_embedding")}
         return cls(**given, batch_norm=batch_norm)

@@ -145,7 +145,10 @@ def check_categories(adata: AnnData, name: str, key: str | None, known: np.ndarr
     check_column(adata.obs.columns, name, key)
     values = adata.obs[key]
     _check_levels(pd.Series(values), name, key)
-    check_names_last(name, pd.Series(values).unique())
+    # `unique` of early pandas takes names that differ in a NUL for one.
+    check_names_last(
+        name, values.cat.categories if isinstance(values.dtype, pd.CategoricalDtype) else dict.fromkeys(values)
+    )
     if values.isna().any():
         msg = f"`{name}`: `adata.obs[{key!r}]` is NaN for {int(values.isna().sum())} of {adata.n_obs} cells; name a value for each."
         raise ValueError(msg)
