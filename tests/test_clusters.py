@@ -21,12 +21,7 @@ from ldvae_ext.model import LDVAE, Ensemble, fit_ensemble
 from tests.helpers import counts, untrained
 
 TRAINING = {"accelerator": "cpu", "check_val_every_n_epoch": None}
-pytestmark = [
-    pytest.mark.slow,
-    # Of lightning, which is ignored by its module; `pytest.warns` says it again without.
-    pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec.* is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:Last batch will have a small size"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Last batch will have a small size")]
 
 
 @pytest.fixture(scope="module")

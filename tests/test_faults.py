@@ -277,8 +277,6 @@ def test_a_second_ctrl_c_ends_a_training_at_once():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-# Of lightning, which is ignored by its module; `pytest.warns` says it again without.
-@pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec.* is deprecated:FutureWarning")
 @pytest.mark.usefixtures("heeds_ctrl_c")
 def test_ctrl_c_in_an_ensemble_keeps_the_runs_that_were_done():
     adata = counts(150, 30)

@@ -26,8 +26,6 @@ QUICK = {"max_epochs": 2, "silent": True, "train_kwargs": {"accelerator": "cpu",
 def _no_word_of_short_training():
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Last batch will have a small size")
-        # Of lightning, which is ignored by its module; `pytest.warns` says it again without.
-        warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.* is deprecated", category=FutureWarning)
         yield
 
 

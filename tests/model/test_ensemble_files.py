@@ -23,12 +23,7 @@ from tests.helpers import counts
 TRAINING = {"accelerator": "cpu", "check_val_every_n_epoch": None}
 # A class, which only a pickle can hold.
 TANH = {"extra_encoder_kwargs": {"activation_fn": torch.nn.Tanh}}
-pytestmark = [
-    pytest.mark.slow,
-    # Of lightning, which is ignored by its module; `pytest.warns` says it again without.
-    pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec.* is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:Last batch will have a small size"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Last batch will have a small size")]
 
 
 @pytest.fixture(scope="module")

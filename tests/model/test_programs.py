@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -219,9 +217,7 @@ def test_an_ensemble_recovers_additive_programs():
     usage = rng.dirichlet(np.full(4, 0.3), 600)
     adata = ad.AnnData(rng.poisson(1000 * usage @ profile.T).astype(np.float32))
     LDVAE.setup_anndata(adata)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.* is deprecated", category=FutureWarning)
-        runs = fit_ensemble(adata, 3, n_latent=6, max_epochs=150, silent=True, train_kwargs={"accelerator": "cpu"})
+    runs = fit_ensemble(adata, 3, n_latent=6, max_epochs=150, silent=True, train_kwargs={"accelerator": "cpu"})
     found = runs.programs(4)
     r = np.abs(np.corrcoef(usage.T, found.usages.to_numpy().T)[:4, 4:])
     assert (r.max(axis=1) > 0.95).all()

@@ -20,7 +20,6 @@ QUICK = {"max_epochs": 20, "silent": True, "train_kwargs": {"plan_kwargs": {"lr"
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*additive programs reproduce:UserWarning",
     "ignore:Last batch will have a small size",
-    "ignore:.*treespec, LeafSpec.* is deprecated:FutureWarning",
 )
 
 
