@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 
@@ -47,13 +48,35 @@ def only_rehearsals(monkeypatch):
     monkeypatch.setattr(_run_command, "train_and_export", checked)
 
 
-@pytest.fixture
-def h5ad(tmp_path):
-    path = tmp_path / "counts.h5ad"
+def write_cells(path):
     adata = counts(n_cells=80, n_genes=40, n_batches=3)
-    adata.layers["raw/counts".replace("/", "_")] = adata.X.copy()
+    adata.layers["raw_counts"] = adata.X.copy()
     adata.write_h5ad(path)
     return path
+
+
+@pytest.fixture
+def h5ad(tmp_path):
+    return write_cells(tmp_path / "counts.h5ad")
+
+
+@pytest.fixture(scope="module")
+def results_of_once(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("once")
+    result = invoke(write_cells(folder / "counts.h5ad"), "--max-epochs", 1, "--out", folder / "res")
+    assert result.exit_code == 0, result.output
+    return folder / "res"
+
+
+@pytest.fixture
+def results(results_of_once, tmp_path):
+    """A folder with the results of `h5ad`."""
+    return shutil.copytree(results_of_once, tmp_path / "res")
+
+
+@pytest.fixture
+def no_rehearsal(monkeypatch):
+    monkeypatch.setattr(_run_command, "_rehearse", lambda *_: None)
 
 
 @pytest.mark.slow
@@ -118,6 +141,7 @@ def test_options_reach_the_model_and_results_come_in_exported_order(tmp_path, h5
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_rehearsal")
 def test_the_same_seed_gives_the_same_tables(tmp_path, h5ad):
     for name in ("one", "two"):
         assert invoke(h5ad, "--max-epochs", 2, "--seed", 5, "--out", tmp_path / name).exit_code == 0
@@ -126,15 +150,13 @@ def test_the_same_seed_gives_the_same_tables(tmp_path, h5ad):
 
 
 @pytest.mark.slow
-def test_without_groups_all_cells_are_one_population(tmp_path, h5ad):
-    assert invoke(h5ad, "--max-epochs", 1, "--out", tmp_path / "res").exit_code == 0
-    assert set(pd.read_csv(tmp_path / "res" / "tables" / "ablation_groups.csv")["group"]) == {"all cells"}
+def test_without_groups_all_cells_are_one_population(results):
+    assert set(pd.read_csv(results / "tables" / "ablation_groups.csv")["group"]) == {"all cells"}
 
 
 @pytest.mark.slow
-def test_only_results_are_replaced(tmp_path, h5ad):
-    out = tmp_path / "res"
-    assert invoke(h5ad, "--max-epochs", 1, "--out", out).exit_code == 0
+def test_only_results_are_replaced(tmp_path, h5ad, results):
+    out = results
     result = invoke(h5ad, "--max-epochs", 1, "--out", out)
     assert result.exit_code == 1
     assert "exists; use --overwrite to replace results. Name another folder with --out." in result.output
@@ -164,25 +186,21 @@ def test_a_folder_of_somebody_else_is_never_replaced(tmp_path, h5ad):
 
 
 @pytest.mark.slow
-def test_the_current_folder_is_never_replaced(tmp_path, h5ad, monkeypatch):
-    out = tmp_path / "res"
-    assert invoke(h5ad, "--max-epochs", 1, "--out", out).exit_code == 0
-    monkeypatch.chdir(out)
+def test_the_current_folder_is_never_replaced(h5ad, results, monkeypatch):
+    monkeypatch.chdir(results)
     result = invoke(h5ad, "--max-epochs", 1, "--out", ".", "--overwrite")
     assert result.exit_code == 1
     assert "cannot be replaced, since it contains" in result.output
 
 
 @pytest.mark.slow
-def test_a_failure_after_the_training_leaves_the_model_and_old_results(tmp_path, h5ad, monkeypatch):
+@pytest.mark.usefixtures("no_rehearsal")
+def test_a_failure_after_the_training_leaves_the_model_and_old_results(tmp_path, h5ad, results, monkeypatch):
     def fail(*_args, **_kwargs):
         msg = "disk full"
         raise OSError(msg)
 
-    out = tmp_path / "res"
-    assert invoke(h5ad, "--max-epochs", 1, "--out", out).exit_code == 0
-    before = (out / "tables" / "loadings.csv").read_text()
-    monkeypatch.setattr(_run_command, "_rehearse", lambda *_: None)
+    out, before = results, (results / "tables" / "loadings.csv").read_text()
     monkeypatch.setattr(_run_command, "_write_results", fail)
     result = invoke(h5ad, "--max-epochs", 1, "--n-latent", 3, "--out", out, "--overwrite")
     assert result.exit_code == 1
@@ -197,20 +215,20 @@ def test_a_failure_after_the_training_leaves_the_model_and_old_results(tmp_path,
     assert sorted(p.name for p in tmp_path.iterdir()) == ["counts.h5ad", "res", kept.name]
 
 
+@pytest.mark.usefixtures("no_rehearsal")
 def test_an_interruption_leaves_nothing(tmp_path, h5ad, monkeypatch):
     def interrupt(*_args, **_kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_run_command, "_rehearse", lambda *_: None)
     monkeypatch.setattr(_run_command, "_write_results", interrupt)
     assert invoke(h5ad, "--max-epochs", 1, "--out", tmp_path / "res").exit_code != 0
     assert [p.name for p in tmp_path.iterdir()] == ["counts.h5ad"]
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_rehearsal")
 def test_of_two_runs_into_one_folder_the_second_says_so_and_keeps_its_results(tmp_path, h5ad, monkeypatch):
     out, train = tmp_path / "res", _run_command.train_and_export
-    monkeypatch.setattr(_run_command, "_rehearse", lambda *_: None)
 
     def train_while_another_run_finishes(*arguments, **options):
         monkeypatch.setattr(_run_command, "train_and_export", train)
@@ -353,6 +371,7 @@ def test_one_or_two_latents_will_do(tmp_path, h5ad, n_latent):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_rehearsal")
 def test_genes_are_chosen_where_there_are_many(monkeypatch, tmp_path, h5ad):
     monkeypatch.setattr(_run, "MANY_GENES", 30)
     monkeypatch.setattr(_run, "N_TOP_GENES", 10)
