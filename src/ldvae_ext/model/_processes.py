@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import io
 import multiprocessing
+import os
 import sys
 import threading
 import warnings
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
 from queue import SimpleQueue
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import joblib
@@ -20,7 +24,7 @@ import pandas as pd
 import scvi
 import torch
 from anndata import AnnData
-from joblib.externals.loky import get_reusable_executor
+from joblib.externals.loky import ProcessPoolExecutor
 from scipy import sparse
 
 from ldvae_ext._scvi import SETUP_ARGS_KEY, get_max_epochs_heuristic
@@ -135,9 +139,10 @@ def n_processes(
 def train_in_processes(
     adata: AnnData, runs: Sequence[int], plan: RunPlan, n_jobs: int
 ) -> Iterator[tuple[int, LDVAE | str]]:
-    """Trained models, or why their training failed, in the order in which they end, with the number of the run.
+    """Trained models, or why their training failed, with the number of the run.
 
-    joblib writes the counts to files, which all processes map into their memory.
+    This process trains, too, while the others start. The registered counts are written to a file, which the others map into their
+    memory.
 
     Parameters
     ----------
@@ -146,31 +151,109 @@ def train_in_processes(
     runs, plan
         Numbers of the runs, and what they have in common.
     n_jobs
-        Number of processes.
+        Number of processes, this one included.
     """
     registry, sent = _sent(adata, plan)
     settings = _Settings.now(max(1, min(torch.get_num_threads(), joblib.cpu_count() // n_jobs)))
-    work = joblib.delayed(_train)
-    parallel = joblib.Parallel(n_jobs, return_as="generator_unordered", mmap_mode="r", backend="loky")
-    results = parallel(work(sent, registry, plan, m, settings) for m in runs)
-    missing = set(runs)
-    try:
-        for m, outcome in results:
-            missing.discard(m)
-            yield m, _restored(adata, plan, outcome)
-    except BrokenProcessPool:
-        warn(
-            f"A process was ended from outside, perhaps for lack of memory. {len(missing)} runs are trained in this process."
-        )
-        for m in sorted(missing):
-            yield m, plan.train(adata, m)
-    finally:
-        with warnings.catch_warnings():
-            # Warnings about results that are not collected, if a run raised or the caller stopped.
-            warnings.simplefilter("ignore")
-            results.close()
-        # Idle processes would keep a gigabyte each.
-        get_reusable_executor().shutdown(wait=False, kill_workers=True)
+    with TemporaryDirectory(prefix="ldvae-ext-", ignore_cleanup_errors=True) as folder:
+        path = Path(folder) / "cells"
+        joblib.dump(sent, path)
+        others = _Others(min(n_jobs, len(runs)) - 1, runs, (path, registry, plan, settings))
+        try:
+            missing = set(runs)
+            while missing:
+                m = others.next_run()
+                # scvi-tools prints why a training stopped, into the progress bar.
+                with settings.in_force(), redirect_stdout(io.StringIO()):
+                    outcomes = [] if m is None else [(m, plan.train(adata, m))]
+                # Those that have ended; if nothing is left to begin, the next that ends.
+                outcomes += [(n, _restored(adata, plan, of_other)) for n, of_other in others.ended(wait=m is None)]
+                for n, outcome in outcomes:
+                    missing.discard(n)
+                    yield n, outcome
+        finally:
+            others.stop()
+
+
+class _Others:
+    """Other processes, each of which trains the next run when it has ended one.
+
+    Parameters
+    ----------
+    n_others
+        Number of processes.
+    runs
+        Numbers of the runs.
+    work
+        Arguments of :func:`_train_on_file`, but for the number.
+    """
+
+    def __init__(
+        self, n_others: int, runs: Sequence[int], work: tuple[Path, dict[str, Any], RunPlan, _Settings]
+    ) -> None:
+        # Libraries that are loaded there take as many threads as a training.
+        names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+        threads = {name: os.environ.get(name, str(work[3].n_threads)) for name in names}
+        # One of its own: that of joblib may have work of the caller.
+        self._executor = ProcessPoolExecutor(n_others, env=threads) if n_others else None
+        self._left, self._work = deque(runs), work
+        self._ended: SimpleQueue[tuple[int, Any] | None] = SimpleQueue()
+        self._is_broken = self._is_stopped = False
+        for _ in range(n_others):
+            self._begin()
+
+    def next_run(self) -> int | None:
+        """Number of a run that no process has begun; None if there is none."""
+        try:
+            return self._left.popleft()
+        except IndexError:
+            return None
+
+    def ended(self, *, wait: bool) -> Iterator[tuple[int, Any]]:
+        """Numbers and results of runs that ended.
+
+        Parameters
+        ----------
+        wait
+            True to wait for the next one, or for a run that has to be begun again.
+        """
+        while wait or not self._ended.empty():
+            result, wait = self._ended.get(), False
+            if result is None:
+                continue
+            m, future = result
+            try:
+                yield m, future.result()[1]
+            except BrokenProcessPool:
+                self._left.append(m)
+                if not self._is_broken:
+                    self._is_broken = True
+                    warn(
+                        "A process was ended from outside, perhaps for lack of memory. Its runs are trained in this process."
+                    )
+
+    def stop(self) -> None:
+        """End the processes."""
+        self._is_stopped = True
+        if self._executor is not None:
+            self._executor.shutdown(wait=False, kill_workers=True)
+
+    def _begin(self, _: Any = None) -> None:
+        """Give a process the next run. Called in a thread when one has ended."""
+        if self._executor is None or self._is_stopped:
+            return
+        m = self.next_run()
+        if m is None:
+            return
+        try:
+            future = self._executor.submit(_train_on_file, *self._work, m)
+        except RuntimeError:
+            # A process was killed: the executor takes no more work.
+            self._left.append(m)
+            self._ended.put(None)
+            return
+        future.add_done_callback(lambda future: self._ended.put((m, future)))
+        future.add_done_callback(self._begin)
 
 
 def train_by_client(
@@ -228,12 +311,18 @@ def _counts_and_columns(adata: AnnData, arguments: dict[str, Any]) -> AnnData:
     return AnnData(obs=obs, var=var, layers={layer: adata.layers[layer]})
 
 
+def _train_on_file(
+    path: Path, registry: dict[str, Any], plan: RunPlan, settings: _Settings, m: int
+) -> tuple[int, _Result | str | TypeError]:
+    """Train a run on registered counts in a file of joblib."""
+    return _train(joblib.load(path, mmap_mode="r"), registry, plan, m, settings)
+
+
 def _train(
     adata: AnnData, registry: dict[str, Any], plan: RunPlan, m: int, settings: _Settings
 ) -> tuple[int, _Result | str | TypeError]:
     """Train a run in this process."""
     # A worker of dask may run several tasks in its threads, and random states and settings are of the process.
-    # scvi-tools prints why a training stopped, into the progress bar of the first process.
     with (
         _one_at_a_time,
         settings.in_force(),

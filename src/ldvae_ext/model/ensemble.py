@@ -82,10 +82,10 @@ def fit_ensemble(
         Arguments of :class:`LDVAE` and of :meth:`LDVAE.train`, whose ``kl_warmup`` is ``"auto"`` here unless given. A
         ``train_size`` cuts off the same cells in all runs (0.9 if not given; with ``resample`` all drawn cells are trained on).
     n_jobs
-        Number of processes that train side by side, with the same results but for rounding. 1 trains in this process. None: one for
+        Number of processes that train side by side, this one included, with the same results but for rounding. None: one for
         each processor, as long as there are runs for it, if the network is trained on a CPU, the trainings are long enough
-        to be worth the start of processes, and ``train_kwargs`` have no callbacks, loggers or other objects that would stay
-        in the other processes.
+        to be worth the start of processes, and ``train_kwargs`` have no callbacks, loggers or other objects of the caller, of which
+        other processes would change copies.
     client
         A ``dask.distributed.Client``, or a ``concurrent.futures.Executor`` such as a ``ProcessPoolExecutor``, whose processes train
         the runs, with the same results but for rounding. They need the package, and what ``train_kwargs`` hold. Each run takes
