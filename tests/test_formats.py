@@ -145,7 +145,10 @@ def check_ensemble(folder, expected):
 
 def check_checkpoint(folder, expected):
     for n_epochs in (2, 3):
-        model = resumed(folder / "training.ckpt", n_epochs)
+        trained = []
+        callbacks = [LambdaCallback(on_train_epoch_end=lambda *_, trained=trained: trained.append(1))]
+        model = resumed(folder / "training.ckpt", n_epochs, callbacks=callbacks)
+        assert len(trained) == n_epochs - 2
         elbo = model.history["elbo_train"]["elbo_train"]
         assert elbo.index.tolist() == list(range(n_epochs))
         np.testing.assert_array_equal(elbo[:2], expected["elbo"])

@@ -64,7 +64,10 @@ def snapshot():
         "grad mode": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
         "anomaly detection": torch.is_anomaly_enabled(),
         "default dtype": torch.get_default_dtype(),
-        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "deterministic algorithms": (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+        ),
         "cudnn": (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark),
         "precision of products": torch.get_float32_matmul_precision(),
         "validation of distributions": torch.distributions.Distribution._validate_args,

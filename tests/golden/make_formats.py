@@ -299,13 +299,13 @@ def checkpoint(folder: Path) -> dict[str, Any]:
     return {"mean": mean, "variance": variance, "elbo": model.history["elbo_train"]["elbo_train"]}
 
 
-def resumed(folder: Path, n_epochs: int) -> Any:
+def resumed(folder: Path, n_epochs: int, **options: Any) -> Any:
     """The model of the example after a number of epochs, continued from the checkpoint if it is there."""
     adata = cells()
     LDVAE.setup_anndata(adata, batch_key="batch")
     scvi.settings.seed = 0
     model = LDVAE(adata, n_latent=N_LATENT, n_hidden=4)
-    model.train(n_epochs, plan_kwargs={"lr": 1e-2, "n_epochs_kl_warmup": 1}, resume=folder, **TRAIN)
+    model.train(n_epochs, plan_kwargs={"lr": 1e-2, "n_epochs_kl_warmup": 1}, resume=folder, **TRAIN, **options)
     return model
 
 

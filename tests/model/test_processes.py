@@ -7,6 +7,8 @@ import signal
 import threading
 import time
 import warnings
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from types import SimpleNamespace
 from typing import Any
 
@@ -192,6 +194,123 @@ def test_runs_of_a_killed_process_are_trained_here(cells, tmp_path):
     assert found.seeds == [0, 1, 2]
     for here, model in zip(fitted(cells, 1).models, found.models, strict=True):
         np.testing.assert_allclose(model.get_loadings(), here.get_loadings(), rtol=1e-4, atol=1e-5)
+
+
+class Executor:
+    """In place of processes: a run ends when the test says so."""
+
+    def __init__(self, n_others: int, env: dict[str, str]) -> None:
+        self.futures: dict[int, Future] = {}
+        self.is_broken = False
+
+    def submit(self, _: Any, *arguments: Any) -> Future:
+        if self.is_broken:
+            raise BrokenProcessPool
+        self.futures[arguments[-1]] = future = Future()
+        future.set_running_or_notify_cancel()
+        return future
+
+    def shutdown(self, **_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def others(monkeypatch) -> Any:
+    monkeypatch.setattr(_processes, "ProcessPoolExecutor", Executor)
+    return _processes._Others(2, range(6), (None, {}, None, _processes._Settings.now(1)))
+
+
+def test_a_process_gets_the_next_run_when_it_has_ended_one(others):
+    futures = others._executor.futures
+    assert list(futures) == [0, 1]
+    assert others.next_run() == 2
+    futures[1].set_result((1, "one"))
+    assert list(futures) == [0, 1, 3]
+    assert list(others.ended(wait=False)) == [(1, "one")]
+    assert list(others.ended(wait=False)) == []
+    futures[0].set_result((0, "none"))
+    futures[3].set_result((3, "three"))
+    assert list(others.ended(wait=True)) == [(0, "none"), (3, "three")]
+    assert list(futures) == [0, 1, 3, 4, 5]
+    assert others.next_run() is None
+
+
+def test_runs_that_a_killed_process_would_have_trained_are_left(others):
+    executor = others._executor
+    executor.is_broken = True
+    for m in (0, 1):
+        executor.futures[m].set_exception(BrokenProcessPool())
+    with pytest.warns(UserWarning, match="ended from outside") as warned:
+        assert list(others.ended(wait=True)) == []
+    assert len(warned) == 1
+    assert sorted(others.next_run() for _ in range(6)) == list(range(6))
+    assert others.next_run() is None
+
+
+def test_a_process_that_cannot_be_given_a_run_wakes_who_waits(others):
+    executor = others._executor
+    while others.next_run() != 5:
+        pass
+    others._left.append(5)
+    executor.futures[0].set_result((0, "none"))
+    assert list(others.ended(wait=True)) == [(0, "none")]
+    assert list(executor.futures) == [0, 1, 5]
+    others._left.append(5)
+    executor.is_broken = True
+    others._begin()
+    assert list(others.ended(wait=True)) == [], "and does not block"
+    assert others.next_run() == 5
+
+
+def test_no_run_is_begun_after_the_end(others):
+    others.stop()
+    others._executor.futures[0].set_result((0, "none"))
+    assert list(others._executor.futures) == [0, 1]
+
+
+def test_ctrl_c_here_keeps_the_runs_that_ended_elsewhere(cells, monkeypatch):
+    class Ended(Executor):
+        def submit(self, _: Any, *arguments: Any) -> Future:
+            future = super().submit(_, *arguments)
+            if arguments[-1] == 0:
+                future.set_result((0, "model"))
+            return future
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_processes, "ProcessPoolExecutor", Ended)
+    monkeypatch.setattr(_processes, "_restored", lambda *arguments: arguments[-1])
+    plan = SimpleNamespace(seed=0, model=lambda adata: LDVAE(adata, n_latent=3), train=interrupted)
+    outcomes = _processes.train_in_processes(cells, range(4), plan, 2)
+    assert next(outcomes) == (0, "model")
+    with pytest.raises(KeyboardInterrupt):
+        next(outcomes)
+
+
+def test_what_cannot_be_sent_is_raised_before_any_training(cells):
+    lock, seen = threading.Lock(), []
+
+    def start(*_: Any) -> None:
+        seen.append(lock)
+
+    with pytest.raises(TypeError, match="pickle"):
+        fitted(cells, 2, train_kwargs={**TRAINING, "callbacks": [LambdaCallback(on_train_start=start)]})
+    assert not seen
+
+
+@pytest.mark.parametrize("obstacle", ["daemon", "disk"])
+def test_without_other_processes_all_runs_are_trained_here(cells, monkeypatch, recwarn, obstacle):
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    if obstacle == "daemon":
+        monkeypatch.setattr(_processes.multiprocessing, "current_process", lambda: SimpleNamespace(daemon=True))
+    else:
+        monkeypatch.setattr(_processes.joblib, "dump", full)
+    monkeypatch.setattr(_processes, "ProcessPoolExecutor", lambda *_, **__: pytest.fail("started"))
+    assert fitted(cells, 2).seeds == [0, 1, 2]
+    assert any("No space left on device" in str(w.message) for w in recwarn) == (obstacle == "disk")
 
 
 def test_objects_of_the_caller_keep_trainings_here(monkeypatch):

@@ -145,7 +145,7 @@ def check_categories(adata: AnnData, name: str, key: str | None, known: np.ndarr
     check_column(adata.obs.columns, name, key)
     values = adata.obs[key]
     _check_levels(pd.Series(values), name, key)
-    # `unique` of early pandas takes names that differ in a NUL for one.
+    # All categories, which scvi-tools registers. `unique` of early pandas takes names that differ in a NUL for one.
     check_names_last(
         name, values.cat.categories if isinstance(values.dtype, pd.CategoricalDtype) else dict.fromkeys(values)
     )

@@ -9,10 +9,11 @@ import sys
 import threading
 import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from queue import SimpleQueue
 from tempfile import TemporaryDirectory
@@ -25,6 +26,7 @@ import scvi
 import torch
 from anndata import AnnData
 from joblib.externals.loky import ProcessPoolExecutor
+from joblib.externals.loky.backend.reduction import dump
 from scipy import sparse
 
 from ldvae_ext._scvi import SETUP_ARGS_KEY, get_max_epochs_heuristic
@@ -54,12 +56,14 @@ class _Settings:
     n_threads: int
     is_compiled: bool
     is_deterministic: bool
+    warns_of_nondeterminism: bool
 
     @classmethod
     def now(cls, n_threads: int) -> _Settings:
         names = ("batch_size", "dl_num_workers", "dl_persistent_workers", "logging_dir")
         of_scvi = {name: getattr(scvi.settings, name) for name in names}
-        return cls(of_scvi, n_threads, is_compiled(), torch.are_deterministic_algorithms_enabled())
+        warns = torch.is_deterministic_algorithms_warn_only_enabled()
+        return cls(of_scvi, n_threads, is_compiled(), torch.are_deterministic_algorithms_enabled(), warns)
 
     @contextmanager
     def in_force(self) -> Iterator[None]:
@@ -76,7 +80,7 @@ class _Settings:
         for name, value in self.of_scvi.items():
             setattr(scvi.settings, name, value)
         torch.set_num_threads(self.n_threads)
-        torch.use_deterministic_algorithms(self.is_deterministic)
+        torch.use_deterministic_algorithms(self.is_deterministic, warn_only=self.warns_of_nondeterminism)
 
 
 @dataclass(frozen=True)
@@ -138,7 +142,7 @@ def n_processes(
 
 def train_in_processes(
     adata: AnnData, runs: Sequence[int], plan: RunPlan, n_jobs: int
-) -> Iterator[tuple[int, LDVAE | str]]:
+) -> Generator[tuple[int, LDVAE | str]]:
     """Trained models, or why their training failed, with the number of the run.
 
     This process trains, too, while the others start. The registered counts are written to a file, which the others map into their
@@ -153,24 +157,45 @@ def train_in_processes(
     n_jobs
         Number of processes, this one included.
     """
+    n_jobs = min(n_jobs, len(runs))
     registry, sent = _sent(adata, plan)
     settings = _Settings.now(max(1, min(torch.get_num_threads(), joblib.cpu_count() // n_jobs)))
-    with TemporaryDirectory(prefix="ldvae-ext-", ignore_cleanup_errors=True) as folder:
+    # Raised before any training: an argument that cannot be sent.
+    dump((registry, plan, settings), io.BytesIO())
+    # A process of `multiprocessing.Pool` may start no others.
+    n_others = 0 if multiprocessing.current_process().daemon else n_jobs - 1
+    with TemporaryDirectory(
+        prefix="ldvae-ext-", dir=os.environ.get("JOBLIB_TEMP_FOLDER"), ignore_cleanup_errors=True
+    ) as folder:
         path = Path(folder) / "cells"
-        joblib.dump(sent, path)
-        others = _Others(min(n_jobs, len(runs)) - 1, runs, (path, registry, plan, settings))
         try:
-            missing = set(runs)
+            if n_others:
+                joblib.dump(sent, path)
+        except OSError as error:
+            warn(f"The counts could not be written for other processes ({error}); all runs are trained in this one.")
+            n_others = 0
+        others = _Others(n_others, runs, (path, registry, plan, settings))
+        missing = set(runs)
+
+        def from_others(*, wait: bool) -> Generator[tuple[int, LDVAE | str]]:
+            for m, outcome in others.ended(wait=wait):
+                missing.discard(m)
+                yield m, _restored(adata, plan, outcome)
+
+        try:
             while missing:
                 m = others.next_run()
-                # scvi-tools prints why a training stopped, into the progress bar.
-                with settings.in_force(), redirect_stdout(io.StringIO()):
-                    outcomes = [] if m is None else [(m, plan.train(adata, m))]
-                # Those that have ended; if nothing is left to begin, the next that ends.
-                outcomes += [(n, _restored(adata, plan, of_other)) for n, of_other in others.ended(wait=m is None)]
-                for n, outcome in outcomes:
-                    missing.discard(n)
-                    yield n, outcome
+                if m is not None:
+                    # scvi-tools prints why a training stopped, into the progress bar.
+                    with settings.in_force(), redirect_stdout(io.StringIO()):
+                        outcome = plan.train(adata, m)
+                    missing.discard(m)
+                    yield m, outcome
+                # If there is nothing left to begin, wait for the next run that ends.
+                yield from from_others(wait=m is None)
+        except KeyboardInterrupt:
+            yield from from_others(wait=False)
+            raise
         finally:
             others.stop()
 
@@ -192,7 +217,7 @@ class _Others:
         self, n_others: int, runs: Sequence[int], work: tuple[Path, dict[str, Any], RunPlan, _Settings]
     ) -> None:
         # Libraries that are loaded there take as many threads as a training.
-        names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+        names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
         threads = {name: os.environ.get(name, str(work[3].n_threads)) for name in names}
         # One of its own: that of joblib may have work of the caller.
         self._executor = ProcessPoolExecutor(n_others, env=threads) if n_others else None
@@ -223,20 +248,22 @@ class _Others:
                 continue
             m, future = result
             try:
-                yield m, future.result()[1]
+                outcome = future.result()[1]
             except BrokenProcessPool:
                 self._left.append(m)
                 if not self._is_broken:
                     self._is_broken = True
                     warn(
-                        "A process was ended from outside, perhaps for lack of memory. Its runs are trained in this process."
+                        "A process was ended from outside, perhaps for lack of memory. Runs that had not ended are trained in this process."
                     )
+                continue
+            yield m, outcome
 
     def stop(self) -> None:
         """End the processes."""
         self._is_stopped = True
         if self._executor is not None:
-            self._executor.shutdown(wait=False, kill_workers=True)
+            self._executor.shutdown(wait=True, kill_workers=True)
 
     def _begin(self, _: Any = None) -> None:
         """Give a process the next run. Called in a thread when one has ended."""
@@ -247,8 +274,7 @@ class _Others:
             return
         try:
             future = self._executor.submit(_train_on_file, *self._work, m)
-        except RuntimeError:
-            # A process was killed: the executor takes no more work.
+        except Exception:  # noqa: BLE001 - the executor takes no more work, usually since a process was killed
             self._left.append(m)
             self._ended.put(None)
             return
@@ -258,7 +284,7 @@ class _Others:
 
 def train_by_client(
     adata: AnnData, runs: Sequence[int], plan: RunPlan, client: Any
-) -> Iterator[tuple[int, LDVAE | str]]:
+) -> Generator[tuple[int, LDVAE | str]]:
     """As :func:`train_in_processes`, in processes that are there already.
 
     Parameters
@@ -315,7 +341,13 @@ def _train_on_file(
     path: Path, registry: dict[str, Any], plan: RunPlan, settings: _Settings, m: int
 ) -> tuple[int, _Result | str | TypeError]:
     """Train a run on registered counts in a file of joblib."""
-    return _train(joblib.load(path, mmap_mode="r"), registry, plan, m, settings)
+    return _train(_cells(path), registry, plan, m, settings)
+
+
+@lru_cache(maxsize=1)
+def _cells(path: Path) -> AnnData:
+    """Cells in a file, the same for all runs of a process: scvi-tools keeps what is registered for each AnnData."""
+    return joblib.load(path, mmap_mode="r")
 
 
 def _train(

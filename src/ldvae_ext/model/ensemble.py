@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Generator
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -186,14 +187,16 @@ def fit_ensemble(
     outcomes = _trained(adata, missing, plan, n_jobs, client)
     failures: dict[int, str] = {}
     try:
-        for m, outcome in track(outcomes, description="Training runs", disable=silent, total=len(missing)):
-            if isinstance(outcome, str):
-                failures[seed + m] = outcome
-                warn(f"The run with seed {seed + m} failed and is left out ({outcome}).")
-            else:
-                trained[m] = outcome
-                if store is not None:
-                    store.keep(m, outcome)
+        # Closed, so that other processes end if the writing of a run fails.
+        with closing(outcomes):
+            for m, outcome in track(outcomes, description="Training runs", disable=silent, total=len(missing)):
+                if isinstance(outcome, str):
+                    failures[seed + m] = outcome
+                    warn(f"The run with seed {seed + m} failed and is left out ({outcome}).")
+                else:
+                    trained[m] = outcome
+                    if store is not None:
+                        store.keep(m, outcome)
     except KeyboardInterrupt:
         if len({plan.kind(adata.n_obs, m) for m in trained}) < 2:
             raise
@@ -222,7 +225,7 @@ def _check_in_memory(adata: AnnData, n_jobs: int | None) -> None:
 
 def _trained(
     adata: AnnData, runs: list[int], plan: RunPlan, n_jobs: int | None, client: Any
-) -> Iterable[tuple[int, LDVAE | str]]:
+) -> Generator[tuple[int, LDVAE | str]]:
     """Runs by number, here or in other processes, in the order in which they end."""
     if n_jobs is None and client is None:
         stays = any(plan.train_kwargs.get(name) for name in STAY_HERE) or not are_in_memory(adata)
