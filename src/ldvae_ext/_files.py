@@ -84,6 +84,19 @@ def temporary_folder(parent: Path) -> Path:
 
 
 @contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A folder for as long as it is used, among the temporary files of the machine or in joblib's own folder for them.
+
+    What killed processes left behind there is removed.
+    """
+    work = temporary_folder(Path(os.environ.get("JOBLIB_TEMP_FOLDER") or tempfile.gettempdir()))
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
 def completing(folder: Path) -> Iterator[Path]:
     """A temporary folder that is renamed when it is complete.
 

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,7 @@ from ldvae_ext._command import (
     read_as_native_float,
     read_cells,
 )
+from ldvae_ext._files import scratch_folder
 from ldvae_ext._folder import (
     FolderError,
     check_anndata_can_be_written,
@@ -164,12 +164,12 @@ def _rehearse(adata: AnnData, options: Options) -> None:
     candidates = pd.Series(codes, index=np.arange(len(codes)))[totals_of(counts_of(adata, options.layer)) > 0]
     few = candidates.groupby(candidates.to_numpy()).head(5).index.to_numpy()
     quick = replace(options, n_top_genes=0, n_runs=1, max_epochs=1, umap=False)
-    with TemporaryDirectory(prefix="ldvae-ext-") as folder, warnings.catch_warnings(), random_states_kept():
+    with scratch_folder() as folder, warnings.catch_warnings(), random_states_kept():
         warnings.simplefilter("ignore")
         try:
             small = adata[few].copy()
             result = train_and_export(small, prepare(small, quick), quick, silent=True)
-            _write_results(result, Path(folder))
+            _write_results(result, folder)
             _summary(result)
         except Exception as error:
             reason = error.args[0] if error.args else error

@@ -22,7 +22,7 @@ import scvi
 import torch
 from lightning.pytorch.callbacks import LambdaCallback
 
-from ldvae_ext import datasets
+from ldvae_ext import _files, datasets
 from ldvae_ext._progress import Progress
 from ldvae_ext.model import LDVAE, _processes, ensemble, fit_ensemble
 from ldvae_ext.model._processes import n_processes
@@ -297,6 +297,26 @@ def test_what_cannot_be_sent_is_raised_before_any_training(cells):
     with pytest.raises(TypeError, match="pickle"):
         fitted(cells, 2, train_kwargs={**TRAINING, "callbacks": [LambdaCallback(on_train_start=start)]})
     assert not seen
+
+
+def test_counts_that_a_killed_process_left_are_removed(cells, tmp_path, monkeypatch):
+    monkeypatch.setenv("JOBLIB_TEMP_FOLDER", str(tmp_path))
+    left = tmp_path / f".ldvae-ext-{_files._host()}-999999999-x" / "cells"
+    left.parent.mkdir()
+    left.touch()
+    monkeypatch.setattr(_processes, "ProcessPoolExecutor", Executor)
+    monkeypatch.setattr(_processes, "_restored", lambda *arguments: arguments[-1])
+    outcomes = _processes.train_in_processes(cells, range(2), _plan(), 2)
+    assert next(outcomes)[0] == 1
+    (folder,) = tmp_path.iterdir()
+    assert folder != left.parent
+    assert (folder / "cells").stat().st_size > 0
+    outcomes.close()
+    assert not list(tmp_path.iterdir())
+
+
+def _plan() -> Any:
+    return SimpleNamespace(seed=0, model=lambda adata: LDVAE(adata, n_latent=3), train=lambda *_: "trained here")
 
 
 @pytest.mark.parametrize("obstacle", ["daemon", "disk"])

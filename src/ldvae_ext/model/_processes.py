@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from queue import SimpleQueue
-from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import joblib
@@ -29,6 +28,7 @@ from joblib.externals.loky import ProcessPoolExecutor
 from joblib.externals.loky.backend.reduction import dump
 from scipy import sparse
 
+from ldvae_ext._files import scratch_folder
 from ldvae_ext._scvi import SETUP_ARGS_KEY, get_max_epochs_heuristic
 from ldvae_ext._validate import warn
 from ldvae_ext.core.rows import RowReader
@@ -164,10 +164,8 @@ def train_in_processes(
     dump((registry, plan, settings), io.BytesIO())
     # A process of `multiprocessing.Pool` may start no others.
     n_others = 0 if multiprocessing.current_process().daemon else n_jobs - 1
-    with TemporaryDirectory(
-        prefix="ldvae-ext-", dir=os.environ.get("JOBLIB_TEMP_FOLDER"), ignore_cleanup_errors=True
-    ) as folder:
-        path = Path(folder) / "cells"
+    with scratch_folder() as folder:
+        path = folder / "cells"
         try:
             if n_others:
                 joblib.dump(sent, path)
