@@ -278,7 +278,7 @@ def test_a_second_ctrl_c_ends_a_training_at_once():
 
 
 @pytest.mark.usefixtures("heeds_ctrl_c")
-def test_ctrl_c_in_an_ensemble_keeps_the_runs_that_were_done():
+def test_ctrl_c_in_an_ensemble_keeps_the_runs_that_were_done(tmp_path):
     adata = counts(150, 30)
     LDVAE.setup_anndata(adata)
     starts = []
@@ -298,6 +298,8 @@ def test_ctrl_c_in_an_ensemble_keeps_the_runs_that_were_done():
     assert ensemble.seeds == [0, 1]
     with pytest.raises(KeyboardInterrupt):
         fit_ensemble(adata, 4, train_kwargs=press_in(1), **options)
+    with pytest.raises(KeyboardInterrupt, match="has 1 of 4 runs; the same call trains the others"):
+        fit_ensemble(adata, 4, folder=tmp_path, train_kwargs=press_in(1), **options)
 
 
 def test_machines_with_the_same_letters_and_digits_are_two(tmp_path, monkeypatch):

@@ -218,3 +218,7 @@ def _errors_and_warnings_as_text(*, verbose: bool = False) -> Iterator[None]:
 def main() -> None:
     """Entry point of ``ldvae-ext``."""
     sys.exit(app())
+
+
+if __name__ == "__main__":
+    main()

@@ -171,7 +171,7 @@ def test_an_ensemble_whose_process_is_killed_trains_only_what_is_missing(cells, 
     )  # fmt: skip
     assert done.returncode == -9, done.stderr
     assert [path.name for path in sorted(folder.iterdir())] == ["arguments.json", "run-0"]
-    with pytest.raises(ValueError, match="not complete"):
+    with pytest.raises(ValueError, match="not complete, with 1 of its runs; the same `fit_ensemble"):
         Ensemble.load(folder)
     seen = []
     resumed = fitted(cells, folder=folder, train_kwargs=counting(seen))
@@ -181,6 +181,8 @@ def test_an_ensemble_whose_process_is_killed_trains_only_what_is_missing(cells, 
     assert len(seen) == 2, "all runs were done"
     assert_same(again, whole)
     assert_same(Ensemble.load(folder, counts(150, 30, 2)), whole)
+    # Without an argument that keeps trainings here.
+    assert_same(fitted(cells, folder=folder), whole)
 
 
 def test_more_runs_are_added(cells, whole, tmp_path):

@@ -112,8 +112,10 @@ def load_ensemble(folder: Path, adata: AnnData | None) -> tuple[list[LDVAE], dic
         check_given_anndata(adata)
     path = folder / _ENSEMBLE
     if not path.is_file():
-        started = "an ensemble that is not complete" if (folder / _ARGUMENTS).is_file() else "no ensemble"
-        msg = f"{folder} holds {started}: {_ENSEMBLE} is missing."
+        msg = f"{folder} holds no ensemble: {_ENSEMBLE} is missing."
+        if (folder / _ARGUMENTS).is_file():
+            n_done = len(list(folder.glob("run-*")))
+            msg = f"{folder} holds an ensemble that is not complete, with {n_done} of its runs; the same `fit_ensemble(folder=...)` trains the others."
         raise ValueError(msg)
     try:
         description = json.loads(path.read_text())

@@ -199,7 +199,10 @@ def fit_ensemble(
                         store.keep(m, outcome)
     except KeyboardInterrupt:
         if len({plan.kind(adata.n_obs, m) for m in trained}) < 2:
-            raise
+            if store is None:
+                raise
+            msg = f"{folder} has {len(trained)} of {n_runs} runs; the same call trains the others."
+            raise KeyboardInterrupt(msg) from None
         warn(f"Interrupted: the ensemble has the {len(trained)} of {n_runs} runs that were done.")
     done = sorted(trained)
     models, seeds = [trained[m] for m in done], [seed + m for m in done]
@@ -227,7 +230,7 @@ def _trained(
     adata: AnnData, runs: list[int], plan: RunPlan, n_jobs: int | None, client: Any
 ) -> Generator[tuple[int, LDVAE | str]]:
     """Runs by number, here or in other processes, in the order in which they end."""
-    if n_jobs is None and client is None:
+    if runs and n_jobs is None and client is None:
         stays = any(plan.train_kwargs.get(name) for name in STAY_HERE) or not are_in_memory(adata)
         n_jobs = 1 if stays else n_processes(adata, len(runs), plan.max_epochs, **plan.train_kwargs)
     if n_jobs == 1 or not runs:
