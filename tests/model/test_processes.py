@@ -24,7 +24,7 @@ from lightning.pytorch.callbacks import LambdaCallback
 
 from ldvae_ext import _files, datasets
 from ldvae_ext._progress import Progress
-from ldvae_ext.model import LDVAE, _processes, ensemble, fit_ensemble
+from ldvae_ext.model import LDVAE, _processes, _workers, ensemble, fit_ensemble
 from ldvae_ext.model._processes import n_processes
 
 TRAINING = {"accelerator": "cpu", "check_val_every_n_epoch": None}
@@ -216,8 +216,8 @@ class Executor:
 
 @pytest.fixture
 def others(monkeypatch) -> Any:
-    monkeypatch.setattr(_processes, "ProcessPoolExecutor", Executor)
-    return _processes._Others(2, range(6), (None, {}, None, _processes._Settings.now(1)))
+    monkeypatch.setattr(_workers, "ProcessPoolExecutor", Executor)
+    return _workers.Workers(2, range(6), lambda m: (m, None), n_threads=1)
 
 
 def test_a_process_gets_the_next_run_when_it_has_ended_one(others):
@@ -279,7 +279,7 @@ def test_ctrl_c_here_keeps_the_runs_that_ended_elsewhere(cells, monkeypatch):
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_processes, "ProcessPoolExecutor", Ended)
+    monkeypatch.setattr(_workers, "ProcessPoolExecutor", Ended)
     monkeypatch.setattr(_processes, "_restored", lambda *arguments: arguments[-1])
     plan = SimpleNamespace(seed=0, model=lambda adata: LDVAE(adata, n_latent=3), train=interrupted)
     outcomes = _processes.train_in_processes(cells, range(4), plan, 2)
@@ -304,7 +304,7 @@ def test_counts_that_a_killed_process_left_are_removed(cells, tmp_path, monkeypa
     left = tmp_path / f".ldvae-ext-{_files._host()}-999999999-x" / "cells"
     left.parent.mkdir()
     left.touch()
-    monkeypatch.setattr(_processes, "ProcessPoolExecutor", Executor)
+    monkeypatch.setattr(_workers, "ProcessPoolExecutor", Executor)
     monkeypatch.setattr(_processes, "_restored", lambda *arguments: arguments[-1])
     outcomes = _processes.train_in_processes(cells, range(2), _plan(), 2)
     assert next(outcomes)[0] == 1
@@ -328,7 +328,7 @@ def test_without_other_processes_all_runs_are_trained_here(cells, monkeypatch, r
         monkeypatch.setattr(_processes.multiprocessing, "current_process", lambda: SimpleNamespace(daemon=True))
     else:
         monkeypatch.setattr(_processes.joblib, "dump", full)
-    monkeypatch.setattr(_processes, "ProcessPoolExecutor", lambda *_, **__: pytest.fail("started"))
+    monkeypatch.setattr(_workers, "ProcessPoolExecutor", lambda *_, **__: pytest.fail("started"))
     assert fitted(cells, 2).seeds == [0, 1, 2]
     assert any("No space left on device" in str(w.message) for w in recwarn) == (obstacle == "disk")
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import io
 import multiprocessing
-import os
 import sys
 import threading
 import warnings
-from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, cast
@@ -24,7 +21,6 @@ import pandas as pd
 import scvi
 import torch
 from anndata import AnnData
-from joblib.externals.loky import ProcessPoolExecutor
 from joblib.externals.loky.backend.reduction import dump
 from scipy import sparse
 
@@ -35,6 +31,7 @@ from ldvae_ext.core.rows import RowReader
 from ldvae_ext.kernels.threads import compiled, is_compiled
 from ldvae_ext.model._ldvae import LDVAE
 from ldvae_ext.model._runs import RunPlan, seeded
+from ldvae_ext.model._workers import Workers
 
 # Rough seconds of a training step, to judge if processes are worth their start: with no genes, and for each gene.
 _STEP, _STEP_OF_GENE = 2e-3, 1.6e-6
@@ -172,7 +169,8 @@ def train_in_processes(
         except OSError as error:
             warn(f"The counts could not be written for other processes ({error}); all runs are trained in this one.")
             n_others = 0
-        others = _Others(n_others, runs, (path, registry, plan, settings))
+        task = partial(_train_on_file, path, registry, plan, settings)
+        others = Workers(n_others, runs, task, settings.n_threads)
         missing = set(runs)
 
         def from_others(*, wait: bool) -> Generator[tuple[int, LDVAE | str]]:
@@ -196,88 +194,6 @@ def train_in_processes(
             raise
         finally:
             others.stop()
-
-
-class _Others:
-    """Other processes, each of which trains the next run when it has ended one.
-
-    Parameters
-    ----------
-    n_others
-        Number of processes.
-    runs
-        Numbers of the runs.
-    work
-        Arguments of :func:`_train_on_file`, but for the number.
-    """
-
-    def __init__(
-        self, n_others: int, runs: Sequence[int], work: tuple[Path, dict[str, Any], RunPlan, _Settings]
-    ) -> None:
-        # Libraries that are loaded there take as many threads as a training.
-        names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
-        threads = {name: os.environ.get(name, str(work[3].n_threads)) for name in names}
-        # One of its own: that of joblib may have work of the caller.
-        self._executor = ProcessPoolExecutor(n_others, env=threads) if n_others else None
-        self._left, self._work = deque(runs), work
-        self._ended: SimpleQueue[tuple[int, Any] | None] = SimpleQueue()
-        self._is_broken = self._is_stopped = False
-        for _ in range(n_others):
-            self._begin()
-
-    def next_run(self) -> int | None:
-        """Number of a run that no process has begun; None if there is none."""
-        try:
-            return self._left.popleft()
-        except IndexError:
-            return None
-
-    def ended(self, *, wait: bool) -> Iterator[tuple[int, Any]]:
-        """Numbers and results of runs that ended.
-
-        Parameters
-        ----------
-        wait
-            True to wait for the next one, or for a run that has to be begun again.
-        """
-        while wait or not self._ended.empty():
-            result, wait = self._ended.get(), False
-            if result is None:
-                continue
-            m, future = result
-            try:
-                outcome = future.result()[1]
-            except BrokenProcessPool:
-                self._left.append(m)
-                if not self._is_broken:
-                    self._is_broken = True
-                    warn(
-                        "A process was ended from outside, perhaps for lack of memory. Runs that had not ended are trained in this process."
-                    )
-                continue
-            yield m, outcome
-
-    def stop(self) -> None:
-        """End the processes."""
-        self._is_stopped = True
-        if self._executor is not None:
-            self._executor.shutdown(wait=True, kill_workers=True)
-
-    def _begin(self, _: Any = None) -> None:
-        """Give a process the next run. Called in a thread when one has ended."""
-        if self._executor is None or self._is_stopped:
-            return
-        m = self.next_run()
-        if m is None:
-            return
-        try:
-            future = self._executor.submit(_train_on_file, *self._work, m)
-        except Exception:  # noqa: BLE001 - the executor takes no more work, usually since a process was killed
-            self._left.append(m)
-            self._ended.put(None)
-            return
-        future.add_done_callback(lambda future: self._ended.put((m, future)))
-        future.add_done_callback(self._begin)
 
 
 def train_by_client(
