@@ -217,19 +217,19 @@ class Executor:
 @pytest.fixture
 def others(monkeypatch) -> Any:
     monkeypatch.setattr(_workers, "ProcessPoolExecutor", Executor)
-    return _workers.Workers(2, range(6), lambda m: (m, None), n_threads=1)
+    return _workers.Workers(2, range(6), lambda _: None, n_threads=1)
 
 
 def test_a_process_gets_the_next_run_when_it_has_ended_one(others):
     futures = others._executor.futures
     assert list(futures) == [0, 1]
     assert others.next_run() == 2
-    futures[1].set_result((1, "one"))
+    futures[1].set_result("one")
     assert list(futures) == [0, 1, 3]
     assert list(others.ended(wait=False)) == [(1, "one")]
     assert list(others.ended(wait=False)) == []
-    futures[0].set_result((0, "none"))
-    futures[3].set_result((3, "three"))
+    futures[0].set_result("none")
+    futures[3].set_result("three")
     assert list(others.ended(wait=True)) == [(0, "none"), (3, "three")]
     assert list(futures) == [0, 1, 3, 4, 5]
     assert others.next_run() is None
@@ -252,7 +252,7 @@ def test_a_process_that_cannot_be_given_a_run_wakes_who_waits(others):
     while others.next_run() != 5:
         pass
     others._left.append(5)
-    executor.futures[0].set_result((0, "none"))
+    executor.futures[0].set_result("none")
     assert list(others.ended(wait=True)) == [(0, "none")]
     assert list(executor.futures) == [0, 1, 5]
     others._left.append(5)
@@ -264,8 +264,12 @@ def test_a_process_that_cannot_be_given_a_run_wakes_who_waits(others):
 
 def test_no_run_is_begun_after_the_end(others):
     others.stop()
-    others._executor.futures[0].set_result((0, "none"))
+    others._executor.futures[0].set_result("none")
     assert list(others._executor.futures) == [0, 1]
+
+
+def plan_with(train: Any) -> Any:
+    return SimpleNamespace(seed=0, model=lambda adata: LDVAE(adata, n_latent=3), train=train)
 
 
 def test_ctrl_c_here_keeps_the_runs_that_ended_elsewhere(cells, monkeypatch):
@@ -273,7 +277,7 @@ def test_ctrl_c_here_keeps_the_runs_that_ended_elsewhere(cells, monkeypatch):
         def submit(self, _: Any, *arguments: Any) -> Future:
             future = super().submit(_, *arguments)
             if arguments[-1] == 0:
-                future.set_result((0, "model"))
+                future.set_result("model")
             return future
 
     def interrupted(*_: Any) -> None:
@@ -281,8 +285,7 @@ def test_ctrl_c_here_keeps_the_runs_that_ended_elsewhere(cells, monkeypatch):
 
     monkeypatch.setattr(_workers, "ProcessPoolExecutor", Ended)
     monkeypatch.setattr(_processes, "_restored", lambda *arguments: arguments[-1])
-    plan = SimpleNamespace(seed=0, model=lambda adata: LDVAE(adata, n_latent=3), train=interrupted)
-    outcomes = _processes.train_in_processes(cells, range(4), plan, 2)
+    outcomes = _processes.train_in_processes(cells, range(4), plan_with(interrupted), 2)
     assert next(outcomes) == (0, "model")
     with pytest.raises(KeyboardInterrupt):
         next(outcomes)
@@ -306,17 +309,13 @@ def test_counts_that_a_killed_process_left_are_removed(cells, tmp_path, monkeypa
     left.touch()
     monkeypatch.setattr(_workers, "ProcessPoolExecutor", Executor)
     monkeypatch.setattr(_processes, "_restored", lambda *arguments: arguments[-1])
-    outcomes = _processes.train_in_processes(cells, range(2), _plan(), 2)
+    outcomes = _processes.train_in_processes(cells, range(2), plan_with(lambda *_: "trained here"), 2)
     assert next(outcomes)[0] == 1
     (folder,) = tmp_path.iterdir()
     assert folder != left.parent
     assert (folder / "cells").stat().st_size > 0
     outcomes.close()
     assert not list(tmp_path.iterdir())
-
-
-def _plan() -> Any:
-    return SimpleNamespace(seed=0, model=lambda adata: LDVAE(adata, n_latent=3), train=lambda *_: "trained here")
 
 
 @pytest.mark.parametrize("obstacle", ["daemon", "disk"])

@@ -222,7 +222,7 @@ def train_by_client(
         for _ in runs:
             m, future = done.get()
             try:
-                outcome = future.result()[1]
+                outcome = future.result()
             except Exception as error:  # noqa: BLE001 - a process that was killed, or arguments that cannot be sent
                 outcome = f"{type(error).__name__}: {error}"
             yield m, _restored(adata, plan, outcome)
@@ -253,7 +253,7 @@ def _counts_and_columns(adata: AnnData, arguments: dict[str, Any]) -> AnnData:
 
 def _train_on_file(
     path: Path, registry: dict[str, Any], plan: RunPlan, settings: _Settings, m: int
-) -> tuple[int, _Result | str | TypeError]:
+) -> _Result | str | TypeError:
     """Train a run on registered counts in a file of joblib."""
     return _train(_cells(path), registry, plan, m, settings)
 
@@ -266,7 +266,7 @@ def _cells(path: Path) -> AnnData:
 
 def _train(
     adata: AnnData, registry: dict[str, Any], plan: RunPlan, m: int, settings: _Settings
-) -> tuple[int, _Result | str | TypeError]:
+) -> _Result | str | TypeError:
     """Train a run in this process."""
     # A worker of dask may run several tasks in its threads, and random states and settings are of the process.
     with (
@@ -281,16 +281,16 @@ def _train(
         try:
             model = plan.train(adata, m)
         except TypeError as error:
-            return m, TypeError(str(error))
+            return TypeError(str(error))
     if isinstance(model, str):
-        return m, model
+        return model
     weights = {name: value.cpu().numpy() for name, value in model.module.state_dict().items()}
     attributes = {
         name: value for name, value in model._get_user_attributes() if name.endswith("_") and name not in _NOT_SENT
     }
     modules = {getattr(module, "__file__", None): name for name, module in list(sys.modules.items())}
     warned = [(str(w.message), w.category, w.filename, w.lineno, modules.get(w.filename, "")) for w in caught]
-    return m, _Result(weights, attributes, str(model.device), warned)
+    return _Result(weights, attributes, str(model.device), warned)
 
 
 def _restored(adata: AnnData, plan: RunPlan, result: _Result | str | TypeError) -> LDVAE | str:

@@ -24,14 +24,12 @@ class Workers:
     runs
         Numbers of the runs.
     task
-        Function of the number, whose result has the number and the outcome.
+        Function of the number, which trains the run.
     n_threads
         Number of threads of each process.
     """
 
-    def __init__(
-        self, n_others: int, runs: Sequence[int], task: Callable[[int], tuple[int, Any]], n_threads: int
-    ) -> None:
+    def __init__(self, n_others: int, runs: Sequence[int], task: Callable[[int], Any], n_threads: int) -> None:
         # Libraries that are loaded there take as many threads as a training.
         names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
         threads = {name: os.environ.get(name, str(n_threads)) for name in names}
@@ -64,7 +62,7 @@ class Workers:
                 continue
             m, future = result
             try:
-                outcome = future.result()[1]
+                outcome = future.result()
             except BrokenProcessPool:
                 self._left.append(m)
                 if not self._is_broken:
